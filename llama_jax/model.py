@@ -1,0 +1,307 @@
+"""The model: one `Block` for training, prefill and decoding.
+
+The only module that knows Flax, and through a narrow door: modules declare their
+parameters with `self.param` and are applied to plain nested dicts.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax.cache import KVCache, LayerCache, insert
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import ConfigError
+from llama_jax.kernels import attention
+from llama_jax.linear import linear, matmul_precision
+from llama_jax.params import weight_shape
+from llama_jax.rope import RopeTables, apply_rope, rope_tables
+from llama_jax.runtime import Runtime
+from llama_jax.sharding import constrain, param_shardings
+from llama_jax.types import Array, Float, Hidden, Int, Mesh, Params, PRNGKeyArray, Tokens
+
+_INIT_SCALE = 0.02
+
+
+class _Module(nn.Module):
+    """What every module has: the facts, the choices and the devices."""
+
+    config: LlamaConfig
+    runtime: Runtime
+    mesh: Mesh | None = None
+
+    def weight(self, name: str, axes: str, scale: float = _INIT_SCALE) -> Array:
+        """A weight, drawn from a normal of this standard deviation."""
+        shape = weight_shape(self.config, axes)
+        init = nn.initializers.normal(scale)
+        return self.param(name, init, shape, jnp.dtype(self.runtime.weight_dtype))
+
+    def part(self, module: type["_Module"], name: str | None = None, **fields: Any):  # noqa: ANN201
+        """A submodule with the same facts, choices and devices."""
+        return module(self.config, self.runtime, self.mesh, name=name, **fields)
+
+    def place(self, x: Array, axes: str) -> Array:
+        """`x` where the runtime's rules want it on the mesh."""
+        return constrain(x, axes, self.runtime.rules, self.mesh)
+
+
+class RMSNorm(_Module):
+    """x / √(mean x² + ε) · scale, computed in float32 (arXiv:1910.07467)."""
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        scale = self.param(
+            "scale",
+            nn.initializers.ones,
+            weight_shape(self.config, "D"),
+            jnp.dtype(self.runtime.weight_dtype),
+        )
+        exact = x.astype(jnp.float32)
+        mean_square = jnp.mean(exact * exact, axis=-1, keepdims=True)
+        normed = exact * jax.lax.rsqrt(mean_square + self.config.norm_eps)
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(_Module):
+    """Grouped-query attention with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        rope: RopeTables,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Hidden, LayerCache | None]:
+        config = self.config
+        batch, queries, _ = x.shape
+        heads = (batch, queries, config.num_heads, config.head_dim)
+        kv_heads = (batch, queries, config.num_kv_heads, config.head_dim)
+        q = linear(x, self.weight("q_proj", "D NH")).reshape(heads)
+        k = linear(x, self.weight("k_proj", "D KH")).reshape(kv_heads)
+        v = linear(x, self.weight("v_proj", "D KH")).reshape(kv_heads)
+        q = self.place(apply_rope(q, rope), "B T N H")
+        k = self.place(apply_rope(k, rope), "B T K H").swapaxes(1, 2)
+        v = self.place(v, "B T K H").swapaxes(1, 2)
+        q_start = None
+        if cache is not None:
+            q_start = cache.length
+            cache = insert(cache, k, v)
+            k, v = cache.k, cache.v
+        out = attention(
+            q,
+            k,
+            v,
+            q_start=q_start,
+            segment_ids=segment_ids,
+            implementation=self.runtime.attention,
+        )
+        out = self.place(out.reshape(batch, queries, -1), "B T NH")
+        o_proj = self.weight("o_proj", "NH D", self.residual_scale)
+        return linear(out, o_proj), cache
+
+    @property
+    def residual_scale(self) -> float:
+        """Smaller where L blocks add up, so that the stream starts at unit size."""
+        return _INIT_SCALE / (2 * self.config.num_layers) ** 0.5
+
+
+class FeedForward(_Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        gate = linear(x, self.weight("gate_proj", "D F"))
+        up = linear(x, self.weight("up_proj", "D F"))
+        hidden = self.place(jax.nn.silu(gate) * up, "B T F")
+        scale = _INIT_SCALE / (2 * self.config.num_layers) ** 0.5
+        return linear(hidden, self.weight("down_proj", "F D", scale))
+
+
+class Block(_Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        rope: RopeTables,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Hidden, LayerCache | None]:
+        normed = self.part(RMSNorm, "attention_norm")(x)
+        out, cache = self.part(Attention, "attention")(normed, rope, segment_ids, cache)
+        x = x + out
+        x = x + self.part(FeedForward, "mlp")(self.part(RMSNorm, "mlp_norm")(x))
+        return self.place(x, "B T D"), cache
+
+
+class UnrolledLayers(_Module):
+    """The blocks one after another, each with arrays of its own."""
+
+    block: Any = Block
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        rope: RopeTables,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Hidden, KVCache | None]:
+        layers = []
+        for index in range(self.config.num_layers):
+            layer = None
+            if cache is not None:
+                layer = LayerCache(cache.k[index], cache.v[index], cache.length)
+            block = self.part(self.block, str(index))
+            x, layer = block(x, rope, segment_ids, layer)
+            layers.append(layer)
+        if cache is not None:
+            k, v = (tuple(getattr(layer, name) for layer in layers) for name in "kv")
+            cache = cache._replace(k=k, v=v)
+        return x, cache
+
+
+class Transformer(_Module):
+    """Everything below the output head: tokens to the last block's normed stream."""
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Hidden, KVCache | None, Array]:
+        embedding = self.weight("embedding", "V D")
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            if cache is not None:
+                positions = cache.length[:, None] + positions
+        x = self.place(embedding[tokens].astype(self.runtime.dtype), "B T D")
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        block = self._remat(Block)
+        if self.runtime.layer_layout == "unrolled":
+            layers = self.part(UnrolledLayers, "layers", block=block)
+            x, cache = layers(x, rope, segment_ids, cache)
+        else:
+            if cache is not None:
+                raise ConfigError(
+                    "runtime: the stacked layer layout takes no cache; "
+                    "decode with layer_layout='unrolled' (params.unstack_layers)"
+                )
+            scan = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.config.num_layers,
+            )
+            x, _ = self.part(scan, "layers")(x, rope, segment_ids, None)
+        return self.part(RMSNorm, "final_norm")(x), cache, embedding
+
+    def _remat(self, block: Any) -> Any:
+        """The block, or one that keeps less for the backward pass."""
+        if self.runtime.remat == "none":
+            return block
+        policy = None
+        if self.runtime.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        stacked = self.runtime.layer_layout == "stacked"
+        return nn.remat(block, policy=policy, prevent_cse=not stacked)
+
+
+class Llama(_Module):
+    """The language model: next-token logits, and the cache where one came in."""
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        logits_at: Int[Array, "B P"] | None = None,
+    ) -> tuple[Float[Array, "B P V"], KVCache | None]:
+        """Logits (float32) of the token that follows each query.
+
+        Args:
+          tokens: ids; rows shorter than T are padded on the right with any id.
+          positions: rotary positions; by default they count on from the cache's
+            length, or from 0.
+          segment_ids: of packed rows; not together with a cache.
+          cache: what came before; the new keys and values are written behind it. It
+            must have room: `length + T ≤ S`.
+          lengths: how many of each row's tokens are real: what the cache's length
+            grows by; T where not given.
+          logits_at: the queries whose logits are wanted, as indices into T; all where
+            not given. What is not asked for is not computed.
+
+        Returns:
+          The logits, and the cache with the new tokens in it (`None` without one).
+        """
+        x, cache, embedding = self.part(Transformer, "transformer")(
+            tokens, positions=positions, segment_ids=segment_ids, cache=cache
+        )
+        if cache is not None:
+            grown = tokens.shape[1] if lengths is None else lengths
+            cache = cache._replace(length=cache.length + grown)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        if self.config.tied_embeddings:
+            head = embedding.T
+        else:
+            head = self.weight("lm_head", "D V")
+        logits = linear(x, head, out_dtype=jnp.float32)
+        return self.place(logits, "B T V"), cache
+
+
+class ScalarModel(_Module):
+    """A number per token instead of logits: reward model and critic.
+
+    Its `transformer` tree is the language model's, so that one assignment copies it.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T"]:
+        x, _, _ = self.part(Transformer, "transformer")(
+            tokens, positions=positions, segment_ids=segment_ids
+        )
+        head = self.weight("scalar_head", "D").astype(jnp.float32)
+        return jnp.matmul(
+            x.astype(jnp.float32), head, precision=matmul_precision(jnp.float32)
+        )
+
+
+def init_params(
+    model: Llama | ScalarModel, key: PRNGKeyArray | Array
+) -> dict[str, Any]:
+    """Random weights; on a mesh they are born sharded, no device holds them all."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shardings = None
+    if model.mesh is not None:
+        head = "lm_head" if isinstance(model, Llama) else "scalar_head"
+        shardings = param_shardings(model.config, model.runtime, model.mesh, head=head)
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def init(key: Array) -> Params:
+        return model.init(key, tokens)["params"]
+
+    return dict(init(key))
+
+
+def apply(model: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply` on a plain tree of parameters."""
+    return model.apply({"params": params}, *args, **kwargs)

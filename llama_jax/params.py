@@ -1,0 +1,167 @@
+"""The table of axes, and the tree of parameters it describes.
+
+`AXES` says once what every weight is: its path, and a letter for each axis. The model
+takes shapes from it, `sharding` takes placements, and converters take their targets.
+
+A tree has one of two layouts. *Stacked*: one array per kind of layer weight, with L in
+front, as the table has it. *Unrolled*: one array per layer, without L, the layer's
+number in the path (`transformer/layers/3/attention/q_proj`). Checkpoints on disk are
+unrolled.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.runtime import LayerLayout
+from llama_jax.types import FlatParams, Params
+
+AXES: dict[str, str] = {
+    "transformer/embedding": "V D",
+    "transformer/layers/attention_norm/scale": "L D",
+    "transformer/layers/attention/q_proj": "L D NH",
+    "transformer/layers/attention/k_proj": "L D KH",
+    "transformer/layers/attention/v_proj": "L D KH",
+    "transformer/layers/attention/o_proj": "L NH D",
+    "transformer/layers/mlp_norm/scale": "L D",
+    "transformer/layers/mlp/gate_proj": "L D F",
+    "transformer/layers/mlp/up_proj": "L D F",
+    "transformer/layers/mlp/down_proj": "L F D",
+    "transformer/final_norm/scale": "D",
+    "lm_head": "D V",
+    "scalar_head": "D",
+}
+"""Every weight and the letters of its axes; `NH` and `KH` are heads × head width."""
+
+Head = Literal["lm_head", "scalar_head"]
+
+_LAYERS = "transformer/layers/"
+
+
+def axis_sizes(config: LlamaConfig) -> dict[str, int]:
+    """The length of each axis letter of `AXES` for one model."""
+    return {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "L": config.num_layers,
+        "NH": config.num_heads * config.head_dim,
+        "KH": config.num_kv_heads * config.head_dim,
+        "F": config.mlp_dim,
+    }
+
+
+def axes_of(path: str) -> str:
+    """The letters of one leaf, in either layout: without `L` where a layer is named."""
+    if path in AXES:
+        return AXES[path]
+    if path.startswith(_LAYERS):
+        _, _, weight = path.removeprefix(_LAYERS).partition("/")
+        return AXES[_LAYERS + weight].removeprefix("L ")
+    raise KeyError(path)
+
+
+def weight_shape(config: LlamaConfig, axes: str) -> tuple[int, ...]:
+    """The shape that a row of letters has in one model: `"D NH"` to `(4096, 4096)`."""
+    sizes = axis_sizes(config)
+    return tuple(sizes[letter] for letter in axes.split())
+
+
+def leaf_paths(
+    config: LlamaConfig, layout: LayerLayout = "unrolled", head: Head = "lm_head"
+) -> Iterator[str]:
+    """The path of every leaf, in the order of the forward pass."""
+    heads = {"lm_head", "scalar_head"}
+    wanted = set() if head == "lm_head" and config.tied_embeddings else {head}
+    layer_rows = [path for path in AXES if path.startswith(_LAYERS)]
+    for path in AXES:
+        if path in heads - wanted:
+            continue
+        if layout == "unrolled" and path == layer_rows[0]:
+            for layer in range(config.num_layers):
+                for row in layer_rows:
+                    yield f"{_LAYERS}{layer}/{row.removeprefix(_LAYERS)}"
+        elif layout == "stacked" or path not in layer_rows:
+            yield path
+
+
+def param_shapes(
+    config: LlamaConfig,
+    layout: LayerLayout = "unrolled",
+    *,
+    head: Head = "lm_head",
+    dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+    """The tree of a model as `jax.ShapeDtypeStruct`s, no memory used."""
+    return unflatten(
+        {
+            path: jax.ShapeDtypeStruct(weight_shape(config, axes_of(path)), dtype)
+            for path in leaf_paths(config, layout, head)
+        }
+    )
+
+
+def count_params(tree: Params) -> int:
+    """How many numbers a tree holds (arrays or shapes)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    """Nested dicts to one dict of `"a/b/c"` paths, in the tree's own order."""
+    flat: dict[str, Any] = {}
+    for name, branch in tree.items():
+        if isinstance(branch, Mapping):
+            flat |= {f"{name}/{rest}": leaf for rest, leaf in flatten(branch).items()}
+        else:
+            flat[name] = branch
+    return flat
+
+
+def unflatten(flat: FlatParams) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def stack_layers(
+    tree: Params, stack: Callable[[list[Any]], Any] = jnp.stack
+) -> dict[str, Any]:
+    """An unrolled tree made stacked, one kind of weight at a time."""
+    flat = flatten(tree)
+    layers = len(tree["transformer"]["layers"])
+    stacked = {}
+    for path, leaf in flat.items():
+        if not path.startswith(_LAYERS):
+            stacked[path] = leaf
+            continue
+        layer, _, weight = path.removeprefix(_LAYERS).partition("/")
+        if layer == "0":
+            rows = [flat[f"{_LAYERS}{index}/{weight}"] for index in range(layers)]
+            stacked[_LAYERS + weight] = stack(rows)
+    return unflatten(stacked)
+
+
+def unstack_layers(tree: Params) -> dict[str, Any]:
+    """A stacked tree made unrolled; the inverse of `stack_layers`."""
+    flat = flatten(tree)
+    rows = {path: leaf for path, leaf in flat.items() if path.startswith(_LAYERS)}
+    layers = next(iter(rows.values())).shape[0]
+    unrolled: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        if path not in rows:
+            unrolled[path] = leaf
+        elif path == next(iter(rows)):
+            for index in range(layers):
+                for row, stacked in rows.items():
+                    name = f"{_LAYERS}{index}/{row.removeprefix(_LAYERS)}"
+                    unrolled[name] = stacked[index]
+    return unflatten(unrolled)

@@ -1,0 +1,148 @@
+"""Where arrays lie on a mesh: axis letters, read through the rules of a `Runtime`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llama_jax.cache import KVCache
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import MeshError
+from llama_jax.params import Head, axes_of, leaf_paths, unflatten
+from llama_jax.runtime import MESH_AXES, MeshAxes, Rules, Runtime
+from llama_jax.types import Array, Mesh
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"data=1,fsdp=-1,tensor=4"` to sizes by axis; -1 takes what devices are left.
+
+    Raises:
+      MeshError: an axis that does not exist, a size that is none, or two -1.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in MESH_AXES or name in sizes:
+            raise MeshError(
+                f"mesh {text!r}: {name!r} is not an axis that can be set here; write "
+                f"each of {', '.join(MESH_AXES)} at most once, as in tensor=4"
+            )
+        try:
+            sizes[name] = int(size)
+        except ValueError:
+            sizes[name] = 0
+        if sizes[name] < 1 and sizes[name] != -1:
+            raise MeshError(
+                f"mesh {text!r}: {name}={size} is not a size; write a positive number, "
+                "or -1 for the devices that are left"
+            )
+    if list(sizes.values()).count(-1) > 1:
+        raise MeshError(f"mesh {text!r}: only one axis can be -1")
+    return sizes
+
+
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes data, fsdp, sequence and tensor over all devices.
+
+    Args:
+      sizes: size by axis; an absent axis is 1, one may be -1 (what is left).
+      devices: which, in what order; all of this process's backend where not given.
+
+    Raises:
+      MeshError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
+    fixed = math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = max(len(devices) // fixed, 1)
+    if math.prod(shape) != len(devices):
+        wanted = ", ".join(f"{n}={s}" for n, s in zip(MESH_AXES, shape, strict=True))
+        raise MeshError(
+            f"mesh {wanted} needs {math.prod(shape)} devices, but there are "
+            f"{len(devices)}"
+        )
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+
+
+def spec(axes: str, rules: tuple[tuple[str, MeshAxes], ...]) -> PartitionSpec:
+    """The placement of an array whose axes are these letters: `"D NH"` and so on."""
+    table = dict(rules)
+    names = [table.get(letter) for letter in axes.split()]
+    return PartitionSpec(*(n[0] if n and len(n) == 1 else n for n in names))
+
+
+def constrain(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
+    """`x`, placed by its letters; unchanged where there is no mesh.
+
+    A dimension that its mesh axes do not divide (a batch of one, a single query)
+    is replicated: that is a fact of the request, not a mistake.
+    """
+    if mesh is None:
+        return x
+    wanted = [
+        names if names and x.shape[index] % _size(mesh, names) == 0 else None
+        for index, names in enumerate(spec(axes, rules.activations))
+    ]
+    sharding = NamedSharding(mesh, PartitionSpec(*wanted))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def param_shardings(
+    config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, head: Head = "lm_head"
+) -> dict[str, Any]:
+    """The tree of `NamedSharding`s of a model's weights on a mesh.
+
+    K heads fewer than the `tensor` axis are replicated (in whole).
+
+    Raises:
+      MeshError: a mesh axis does not divide the axis of a weight that it splits.
+    """
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "NH": config.num_heads,  # heads are split whole
+        "KH": config.num_kv_heads,
+        "F": config.mlp_dim,
+    }
+    flat = {}
+    for path in leaf_paths(config, runtime.layer_layout, head):
+        axes = axes_of(path)
+        entries = list(spec(axes, runtime.rules.weights))
+        for index, letter in enumerate(axes.split()):
+            names = entries[index]
+            ways = _size(mesh, names) if names else 1
+            if ways == 1 or sizes[letter] % ways == 0:
+                continue
+            if letter == "V" or (letter == "KH" and sizes[letter] < ways):
+                entries[index] = None
+                continue
+            raise MeshError(
+                f"{path}: axis {letter} of {sizes[letter]} is not divisible by mesh "
+                f"axis {names} of {ways}; change --mesh"
+            )
+        flat[path] = NamedSharding(mesh, PartitionSpec(*entries))
+    return unflatten(flat)
+
+
+def cache_shardings(
+    config: LlamaConfig, runtime: Runtime, mesh: Mesh, batch: int
+) -> KVCache:
+    """The placement of a cache: rows over `data` and `fsdp`, heads over `tensor`."""
+    entries: list[Any] = list(spec("B K S H", runtime.rules.activations))
+    for index, size in enumerate((batch, config.num_kv_heads)):
+        if entries[index] and size % _size(mesh, entries[index]):
+            entries[index] = None
+    layer = NamedSharding(mesh, PartitionSpec(*entries))
+    layers = (layer,) * config.num_layers
+    return KVCache(layers, layers, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
+
+
+def _size(mesh: Mesh, names: str | MeshAxes) -> int:
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(mesh.shape[name] for name in names)

@@ -1,0 +1,40 @@
+"""Names for the arrays and trees that signatures speak of.
+
+Letters: B batch, T query length, S cache slots, L layers, D model width, N query
+heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+Params: TypeAlias = Mapping[str, Any]
+"""A nested dict whose leaves are arrays (or, before loading, descriptions of them)."""
+
+FlatParams: TypeAlias = Mapping[str, Any]
+"""The same tree flat: `"transformer/layers/0/attention/q_proj"` to leaf."""
+
+Mesh: TypeAlias = jax.sharding.Mesh
+
+Tokens: TypeAlias = Int[Array, "B T"]
+Lengths: TypeAlias = Int[Array, " B"]
+Hidden: TypeAlias = Float[Array, "B T D"]
+Logits: TypeAlias = Float[Array, "B V"]
+
+__all__ = [
+    "Array",
+    "Bool",
+    "FlatParams",
+    "Float",
+    "Hidden",
+    "Int",
+    "Lengths",
+    "Logits",
+    "Mesh",
+    "PRNGKeyArray",
+    "Params",
+    "Tokens",
+    "UInt32",
+]
