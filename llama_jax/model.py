@@ -20,7 +20,16 @@ from llama_jax.params import weight_shape
 from llama_jax.rope import RopeTables, apply_rope, rope_tables
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import constrain, param_shardings
-from llama_jax.types import Array, Float, Hidden, Int, Mesh, Params, PRNGKeyArray, Tokens
+from llama_jax.types import (
+    Array,
+    Float,
+    Hidden,
+    Int,
+    Mesh,
+    Params,
+    PRNGKeyArray,
+    Tokens,
+)
 
 _INIT_SCALE = 0.02
 
@@ -38,7 +47,7 @@ class _Module(nn.Module):
         init = nn.initializers.normal(scale)
         return self.param(name, init, shape, jnp.dtype(self.runtime.weight_dtype))
 
-    def part(self, module: type["_Module"], name: str | None = None, **fields: Any):  # noqa: ANN201
+    def part(self, module: type["_Module"], name: str | None = None, **fields: Any):
         """A submodule with the same facts, choices and devices."""
         return module(self.config, self.runtime, self.mesh, name=name, **fields)
 

@@ -73,7 +73,9 @@ class Runtime:
         ):
             if value not in allowed:
                 choices = ", ".join(str(choice) for choice in allowed)
-                raise ConfigError(f"runtime: {name} is {value!r}; choose from {choices}")
+                raise ConfigError(
+                    f"runtime: {name} is {value!r}; choose from {choices}"
+                )
 
     @property
     def weight_dtype(self) -> DType:

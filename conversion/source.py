@@ -1,0 +1,65 @@
+"""What every reader of a foreign checkpoint hands over."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.conversion.rules import Format, plan
+from llama_jax.errors import ConfigError
+from llama_jax.leaves import LazyLeaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A foreign checkpoint, opened: what it is, and tensors that can be read.
+
+    Attributes:
+      path: of the folder or file.
+      form: the rules of its format.
+      config: what it says it is.
+      context: where `config.max_seq_len` comes from, in words.
+      tensors: by foreign name, whole (ranks joined), read when wanted.
+      checksums: md5 of some of its files, where it comes with a list of them.
+    """
+
+    path: pathlib.Path
+    form: Format
+    config: LlamaConfig
+    context: str
+    tensors: Mapping[str, LazyLeaf]
+    checksums: Mapping[pathlib.Path, str] = dataclasses.field(default_factory=dict)
+
+    def leaves(self, dtype: Any = None) -> dict[str, LazyLeaf]:
+        """Our leaves, in `dtype`; see `rules.plan`."""
+        return plan(self.form, self.tensors, self.config, where=self.path, dtype=dtype)
+
+
+_ALIKE = (
+    "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size",
+    "rope_theta",
+)  # fmt: skip
+
+
+def published_context(config: LlamaConfig, where: Any) -> tuple[int, str]:
+    """The longest sequence of the published model with these sizes, and its name.
+
+    LLaMA 1 and Llama 2 of 7B and 13B differ in nothing else but epsilon, so that it
+    decides between presets that are otherwise alike.
+
+    Raises:
+      ConfigError: no published model has them.
+    """
+    alike = {
+        name: known
+        for name, known in PRESETS.items()
+        if all(getattr(known, field) == getattr(config, field) for field in _ALIKE)
+    }
+    same = {n: known for n, known in alike.items() if known.norm_eps == config.norm_eps}
+    for name, known in (same or alike).items():
+        return known.max_seq_len, f"as published for {name}"
+    raise ConfigError(
+        f"{where}: says nothing about the longest sequence, and no published model has "
+        "these sizes; give it with --max-seq-len (max_seq_len=)"
+    )

@@ -1,0 +1,199 @@
+"""The pickle in a `.pth` file, read without executing anything of it.
+
+Its opcodes are interpreted here, names stay names, and a call is understood only if
+it is one of the few that rebuild a tensor; anything else is refused by name.
+"""
+
+import io
+import pathlib
+import pickletools
+import struct
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.errors import CheckpointError
+
+FIX = "download the file again"
+
+_STORAGES = {
+    "torch FloatStorage": np.dtype(np.float32),
+    "torch HalfStorage": np.dtype(np.float16),
+    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+}
+_ORDERED_DICT = "collections OrderedDict"
+_REBUILD = "torch._utils _rebuild_tensor_v2"
+_REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
+_NAMES = {*_STORAGES, _ORDERED_DICT, _REBUILD, _REBUILD_PARAMETER}
+
+
+class Storage(NamedTuple):
+    """One raw file of the archive."""
+
+    dtype: np.dtype
+    key: str
+    numbers: int
+
+
+class Tensor(NamedTuple):
+    """A view of a storage, as the pickle describes it: nothing here is checked."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_pickle(data: bytes, path: pathlib.Path) -> Any:
+    """What a state dict's pickle describes: dicts by name, and `Tensor`s.
+
+    Args:
+      data: the pickle.
+      path: of the file it is from, for messages.
+
+    Raises:
+      CheckpointError: it is damaged, or needs what no state dict needs.
+    """
+    return _Unpickler(path).load(data)
+
+
+class _Name(str):
+    """A global of the pickle: only ever a name."""
+
+
+class _Mark:
+    """Where on the stack a tuple or the items of a dict begin."""
+
+
+class _Unpickler:
+    """The part of the pickle machine that a state dict uses."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+
+    def load(self, data: bytes) -> Any:
+        """Run the machine to its STOP."""
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        opcode = None
+        try:
+            for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):
+                if opcode.name == "STOP":
+                    return self.stack.pop()
+                self._step(opcode.name, arg)
+        except CheckpointError:
+            raise
+        # What a damaged pickle can do to pickletools and to the few lines below.
+        except (
+            ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
+            struct.error,
+        ) as error:  # fmt: skip
+            at = f" at {opcode.name}" if opcode else ""
+            raise CheckpointError(
+                f"{self.path}: its pickle is damaged{at} ({error}); {FIX}"
+            ) from error
+        raise CheckpointError(f"{self.path}: its pickle has no end; {FIX}")
+
+    def _step(self, name: str, arg: Any) -> None:
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(arg)
+            case "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(arg)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True}.get(name, False))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "MARK":
+                stack.append(_Mark())
+            case "TUPLE":
+                stack.append(tuple(self._since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                items = [stack.pop() for _ in range(count)]
+                stack.append(tuple(reversed(items)))
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._set_items([key, value])
+            case "SETITEMS":
+                self._set_items(self._since_mark())
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[arg] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[arg])
+            case "GLOBAL":
+                stack.append(self._global(arg))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(self._global(f"{module} {attribute}"))
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(self._call(function, arguments))
+            case "BUILD":  # attributes of an OrderedDict: `_metadata` of a module
+                stack.pop()
+                if not isinstance(stack[-1], dict):
+                    raise ValueError("attributes of something that is no state dict")
+            case _:
+                raise CheckpointError(
+                    f"{self.path}: its pickle uses {name}, which a state dict does "
+                    "not need; it may be malicious, get the file from another source"
+                )
+
+    def _since_mark(self) -> list[Any]:
+        items = []
+        while not isinstance(item := self.stack.pop(), _Mark):
+            items.append(item)
+        return items[::-1]
+
+    def _set_items(self, items: list[Any]) -> None:
+        if len(items) % 2 or not isinstance(self.stack[-1], dict):
+            raise ValueError("items for something that is no dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str):
+                raise ValueError(f"a key that is no text: {key!r}")
+            if key in self.stack[-1]:
+                raise ValueError(f"{key!r} occurs twice")
+            self.stack[-1][key] = value
+
+    def _global(self, name: str) -> _Name:
+        if name not in _NAMES:
+            raise CheckpointError(
+                f"{self.path}: its pickle asks for {name.replace(' ', '.')!r}, which "
+                "is not part of a plain state dict and was not executed; get the "
+                "weights as plain float32, float16 or bfloat16 tensors"
+            )
+        return _Name(name)
+
+    def _storage(self, id: Any) -> Storage:
+        kind, name, key, _, count = id
+        if kind != "storage" or not isinstance(name, _Name) or name not in _STORAGES:
+            raise ValueError("a persistent id that is no storage")
+        if not isinstance(key, str) or type(count) is not int or count < 0:
+            raise ValueError("a storage without key or size")
+        return Storage(_STORAGES[name], key, count)
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise ValueError("a call of something that is no function")
+        if function == _ORDERED_DICT and arguments == ():
+            return {}
+        if function == _REBUILD_PARAMETER and isinstance(arguments[0], Tensor):
+            return arguments[0]
+        if function == _REBUILD:
+            storage, offset, shape, strides = arguments[:4]
+            numbers = (offset, *shape, *strides)
+            sane = all(type(n) is int and n >= 0 for n in numbers)
+            sane = sane and len(shape) == len(strides) <= 8
+            if sane and isinstance(storage, Storage):
+                return Tensor(storage, offset, tuple(shape), tuple(strides))
+        raise ValueError(f"a call of {function} that makes no sense")

@@ -1,0 +1,41 @@
+"""Fixtures every test may use; eight CPU devices unless the environment says else."""
+
+# ruff: noqa: E402 (what follows the first block may import jax, which reads it)
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+import hypothesis
+import pytest
+
+from llama_jax.tokenizer import Tokenizer
+
+# Compilation makes a first example slow, so no example has a deadline.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+hypothesis.settings.register_profile(
+    "ci", parent=hypothesis.settings.get_profile("default"), derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def assets() -> pathlib.Path:
+    """Folder of real tokenizers, weights and golden outputs; skips where absent."""
+    named = os.environ.get("LLAMA_JAX_ASSETS", "../shared/assets")
+    path = (_ROOT / named).resolve()
+    if not path.is_dir():
+        pytest.skip(f"no assets at {path}; name their folder in LLAMA_JAX_ASSETS")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer(assets: pathlib.Path) -> Tokenizer:
+    """Llama 2's tokenizer: 32,000 pieces."""
+    return Tokenizer.from_file(assets / "tokenizers" / "llama2.model")
