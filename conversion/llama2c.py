@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -102,14 +103,18 @@ def tokenizer_model(path: pathlib.Path) -> bytes:
             break
         pieces.append((text, score))
         offset += 8 + size
-    if len(data) < 4 or offset != len(data) or len(pieces) < 3:
+    # The special pieces lie between newlines there.
+    special = [text.strip(b"\n") for text, _ in pieces[:3]]
+    if offset != len(data) or special != [b"<unk>", b"<s>", b"</s>"]:
         raise TokenizerError(
             f"{path}: is not a llama2.c tokenizer, or damaged at byte {offset}; "
             "download it again"
         )
     return b"".join(
         [
-            *(_field(1, _piece(i, *piece)) for i, piece in enumerate(pieces)),
+            _field(1, _piece(special[0], 0.0, _UNKNOWN)),
+            *(_field(1, _piece(text, 0.0, _CONTROL)) for text in special[1:]),
+            *(_field(1, _piece(*piece)) for piece in pieces[3:]),
             _field(2, _trainer_spec(len(pieces))),
             _field(3, _NORMALIZER_SPEC),
         ]
@@ -157,19 +162,13 @@ def _tensor(path: pathlib.Path, shape: tuple[int, ...], offset: int) -> LazyLeaf
 # SentencePiece's ModelProto, written by hand: field numbers and types as in its
 # sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-_SPECIAL = {b"<unk>": _UNKNOWN, b"<s>": _CONTROL, b"</s>": _CONTROL}
 
 
-def _piece(id: int, text: bytes, score: float) -> bytes:
+def _piece(text: bytes, score: float, kind: int = _NORMAL) -> bytes:
     """SentencePiece: 1 piece, 2 score, 3 type."""
-    kind = _NORMAL
-    if id < 3:
-        text = text.strip(b"\n ")  # llama2.c puts the special ones between newlines
-        kind = _SPECIAL.get(text, _NORMAL)
-    elif len(text) == 6 and text.startswith(b"<0x") and text.endswith(b">"):
+    if kind == _NORMAL and re.fullmatch(rb"<0x[0-9A-F]{2}>", text):
         kind = _BYTE
-    else:
-        text = text.replace(b" ", "▁".encode())
+    text = text.replace(b" ", "▁".encode())
     return _field(1, text) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
 
 

@@ -201,7 +201,8 @@ def plan(
         shape = axes_shape(rule.pattern.split(" -> ")[1], sizes)
 
         def read() -> np.ndarray:
-            array = rearrange(rule.pattern, tensor.read(), sizes, kind)
+            with np.errstate(over="ignore"):  # looked for below
+                array = rearrange(rule.pattern, tensor.read(), sizes, kind)
             if kind == np.float16 and tensor.dtype != kind:
                 _check_finite(array, rule.source, where)
             return array

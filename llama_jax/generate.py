@@ -26,7 +26,7 @@ class Options(TypedDict, total=False):
     """What every way of generating takes.
 
     Keys:
-      max_new_tokens: the most tokens of a completion; by default what the context holds.
+      max_new_tokens: the most tokens of a completion; by default what fits the context.
       sampling: a `Sampling`, or one for each prompt.
       num_samples: completions per prompt.
       stop: strings that end a completion; they are not part of it.

@@ -1,0 +1,259 @@
+"""`python -m llama_jax.sample`: a model writes, answers or fills a gap.
+
+    python -m llama_jax.sample
+    python -m llama_jax.sample --checkpoint DIR --prompt "The capital of France is"
+    python -m llama_jax.sample --checkpoint DIR --chat
+    python -m llama_jax.sample --checkpoint DIR --infill "def add(a, b):" "return c"
+
+Text goes to standard output as it is made, everything else to standard error.
+"""
+
+import argparse
+import pathlib
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llama_jax import cli
+from llama_jax.chat import Conversation
+from llama_jax.checkpoint import Loaded
+from llama_jax.complete import infilling_stop_ids
+from llama_jax.display import Clock, print_json, print_text
+from llama_jax.errors import PromptError
+from llama_jax.generate import stream
+from llama_jax.prompts import (
+    FORMATS,
+    Dialog,
+    Message,
+    PromptFormat,
+    completion_prompt,
+    default_format,
+    get_format,
+    infilling_prompt,
+)
+from llama_jax.sampling import Sampling
+
+STORY = "Once upon a time"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit status."""
+    args = parse(argv)
+    clock = Clock()
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=secrets.randbits(32) if args.seed is None else args.seed,
+    )
+    request = read_prompt(args)
+    loaded = cli.load_from(args)
+    clock.loaded()
+    options: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": sampling,
+        "num_samples": args.num_samples,
+        "stop": tuple(args.stop),
+        "logprobs": args.logprobs,
+    }
+    if args.infill:
+        prefix, suffix = args.infill
+        options |= {"stop_ids": infilling_stop_ids(loaded.tokenizer)}
+        options |= {"after_marker": True}
+        ids = infilling_prompt(
+            loaded.tokenizer, prefix, suffix, suffix_first=args.suffix_first
+        )
+    elif is_dialog(args):
+        style = get_format(args.format) if args.format else None
+        style = style or default_format(loaded.tokenizer)
+        options |= {
+            "stop_ids": style.stop_ids(loaded.tokenizer),
+            "stop": (*style.stop_strings, *args.stop),
+        }
+        if request is None:
+            talk(loaded, style, args.system, options)
+            return 0
+        ids = style.encode(loaded.tokenizer, dialog(args.system, request))
+    else:
+        request = STORY if request is None else request
+        if not request:
+            raise PromptError("--prompt is empty; write at least a character")
+        # A text and its continuation are one text, with the space between them. A new
+        # beginning is an end too: that is how llama2.c's models separate texts.
+        tokenizer = loaded.tokenizer
+        options |= {"echo": not args.json}
+        options |= {"stop_ids": (tokenizer.eos_id, tokenizer.bos_id)}
+        ids = completion_prompt(loaded.tokenizer, request)
+    deltas = clock.watch(stream(loaded, [ids], **options))
+    if args.json:
+        facts: dict[str, Any] = {"prompt": request, "seed": sampling.seed}
+        if args.infill:
+            facts |= {"prompt": prefix, "suffix": suffix}
+        print_json(loaded, deltas, ids, facts, args.num_samples)
+    else:
+        if args.infill:
+            print(prefix, end="", flush=True)
+        print_text(loaded, deltas, args.infill[1] if args.infill else "")
+    clock.report(sampling.seed)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked as far as that needs no model."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax.sample",
+        description="Let a Llama write, answer or fill a gap. Text goes to standard "
+        "output as it is made; times and errors go to standard error.",
+        epilog="Without any flag, the small model that comes with the package tells a "
+        "story. Ctrl-C stops.",
+    )
+    cli.add_model_arguments(parser)
+    group = parser.add_argument_group("what to write")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument("--prompt", metavar="TEXT", help="text to continue, or a message")
+    kind.add_argument(
+        "--prompt-file",
+        metavar="F",
+        help="the same from a file (- is standard input); its last line end is dropped",
+    )
+    kind.add_argument(
+        "--infill",
+        nargs=2,
+        metavar=("PREFIX", "SUFFIX"),
+        help="write what belongs between the two (Code Llama 7B, 13B)",
+    )
+    group.add_argument(
+        "--suffix-first",
+        action="store_true",
+        help="with --infill: show the model the suffix before the prefix",
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message to answer; without one, talk (/help says how)",
+    )
+    group.add_argument(
+        "--system", metavar="TEXT", help="system message; implies --chat"
+    )
+    group.add_argument(
+        "--format",
+        metavar="NAME",
+        help="prompt format; implies --chat: "
+        f"{', '.join(FORMATS)} (default: that of Meta's chat models)",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=cli.positive,
+        default=512,
+        metavar="N",
+        help="length limit of a completion (default: 512)",
+    )
+    group.add_argument(
+        "--num-samples",
+        type=cli.positive,
+        default=1,
+        metavar="N",
+        help="completions of the prompt (default: 1)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="STR",
+        help="end a completion before this text; can be repeated",
+    )
+    group = parser.add_argument_group("sampling")
+    for flag, kind_of, default, text in (
+        ("--temperature", float, 0.6, "0 always takes the likeliest token"),
+        ("--top-p", float, 0.9, "keep the likeliest tokens that hold this much mass"),
+        ("--top-k", int, 0, "keep this many of the likeliest tokens; 0 keeps all"),
+        ("--min-p", float, 0.0, "keep tokens this likely, relative to the likeliest"),
+        ("--repetition-penalty", float, 1.0, "above 1 avoids tokens seen before"),
+        ("--presence-penalty", float, 0.0, "above 0 avoids tokens written before"),
+        ("--frequency-penalty", float, 0.0, "the same, for each time they were"),
+    ):
+        group.add_argument(
+            flag, type=kind_of, default=default, help=f"{text} (default: {default})"
+        )
+    group.add_argument(
+        "--seed", type=int, help="of the random numbers (default: random, and printed)"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="also give each token's log-probability and the N likeliest in its place",
+    )
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per completion and line: prompt, completion, token_ids, "
+        "finish_reason, prompt_tokens, completion_tokens, seed, and logprobs if asked",
+    )
+    args = parser.parse_args(argv)
+    if args.infill and is_dialog(args):
+        parser.error("--infill takes neither --chat nor --system nor --format")
+    if args.suffix_first and not args.infill:
+        parser.error("--suffix-first belongs to --infill")
+    if args.json and is_dialog(args) and read_prompt(args, check=True) is None:
+        parser.error("--json with --chat needs --prompt or --prompt-file")
+    return args
+
+
+def is_dialog(args: argparse.Namespace) -> bool:
+    """Whether the prompt is a message to answer, not a text to continue."""
+    return bool(args.chat or args.format or args.system is not None)
+
+
+def read_prompt(args: argparse.Namespace, *, check: bool = False) -> str | None:
+    """The prompt's text, None if there is none (`check`: do not read the file)."""
+    if args.prompt_file is None:
+        prompt: str | None = args.prompt
+        return prompt
+    if check:
+        return ""
+    try:
+        if args.prompt_file == "-":
+            text = sys.stdin.read()
+        else:
+            text = pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(
+            f"--prompt-file: cannot read {args.prompt_file}: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"--prompt-file: {args.prompt_file} is not UTF-8 text (byte {error.start})"
+        ) from error
+    return text.removesuffix("\n")
+
+
+def dialog(system: str | None, message: str) -> list[Message]:
+    """A dialog of one message."""
+    turns: list[Message] = [{"role": "user", "content": message}]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def talk(
+    loaded: Loaded, style: PromptFormat, system: str | None, options: dict[str, Any]
+) -> None:
+    """A conversation; each answer draws random numbers of its own."""
+    first: Sampling = options["sampling"]
+
+    def answer(dialog: Dialog) -> Iterator[str]:
+        ids = style.encode(loaded.tokenizer, dialog)
+        for delta in stream(loaded, [ids], **options | {"num_samples": 1}):
+            yield delta.text
+
+    print(f"seed {first.seed}, format {style.name}", file=sys.stderr)
+    Conversation(answer, system).loop()
+
+
+if __name__ == "__main__":
+    cli.run(main)

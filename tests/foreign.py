@@ -1,0 +1,257 @@
+"""Writes foreign checkpoints for tests, and says what must become of them.
+
+Nothing here is shared with `llama_jax.conversion`: the mapping is written out once
+more, index by index, so that the two can disagree.
+"""
+
+import json
+import pathlib
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+
+TINY = LlamaConfig(
+    vocab_size=272,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=4,
+    mlp_dim=96,
+    max_seq_len=64,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tied_embeddings=False,
+)
+STORAGES = {
+    np.dtype(np.float32): "FloatStorage",
+    np.dtype(np.float16): "HalfStorage",
+    np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
+    np.dtype(np.float64): "DoubleStorage",
+}
+ROWS_SPLIT = ("wq", "wk", "wv", "w1", "w3", "output")
+COLUMNS_SPLIT = ("wo", "w2", "tok_embeddings")
+
+
+def meta_tensors(
+    config: LlamaConfig, *, seed: int = 0, dtype: Any = np.float32
+) -> dict[str, np.ndarray]:
+    """Random weights under Meta's names, whole."""
+    rng = np.random.default_rng(seed)
+    D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
+    NH = config.num_heads * config.head_dim
+    KH = config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (V, D)}
+    for layer in range(config.num_layers):
+        shapes |= {
+            f"layers.{layer}.attention.wq.weight": (NH, D),
+            f"layers.{layer}.attention.wk.weight": (KH, D),
+            f"layers.{layer}.attention.wv.weight": (KH, D),
+            f"layers.{layer}.attention.wo.weight": (D, NH),
+            f"layers.{layer}.feed_forward.w1.weight": (F, D),
+            f"layers.{layer}.feed_forward.w2.weight": (D, F),
+            f"layers.{layer}.feed_forward.w3.weight": (F, D),
+            f"layers.{layer}.attention_norm.weight": (D,),
+            f"layers.{layer}.ffn_norm.weight": (D,),
+        }
+    shapes |= {"norm.weight": (D,), "output.weight": (V, D)}
+    return {
+        name: rng.standard_normal(shape, np.float32).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def ours_from_meta(
+    config: LlamaConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What the weights of `meta_tensors` are under our paths."""
+    ours = {
+        "transformer/embedding": tensors["tok_embeddings.weight"],
+        "transformer/final_norm/scale": tensors["norm.weight"],
+    }
+    if "output.weight" in tensors:
+        ours["lm_head"] = tensors["output.weight"].T
+    for layer in range(config.num_layers):
+        old, new = f"layers.{layer}.", f"transformer/layers/{layer}/"
+        for heads, name, path in (
+            (config.num_heads, "wq", "q_proj"),
+            (config.num_kv_heads, "wk", "k_proj"),
+        ):
+            weight = tensors[f"{old}attention.{name}.weight"]
+            half_split = np.empty((weight.shape[1], weight.shape[0]), weight.dtype)
+            H = config.head_dim
+            for head in range(heads):
+                for pair in range(H // 2):
+                    for side in range(2):
+                        row = weight[head * H + 2 * pair + side]
+                        half_split[:, head * H + side * (H // 2) + pair] = row
+            ours[f"{new}attention/{path}"] = half_split
+        for name, path in (
+            ("attention.wv", "attention/v_proj"),
+            ("attention.wo", "attention/o_proj"),
+            ("feed_forward.w1", "mlp/gate_proj"),
+            ("feed_forward.w3", "mlp/up_proj"),
+            ("feed_forward.w2", "mlp/down_proj"),
+        ):
+            ours[new + path] = tensors[f"{old}{name}.weight"].T
+        ours[f"{new}attention_norm/scale"] = tensors[f"{old}attention_norm.weight"]
+        ours[f"{new}mlp_norm/scale"] = tensors[f"{old}ffn_norm.weight"]
+    return ours
+
+
+def meta_params(config: LlamaConfig, **changes: Any) -> dict[str, Any]:
+    """A `params.json`; F must be at least what Meta's rule gives before rounding."""
+    assert config.mlp_dim >= 8 * config.embed_dim // 3
+    params = {
+        "dim": config.embed_dim,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "multiple_of": config.mlp_dim,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "vocab_size": -1,
+    }
+    return params | changes
+
+
+def write_meta(
+    folder: pathlib.Path,
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    ranks: int = 1,
+    embedding_axis: int = 1,
+    params: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """One of Meta's folders, without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(ranks):
+        part = {}
+        for name, array in tensors.items():
+            kind = name.split(".")[-2]
+            axis = 0 if kind in ROWS_SPLIT else 1 if kind in COLUMNS_SPLIT else None
+            if kind == "tok_embeddings":
+                axis = embedding_axis
+            part[name] = (
+                array if axis is None else np.split(array, ranks, axis=axis)[rank]
+            )
+        write_pth(folder / f"consolidated.{rank:02}.pth", part)
+    described = meta_params(config) if params is None else dict(params)
+    (folder / "params.json").write_text(json.dumps(described))
+    return folder
+
+
+def write_pth(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    pickle: bytes | None = None,
+    entries: Mapping[str, bytes] | None = None,
+    compression: int = zipfile.ZIP_STORED,
+) -> None:
+    """A file as `torch.save` writes a state dict."""
+    files = {"data.pkl": pickle or state_dict_pickle(tensors), "byteorder": b"little"}
+    files |= {
+        f"data/{key}": np.ascontiguousarray(array).tobytes()
+        for key, array in enumerate(tensors.values())
+    }
+    files |= {"version": b"3\n"} | dict(entries or {})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(f"archive/{name}", content)
+
+
+def state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The pickle of a dict of contiguous tensors, one storage each, by hand."""
+    out = b"\x80\x02}("
+    for key, (name, array) in enumerate(tensors.items()):
+        out += text(name) + tensor(
+            STORAGES[array.dtype], str(key), array.size, 0, array.shape
+        )
+    return out + b"u."
+
+
+def tensor(
+    storage: str,
+    key: str,
+    numbers: int,
+    offset: int,
+    shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+) -> bytes:
+    """The opcodes of one tensor."""
+    if strides is None:
+        strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
+    storage_id = (
+        b"(" + text("storage") + f"ctorch\n{storage}\n".encode() + text(key)
+        + text("cpu") + integer(numbers) + b"tQ"
+    )  # fmt: skip
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage_id + integer(offset)
+        + b"(" + b"".join(map(integer, shape)) + b"t"
+        + b"(" + b"".join(map(integer, strides)) + b"t"
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )  # fmt: skip
+
+
+def text(value: str) -> bytes:
+    """BINUNICODE."""
+    content = value.encode()
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def integer(value: int) -> bytes:
+    """BININT, or LONG1 where that is too short."""
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+
+
+LLAMA2C_ORDER = (
+    "tok_embeddings.weight", "layers.{}.attention_norm.weight",
+    "layers.{}.attention.wq.weight", "layers.{}.attention.wk.weight",
+    "layers.{}.attention.wv.weight", "layers.{}.attention.wo.weight",
+    "layers.{}.ffn_norm.weight", "layers.{}.feed_forward.w1.weight",
+    "layers.{}.feed_forward.w2.weight", "layers.{}.feed_forward.w3.weight",
+    "norm.weight",
+)  # fmt: skip
+
+
+def write_llama2c(
+    path: pathlib.Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray]
+) -> pathlib.Path:
+    """A llama2.c checkpoint (legacy export) of weights under Meta's names."""
+    vocab_size = config.vocab_size if config.tied_embeddings else -config.vocab_size
+    with path.open("wb") as file:
+        D, F, L = config.embed_dim, config.mlp_dim, config.num_layers
+        heads = config.num_heads, config.num_kv_heads
+        file.write(struct.pack("<7i", D, F, L, *heads, vocab_size, config.max_seq_len))
+        for name in LLAMA2C_ORDER:
+            for layer in range(config.num_layers if "{}" in name else 1):
+                file.write(tensors[name.format(layer)].astype("<f4").tobytes())
+        tables = 2 * config.max_seq_len * (config.head_dim // 2)
+        file.write(np.full(tables, 7.0, "<f4").tobytes())
+        if not config.tied_embeddings:
+            file.write(tensors["output.weight"].astype("<f4").tobytes())
+    return path
+
+
+def write_llama2c_tokenizer(path: pathlib.Path, pieces: int = 272) -> pathlib.Path:
+    """A llama2.c tokenizer of the special pieces, all bytes, and some letters."""
+    letters = [" ", "e", "t", "a", " t", "he", " the", "o", "n", "in", "an", "h", "i"]
+    all_pieces = ["<unk>", "\n<s>\n", "\n</s>\n"]
+    all_pieces += [f"<0x{byte:02X}>" for byte in range(256)] + letters
+    all_pieces += [chr(0x4E00 + i) for i in range(pieces - len(all_pieces))]
+    encoded = [piece.encode() for piece in all_pieces[:pieces]]
+    content = struct.pack("<i", max(map(len, encoded)))
+    for id, piece in enumerate(encoded):
+        content += struct.pack("<fi", -float(id), len(piece)) + piece
+    path.write_bytes(content)
+    return path
