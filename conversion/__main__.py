@@ -16,8 +16,6 @@ from llama_jax.runtime import DType
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and return the exit status: 2 with one sentence where that failed."""
     args = _parser().parse_args(argv)
-    # What a scheduler sends first; as an exception it lets the folder be removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with _progress_bar() as progress:
             done = convert(
@@ -101,4 +99,6 @@ def _summary(dst: str, done: Converted) -> str:
 
 
 if __name__ == "__main__":
+    # What a scheduler sends first; as an exception it lets the folder be removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

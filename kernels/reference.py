@@ -36,18 +36,22 @@ def attention(
         if q.dtype == jnp.float32
         else jax.lax.Precision.DEFAULT
     )
-    grouped = q.reshape(batch, queries, groups, heads // groups, width)
+    # Queries and their groups in one axis, behind the heads: as plain batched matrix
+    # products neither side of which need be transposed. XLA would turn the operands of
+    # the shorter `BTKGH,BKSH->BKGTS`, and with one row of queries copy all keys.
+    grouped = (batch, queries, groups, heads // groups, width)
+    q_rows = q.reshape(grouped).swapaxes(1, 2).reshape(batch, groups, -1, width)
     scores = jnp.einsum(
-        "BTKGH,BKSH->BKGTS",
-        grouped,
+        "BKQH,BKSH->BKQS",
+        q_rows,
         k.astype(q.dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
     mask = causal_mask(q_start, segment_ids, queries, k.shape[2])
-    scores = jnp.where(mask[:, None, None], scores * width**-0.5, -jnp.inf)
+    mask = jnp.repeat(mask, heads // groups, axis=1)[:, None]
+    scores = jnp.where(mask, scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum(
-        "BKGTS,BKSH->BTKGH", weights, v.astype(q.dtype), precision=precision
-    )
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v.astype(q.dtype), precision=precision)
+    out = out.reshape(batch, groups, queries, heads // groups, width).swapaxes(1, 2)
     return out.reshape(batch, queries, heads, width)

@@ -14,6 +14,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -248,20 +249,29 @@ def new_folder(path: Path) -> Iterator[pathlib.Path]:
         )
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{partial}: cannot be made ({error.strerror}); choose a folder where you "
-            "may write"
-        ) from error
-    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{partial}: cannot be made ({error.strerror}); choose a folder where "
+                "you may write"
+            ) from error
         yield partial
         if path.exists():
             path.rmdir()
         partial.rename(path)
     except BaseException:  # Ctrl-C too
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Remove a folder in which Orbax's threads may be about to make another one."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
 
 
 def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:

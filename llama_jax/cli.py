@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import NoReturn, get_args
 
 from llama_jax.checkpoint import Loaded
 from llama_jax.errors import LlamaJaxError
@@ -70,14 +70,16 @@ def positive(text: str) -> int:
     return number
 
 
-def run(main: Callable[[Sequence[str] | None], int]) -> None:
+def run(
+    main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
+) -> NoReturn:
     """Run a command and exit: 2 after one sentence for bad input, 130 after Ctrl-C."""
     # Model output is Unicode whatever the locale says.
     for channel in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             channel.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     try:
-        status = main(None)
+        status = main(argv)
         sys.stdout.flush()
     except (LlamaJaxError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough

@@ -67,7 +67,10 @@ def chat_completion(
     style = get_format(format) if isinstance(format, str) else format
     style = style or default_format(tokenizer)
     options.setdefault("stop_ids", style.stop_ids(tokenizer))
-    options["stop"] = (*style.stop_strings, *options.get("stop", ()))
+    stop = options.get("stop", ())
+    if isinstance(stop, str):
+        raise PromptError(f"stop: {stop!r} must be a list of strings")
+    options["stop"] = (*style.stop_strings, *stop)
     prompts: list[list[int] | None] = []
     for dialog in dialogs:
         try:
@@ -77,6 +80,10 @@ def chat_completion(
     num_samples = options.get("num_samples", 1)
     sampling = options.get("sampling", Sampling())
     if not isinstance(sampling, Sampling):
+        if len(sampling) != len(dialogs):
+            raise PromptError(
+                f"{len(sampling)} sampling settings, {len(dialogs)} dialogs"
+            )
         pairs = zip(sampling, prompts, strict=True)
         options["sampling"] = [setting for setting, ids in pairs if ids is not None]
     safe = iter(

@@ -16,13 +16,13 @@ def print_text(loaded: Loaded, deltas: Iterator[Delta], suffix: str) -> None:
     """The first completion as it is made, the others whole, one after another."""
     waiting: dict[int, list[str]] = {}
     for delta in deltas:
-        if delta.index == 0:
+        if delta.completion == 0:
             print(delta.text, end="", flush=True)
         else:
-            waiting.setdefault(delta.index, []).append(delta.text)
+            waiting.setdefault(delta.completion, []).append(delta.text)
         if delta.logprobs is not None:
             print_logprobs(loaded, delta)
-        if delta.finish_reason and delta.index == 0:
+        if delta.finish_reason and delta.completion == 0:
             print(suffix)
     for index in sorted(waiting):
         print(f"\n--- {index + 1} ---\n{''.join(waiting[index])}{suffix}")
@@ -35,7 +35,7 @@ def print_logprobs(loaded: Loaded, delta: Delta) -> None:
         logprob = (delta.logprobs or ())[place]
         top = (delta.top_logprobs or ())[place]
         others = "  ".join(f"{text(id)!r} {value:.4f}" for id, value in top)
-        line = f"[{delta.index}] {text(token)!r} {logprob:.4f}"
+        line = f"[{delta.completion}] {text(token)!r} {logprob:.4f}"
         print(f"{line}   | {others}" if others else line, file=sys.stderr)
 
 
@@ -49,13 +49,13 @@ def print_json(
     """A line for each completion, in the order in which they end."""
     parts: list[list[Delta]] = [[] for _ in range(num_samples)]
     for delta in deltas:
-        mine = parts[delta.index]
+        mine = parts[delta.completion]
         mine.append(delta)
         if delta.finish_reason is None:
             continue
         tokens = [token for part in mine for token in part.token_ids]
         line = facts | {
-            "index": delta.index,
+            "index": delta.completion,
             "completion": "".join(part.text for part in mine),
             "token_ids": tokens,
             "finish_reason": delta.finish_reason,

@@ -47,10 +47,10 @@ class Options(TypedDict, total=False):
 class Delta(NamedTuple):
     """What is new in one completion.
 
-    `index` counts completions, prompt by prompt; `finish_reason` is set in its last.
+    `completion` counts them, prompt by prompt; `finish_reason` is set in the last.
     """
 
-    index: int
+    completion: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
@@ -123,7 +123,9 @@ def stream(
     if (max_new_tokens is not None and max_new_tokens < 1) or num_samples < 1:
         raise PromptError("max_new_tokens and num_samples must be at least 1")
     if logprobs is not None and not 0 <= logprobs <= config.vocab_size:
-        raise PromptError(f"logprobs is {logprobs}; it must be 0 or more")
+        raise PromptError(
+            f"logprobs is {logprobs}; it must be between 0 and {config.vocab_size}"
+        )
     if not prompts:
         return
     settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
@@ -131,7 +133,7 @@ def stream(
         raise PromptError(f"{len(settings)} sampling settings, {len(prompts)} prompts")
     if stop_ids is None:
         stop_ids = (tokenizer.eos_id,)
-    rows = []
+    rows: list[_Row] = []
     for number, prompt in enumerate(prompts):
         check_prompt(loaded, prompt, f"prompt {number + 1}")
         room = config.max_seq_len - len(prompt)
@@ -293,7 +295,7 @@ def generate(
     owners = [tuple(prompt) for prompt in prompts for _ in range(num_samples)]
     parts: list[list[Delta]] = [[] for _ in owners]
     for delta in stream(loaded, prompts, **options):
-        parts[delta.index].append(delta)
+        parts[delta.completion].append(delta)
     completions = []
     for prompt, deltas in zip(owners, parts, strict=True):
         scored = deltas[-1].logprobs is not None

@@ -170,17 +170,17 @@ def write_leaves(
             self, values: Any, infos: Any, args: Any = None
         ) -> list[Any]:
             done = 0
-            for value, info, arg in zip(values, infos, args, strict=True):
-                array = await asyncio.to_thread(value.read)
-                commits = await super().serialize(
-                    [array.view(_Uncopied)], [info], [arg]
-                )
+            try:
+                for value, info, arg in zip(values, infos, args, strict=True):
+                    array = (await asyncio.to_thread(value.read)).view(_Uncopied)
+                    pending.extend(await super().serialize([array], [info], [arg]))
+                    await _finish(pending, but=1)
+                    done += value.nbytes
+                    if progress is not None:
+                        progress("writing", done, total)
                 await _finish(pending)
-                pending.extend(commits)
-                done += value.nbytes
-                if progress is not None:
-                    progress("writing", done, total)
-            await _finish(pending)
+            finally:  # before Orbax removes the folder that is written to
+                _drain(pending)
             return []
 
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -201,9 +201,8 @@ def write_leaves(
         raise CheckpointError(
             f"{folder}: cannot be written ({reason}); is there room on the disk?"
         ) from error
-    finally:  # nothing may still write when the caller removes a failed folder
-        while pending:
-            pending.pop().result()
+    finally:  # where the above was not given the time (a notebook's event loop)
+        _drain(pending)
 
 
 @contextlib.contextmanager
@@ -229,10 +228,18 @@ class _Uncopied(np.ndarray):
         return self
 
 
-async def _finish(pending: list[Any]) -> None:
-    while pending:
+async def _finish(pending: list[Any], but: int = 0) -> None:
+    """Wait for all writes but the latest."""
+    while len(pending) > but:
         await asyncio.to_thread(pending[0].result)
-        pending.pop(0)
+        del pending[0]
+
+
+def _drain(pending: list[Any]) -> None:
+    """After a failure: wait for what is under way, whatever becomes of it."""
+    while pending:
+        with contextlib.suppress(Exception):
+            pending.pop().result()
 
 
 def _lazy(leaf: Any, layer: int | None = None) -> LazyLeaf:

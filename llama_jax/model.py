@@ -16,7 +16,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import attention
 from llama_jax.linear import linear, matmul_precision
-from llama_jax.params import weight_shape
+from llama_jax.params import Head, weight_shape
 from llama_jax.rope import RopeTables, apply_rope, rope_tables
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import constrain, param_shardings
@@ -47,7 +47,7 @@ class _Module(nn.Module):
         init = nn.initializers.normal(scale)
         return self.param(name, init, shape, jnp.dtype(self.runtime.weight_dtype))
 
-    def part(self, module: type["_Module"], name: str | None = None, **fields: Any):
+    def part(self, module: Any, name: str | None = None, **fields: Any) -> Any:
         """A submodule with the same facts, choices and devices."""
         return module(self.config, self.runtime, self.mesh, name=name, **fields)
 
@@ -88,9 +88,14 @@ class Attention(_Module):
         batch, queries, _ = x.shape
         heads = (batch, queries, config.num_heads, config.head_dim)
         kv_heads = (batch, queries, config.num_kv_heads, config.head_dim)
-        q = linear(x, self.weight("q_proj", "D NH")).reshape(heads)
-        k = linear(x, self.weight("k_proj", "D KH")).reshape(kv_heads)
-        v = linear(x, self.weight("v_proj", "D KH")).reshape(kv_heads)
+        q = linear(x, self.weight("q_proj", "D NH"))
+        k = linear(x, self.weight("k_proj", "D KH"))
+        v = linear(x, self.weight("v_proj", "D KH"))
+        if cache is not None:
+            # Else the TPU compiler pulls the split into heads into the product, and
+            # lays the weights out anew for it on every step.
+            q, k, v = jax.lax.optimization_barrier((q, k, v))
+        q, k, v = q.reshape(heads), k.reshape(kv_heads), v.reshape(kv_heads)
         q = self.place(apply_rope(q, rope), "B T N H")
         k = self.place(apply_rope(k, rope), "B T K H").swapaxes(1, 2)
         v = self.place(v, "B T K H").swapaxes(1, 2)
@@ -301,7 +306,7 @@ def init_params(
     tokens = jnp.zeros((1, 1), jnp.int32)
     shardings = None
     if model.mesh is not None:
-        head = "lm_head" if isinstance(model, Llama) else "scalar_head"
+        head: Head = "lm_head" if isinstance(model, Llama) else "scalar_head"
         shardings = param_shardings(model.config, model.runtime, model.mesh, head=head)
 
     @functools.partial(jax.jit, out_shardings=shardings)

@@ -232,7 +232,10 @@ def sample_token(
 
     def draw() -> Array:
         temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
-        likely = keep_likely(logits / temperature[:, None], rows)
+        # From the likeliest down: a compiler may divide twice with different rounding,
+        # which at a tiny temperature would part a logit from its own maximum.
+        below = logits - jnp.max(logits, axis=-1, keepdims=True)
+        likely = keep_likely(below / temperature[:, None], rows)
         gumbel = jax.vmap(noise)(rows.seed, rows.sample, slots)
         drawn = jnp.argmax(likely + gumbel, axis=-1).astype(jnp.int32)
         return jnp.where(rows.temperature > 0, drawn, likeliest)

@@ -25,23 +25,33 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in MESH_AXES or name in sizes:
-            raise MeshError(
-                f"mesh {text!r}: {name!r} is not an axis that can be set here; write "
-                f"each of {', '.join(MESH_AXES)} at most once, as in tensor=4"
-            )
+        if name in sizes:
+            raise MeshError(f"mesh {text!r}: {name!r} is there twice")
         try:
             sizes[name] = int(size)
         except ValueError:
             sizes[name] = 0
-        if sizes[name] < 1 and sizes[name] != -1:
-            raise MeshError(
-                f"mesh {text!r}: {name}={size} is not a size; write a positive number, "
-                "or -1 for the devices that are left"
-            )
-    if list(sizes.values()).count(-1) > 1:
-        raise MeshError(f"mesh {text!r}: only one axis can be -1")
+        _check_axis(repr(text), name, size, sizes[name])
+    _check_left_over(repr(text), sizes)
     return sizes
+
+
+def _check_axis(mesh: str, name: str, written: object, size: int) -> None:
+    if name not in MESH_AXES:
+        raise MeshError(
+            f"mesh {mesh}: {name!r} is not an axis; there are "
+            f"{', '.join(MESH_AXES)}, written as in tensor=4"
+        )
+    if size < 1 and size != -1:
+        raise MeshError(
+            f"mesh {mesh}: {name}={written} is not a size; write a positive number, "
+            "or -1 for the devices that are left"
+        )
+
+
+def _check_left_over(mesh: str, sizes: Mapping[str, int]) -> None:
+    if list(sizes.values()).count(-1) > 1:
+        raise MeshError(f"mesh {mesh}: only one axis can be -1")
 
 
 def make_mesh(
@@ -54,8 +64,13 @@ def make_mesh(
       devices: which, in what order; all of this process's backend where not given.
 
     Raises:
-      MeshError: the sizes do not multiply to the number of devices.
+      MeshError: an axis that does not exist, a size that is none, two -1, or sizes
+        that do not multiply to the number of devices.
     """
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    for name, size in sizes.items():
+        _check_axis(given, name, size, size)
+    _check_left_over(given, sizes)
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(name, 1) for name in MESH_AXES]
     fixed = math.prod(size for size in shape if size != -1)

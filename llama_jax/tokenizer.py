@@ -68,8 +68,11 @@ class Tokenizer:
         self.eos_id: int = sp.eos_id()
         self.unk_id: int = sp.unk_id()
         self.pad_id: int = sp.pad_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise TokenizerError("tokenizer: it has no begin or no end of sequence")
+        if min(self.bos_id, self.eos_id, self.unk_id) < 0:
+            raise TokenizerError(
+                "tokenizer: it has no piece for the begin or the end of a sequence, or "
+                "none for what is unknown"
+            )
         for id, name in added_tokens.items():
             if id < self.vocab_size and (id < 0 or sp.id_to_piece(id) != name):
                 raise TokenizerError(

@@ -4,3 +4,19 @@ GOLDEN_LOGITS = 1e-4  # Meta's code in float32 sums in another order than XLA
 GOLDEN_LOGPROBS = 1e-4  # the same logits behind a log-softmax, which does not amplify
 ORACLE_FLOAT32 = 1e-5  # float32 model against the NumPy oracle in float64
 EQUAL_FORWARD = 1e-5  # one function computed in two shapes, layouts or shardings
+EQUAL_GRADIENT = 1e-5  # its gradient, relative to the largest entry of each leaf
+ATTENTION_FLOAT32 = 1e-6  # one softmax and two short sums against float64
+FINITE_DIFFERENCES = 1e-2  # float32 differences of a function against its gradient
+LOGPROBS_FLOAT32 = 1e-5  # log-softmax in float32 against float64
+SAMPLING_MASS = 1e-5  # a float32 sum of probabilities decides nothing nearer
+
+# Activations are rounded to 8 and 11 bits: 2^-9 and 2^-12 in every operation, which a
+# few layers of random weights amplify. Relative to the spread of the logits.
+BFLOAT16_LOGITS = 1e-1
+FLOAT16_LOGITS = 1.25e-2
+
+ROPE_TABLES = 1e-6  # cosines of a float32 angle, exact but for their own rounding
+ROPE_ROTATION = 2e-5  # a rotation by angles that are rounded to float32, up to 100
+# At position 100,000 neighbouring float32 angles lie 2^-7 apart, and a frequency's own
+# rounding is multiplied by the position: up to 2^-8 + 100,000 · 2^-24 = 0.01 radians.
+ROPE_LONG = 1.2e-2

@@ -24,7 +24,7 @@ import sentencepiece
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama, apply, init_params
-from llama_jax.params import count_params, flatten, unstack_layers
+from llama_jax.params import count_params, flatten, unflatten, unstack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.tokenizer import Tokenizer
 
@@ -113,16 +113,17 @@ def bits_per_byte(
     return float(total / size / np.log(2))
 
 
-def make_optimizer(steps: int, peak: float) -> optax.GradientTransformation:
+def make_optimizer(
+    steps: int, decay: int, peak: float
+) -> optax.GradientTransformation:
     """Muon for matrices, AdamW for the rest; warm-up, plateau, linear to zero."""
-    decay = int(0.5 * steps)
 
     def shape(height: float) -> optax.Schedule:
         return optax.join_schedules(
             [
                 optax.linear_schedule(0.0, height, 100),
                 optax.constant_schedule(height),
-                optax.linear_schedule(height, 0.0, decay),
+                optax.linear_schedule(height, 0.0, max(decay, 1)),
             ],
             [100, steps - decay],
         )
@@ -150,7 +151,9 @@ def main() -> None:
     parser.add_argument("--stories", type=pathlib.Path, required=True)
     parser.add_argument("--validation", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--start", type=pathlib.Path, help="params.npz to go on from")
     parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--decay", type=int, default=1300, help="of them, at the end")
     parser.add_argument("--tokens", type=int, default=4096, help="in each step")
     parser.add_argument("--learning-rate", type=float, default=0.008)
     parser.add_argument("--seed", type=int, default=0)
@@ -165,8 +168,11 @@ def main() -> None:
     )
     model = Llama(CONFIG, Runtime(layer_layout="stacked"))
     params = init_params(model, jax.random.key(args.seed))
+    if args.start:
+        with np.load(args.start) as saved:
+            params = unflatten({path: jnp.asarray(saved[path]) for path in saved})
     print(f"{count_params(params):,} parameters, {len(ids):,} tokens", flush=True)
-    optimizer = make_optimizer(args.steps, args.learning_rate)
+    optimizer = make_optimizer(args.steps, args.decay, args.learning_rate)
     state = jax.jit(optimizer.init)(params)
 
     @jax.jit

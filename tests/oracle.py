@@ -1,0 +1,135 @@
+"""Llama in NumPy float64: the judge that every implementation is held to.
+
+Written from the papers alone, one row, one query and one head at a time, with nothing
+in common with the library but the names in the tree of weights (unrolled) and in the
+configuration. Slow on purpose: no masks, no broadcasting over heads, no cache.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+
+Floats = np.ndarray
+
+
+def logits(
+    config: LlamaConfig,
+    params: Mapping[str, Any],
+    tokens: Sequence[Sequence[int]],
+    *,
+    positions: Sequence[Sequence[int]] | None = None,
+    segment_ids: Sequence[Sequence[int]] | None = None,
+) -> Floats:
+    """Logits of the token that follows each token, `[B, T, V]`."""
+    hidden = _transformer(config, params["transformer"], tokens, positions, segment_ids)
+    if config.tied_embeddings:
+        return hidden @ _float64(params["transformer"]["embedding"]).T
+    return hidden @ _float64(params["lm_head"])
+
+
+def scalars(
+    config: LlamaConfig, params: Mapping[str, Any], tokens: Sequence[Sequence[int]]
+) -> Floats:
+    """A scalar model's number for each token, `[B, T]`."""
+    hidden = _transformer(config, params["transformer"], tokens, None, None)
+    return hidden @ _float64(params["scalar_head"])
+
+
+def log_softmax(x: Floats) -> Floats:
+    """Logarithms of the probabilities along the last axis."""
+    x = _float64(x)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def attend(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    *,
+    q_start: int = 0,
+    segments: Sequence[int] | None = None,
+) -> Floats:
+    """Causal attention of one row: q `[T, N, H]`, k and v `[S, K, H]`."""
+    q, k, v = _float64(q), _float64(k), _float64(v)
+    out = np.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for query in range(q.shape[0]):
+        seen = [
+            slot
+            for slot in range(min(k.shape[0], q_start + query + 1))
+            if segments is None or segments[slot] == segments[query]
+        ]
+        for head in range(q.shape[1]):
+            keys, values = k[seen, head // group], v[seen, head // group]
+            score = keys @ q[query, head] / np.sqrt(q.shape[2])
+            out[query, head] = np.exp(log_softmax(score)) @ values
+    return out
+
+
+def rotate(heads: Floats, positions: Sequence[int], theta: float) -> Floats:
+    """Each head `[T, N, H]` turned by its position; pairs are (i, i + H/2)."""
+    half = heads.shape[-1] // 2
+    turned = _float64(heads).copy()
+    for time, position in enumerate(positions):
+        for i in range(half):
+            angle = position * theta ** (-i / half)
+            x, y = turned[time, :, i].copy(), turned[time, :, i + half].copy()
+            turned[time, :, i] = x * np.cos(angle) - y * np.sin(angle)
+            turned[time, :, i + half] = x * np.sin(angle) + y * np.cos(angle)
+    return turned
+
+
+def _transformer(
+    config: LlamaConfig,
+    tree: Mapping[str, Any],
+    tokens: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]] | None,
+    segment_ids: Sequence[Sequence[int]] | None,
+) -> Floats:
+    rows = []
+    for number, row in enumerate(tokens):
+        where = range(len(row)) if positions is None else positions[number]
+        segments = None if segment_ids is None else segment_ids[number]
+        x = _float64(tree["embedding"])[np.asarray(row)]
+        for layer in range(config.num_layers):
+            x = _block(config, tree["layers"][str(layer)], x, where, segments)
+        rows.append(_norm(config, tree["final_norm"], x))
+    return np.stack(rows)
+
+
+def _block(
+    config: LlamaConfig,
+    layer: Mapping[str, Any],
+    x: Floats,
+    positions: Sequence[int],
+    segments: Sequence[int] | None,
+) -> Floats:
+    weights = {name: _float64(w) for name, w in layer["attention"].items()}
+    normed = _norm(config, layer["attention_norm"], x)
+    shape = (len(x), -1, config.head_dim)
+    q, k, v = (
+        (normed @ weights[name]).reshape(shape)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    q = rotate(q, positions, config.rope_theta)
+    k = rotate(k, positions, config.rope_theta)
+    out = attend(q, k, v, segments=segments)
+    x = x + out.reshape(len(x), -1) @ weights["o_proj"]
+    weights = {name: _float64(w) for name, w in layer["mlp"].items()}
+    normed = _norm(config, layer["mlp_norm"], x)
+    gate = normed @ weights["gate_proj"]
+    up = normed @ weights["up_proj"]
+    return x + (gate / (1 + np.exp(-gate)) * up) @ weights["down_proj"]
+
+
+def _norm(config: LlamaConfig, weights: Mapping[str, Any], x: Floats) -> Floats:
+    mean_square = np.mean(x**2, axis=-1, keepdims=True)
+    return x / np.sqrt(mean_square + config.norm_eps) * _float64(weights["scale"])
+
+
+def _float64(x: Any) -> Floats:
+    return np.asarray(x).astype(np.float64)

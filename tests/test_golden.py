@@ -1,0 +1,240 @@
+"""Meta's published code, run on real and random weights: the same numbers and texts.
+
+The golden files were written by Meta's LLaMA 1, Llama 2 and Code Llama code in float32.
+A greedy step whose two best logits lie within the tolerance of each other could differ
+rightfully; none of these does.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from models import forward, padded
+from tolerances import GOLDEN_LOGITS, GOLDEN_LOGPROBS
+
+from llama_jax.checkpoint import Loaded
+from llama_jax.complete import chat_completion, text_infilling
+from llama_jax.generate import Completion, generate
+from llama_jax.load import load
+from llama_jax.prompts import completion_prompt, default_format, infilling_prompt
+from llama_jax.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+class Case(NamedTuple):
+    """A model, and what Meta's code made of it."""
+
+    loaded: Loaded
+    arrays: dict[str, np.ndarray]
+    texts: dict[str, Any]
+    echoed: list[Completion]
+
+
+def read(assets: pathlib.Path, source: str, tokenizer: str, golden: str) -> Case:
+    loaded = load(
+        assets / source,
+        tokenizer=assets / "tokenizers" / tokenizer,
+        max_seq_len=256,  # the context of Meta's run; it limits nothing here
+    )
+    folder = assets / golden
+    texts = json.loads((folder / "golden.json").read_text("utf-8"))
+    arrays = dict(np.load(folder / "golden.npz"))
+    new = len(texts["generate_greedy_tokens"][0])
+    if texts["ref"] == "llama_v1":  # its tokens include the prompt
+        new -= len(texts["prompt_tokens"][0])
+    echoed = generate(
+        loaded,
+        texts["prompt_tokens"],
+        sampling=GREEDY,
+        max_new_tokens=new,
+        logprobs=1,
+        echo=True,
+    )
+    return Case(loaded, arrays, texts, echoed)
+
+
+@pytest.fixture(scope="module")
+def llama1(assets: pathlib.Path) -> Case:
+    source = "meta/llama1-mha-tiny"
+    return read(assets, source, "llama2.model", source)
+
+
+@pytest.fixture(scope="module")
+def llama2(assets: pathlib.Path) -> Case:
+    source = "meta/llama2-gqa-tiny-mp2"
+    return read(assets, source, "llama2.model", source)
+
+
+@pytest.fixture(scope="module")
+def codellama(assets: pathlib.Path) -> Case:
+    source = "meta/codellama-tiny"
+    return read(assets, source, "codellama.model", source)
+
+
+@pytest.fixture(scope="module")
+def stories(assets: pathlib.Path) -> Case:
+    source, golden = "weights/stories15M.bin", "weights/stories15M.golden"
+    return read(assets, source, "llama2.model", golden)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.getfixturevalue(request.param)
+    return found
+
+
+def cases(*names: Any) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", names, indirect=True)
+
+
+@cases("llama1", "llama2", "codellama", "stories")
+def test_logits_equal_metas(case: Case) -> None:
+    tokens, positions = case.arrays["tokens"], case.arrays["positions"]
+    at = np.tile(positions, (len(tokens), 1))
+    model, params, _ = case.loaded
+    found, _ = forward(model, params, jnp.asarray(tokens), logits_at=jnp.asarray(at))
+    wanted = case.arrays["logits"]
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=GOLDEN_LOGITS)
+
+
+@cases("llama1", "llama2", "codellama", "stories")
+def test_greedy_tokens_equal_metas(case: Case) -> None:
+    wanted = case.texts["generate_greedy_tokens"]
+    if case.texts["ref"] != "llama_v1":
+        prompts = case.texts["prompt_tokens"]
+        wanted = [p + new for p, new in zip(prompts, wanted, strict=True)]
+        assert wanted == case.texts["generate_echo_tokens"]
+    assert [list(found.token_ids) for found in case.echoed] == wanted
+
+
+@cases("llama1")
+def test_texts_with_the_prompt_equal_metas(case: Case) -> None:
+    assert [found.text for found in case.echoed] == case.texts["generate_greedy"]
+
+
+@cases("llama2", "codellama", "stories")
+def test_text_completions_equal_metas(case: Case) -> None:
+    tokenizer, texts = case.loaded.tokenizer, case.texts
+    prompts = [completion_prompt(tokenizer, text) for text in texts["prompts"]]
+    assert prompts == texts["prompt_tokens"]
+    for found, prompt, wanted in zip(
+        case.echoed, prompts, texts["text_completion"], strict=True
+    ):
+        assert list(found.prompt_ids) == prompt
+        assert tokenizer.decode(found.token_ids[len(prompt) :]) == wanted["generation"]
+
+
+@cases("llama2", "codellama", "stories")
+def test_prompts_of_dialogs_equal_metas(case: Case) -> None:
+    tokenizer, dialogs = case.loaded.tokenizer, case.texts["dialogs"]
+    style, prompts = default_format(tokenizer), case.texts["chat_prompt_tokens"]
+    for dialog, wanted in zip(dialogs, prompts, strict=True):
+        assert style.encode(tokenizer, dialog, allow_tags=True) == wanted
+
+
+@cases("llama2", "codellama", pytest.param("stories", marks=pytest.mark.slow))
+def test_answers_to_dialogs_equal_metas(case: Case) -> None:
+    dialogs = case.texts["dialogs"]
+    found = chat_completion(case.loaded, dialogs, sampling=GREEDY, max_new_tokens=16)
+    wanted = [answer["generation"] for answer in case.texts["chat_completion"]]
+    assert {answer["role"] for answer in wanted} == {"assistant"}
+    assert [c.text for c in found] == [answer["content"] for answer in wanted]
+    assert "unsafe" in {c.finish_reason for c in found}
+
+
+@pytest.mark.parametrize("suffix_first", [False, True])
+def test_infillings_equal_metas(codellama: Case, suffix_first: bool) -> None:
+    pairs = codellama.texts["infill"]
+    prompts = codellama.texts[f"infill_prompt_tokens_suffix_first_{suffix_first}"]
+    tokenizer = codellama.loaded.tokenizer
+    for pair, wanted in zip(pairs, prompts, strict=True):
+        found = infilling_prompt(tokenizer, *pair, suffix_first=suffix_first)
+        assert found == wanted
+    prefixes, suffixes = zip(*pairs, strict=True)
+    middles = text_infilling(
+        codellama.loaded,
+        prefixes,
+        suffixes,
+        suffix_first=suffix_first,
+        sampling=GREEDY,
+        max_new_tokens=16,
+    )
+    assert [
+        {"generation": middle.text, "full_text": middle.full_text} for middle in middles
+    ] == codellama.texts[f"infill_suffix_first_{suffix_first}"]
+
+
+# Log-probabilities. Meta's are compared in two ways, because Meta's own are not exact:
+# its log-softmax adds 32,000 float32 exponentials one after another. On a trained,
+# peaked model most of them are smaller than half a unit in the last place of the sum so
+# far, and vanish: that alone puts it off by up to 7e-4. On random weights it does not.
+
+
+@cases("llama2")
+def test_logprobs_equal_metas(case: Case) -> None:
+    for found, wanted in zip(
+        case.echoed, case.texts["generate_echo_logprobs"], strict=True
+    ):
+        np.testing.assert_allclose(found.logprobs, wanted, rtol=0, atol=GOLDEN_LOGPROBS)
+
+
+@cases("codellama")
+def test_logprobs_of_prompts_equal_metas(case: Case) -> None:
+    # Code Llama's code scores a new token before it writes it: those are all 0.
+    for found, wanted, prompt in zip(
+        case.echoed,
+        case.texts["generate_echo_logprobs"],
+        case.texts["prompt_tokens"],
+        strict=True,
+    ):
+        assert found.logprobs is not None
+        np.testing.assert_allclose(
+            found.logprobs[: len(prompt)],
+            wanted[: len(prompt)],
+            rtol=0,
+            atol=GOLDEN_LOGPROBS,
+        )
+        assert not any(wanted[len(prompt) :])
+
+
+def scored(case: Case) -> list[tuple[np.ndarray, list[int]]]:
+    """Logits of one full forward over each echoed row, and the tokens they score."""
+    rows = [found.token_ids for found in case.echoed]
+    model, params, _ = case.loaded
+    logits, _ = forward(model, params, padded(rows, max(map(len, rows))))
+    return [
+        (np.asarray(logits[row, : len(ids) - 1]), list(ids[1:]))
+        for row, ids in enumerate(rows)
+    ]
+
+
+@cases("llama2", "codellama", "stories")
+def test_logprobs_are_those_of_a_full_forward(case: Case) -> None:
+    for (logits, ids), found in zip(scored(case), case.echoed, strict=True):
+        wanted = oracle.log_softmax(logits)[np.arange(len(ids)), ids]
+        assert found.logprobs is not None
+        np.testing.assert_allclose(
+            found.logprobs[1:], wanted, rtol=0, atol=GOLDEN_LOGPROBS
+        )
+
+
+@cases("stories")
+def test_metas_logprobs_are_ours_with_its_summation(case: Case) -> None:
+    golden = case.texts["generate_echo_logprobs"]
+    exact, sequential = 0.0, 0.0
+    for (logits, ids), wanted in zip(scored(case), golden, strict=True):
+        chosen = np.arange(len(ids)), ids
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        total = np.cumsum(np.exp(shifted), axis=-1, dtype=np.float32)[:, -1]
+        found = shifted[chosen] - np.log(total)
+        sequential = max(sequential, np.abs(found - wanted[1:]).max())
+        true = oracle.log_softmax(logits)[chosen]
+        exact = max(exact, np.abs(true - wanted[1:]).max())
+    assert sequential < GOLDEN_LOGPROBS
+    assert exact > GOLDEN_LOGPROBS  # else the comment above is out of date

@@ -1,0 +1,232 @@
+"""`load`, from our folders and from foreign ones."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from foreign import (
+    TINY,
+    meta_tensors,
+    ours_from_meta,
+    write_llama2c,
+    write_llama2c_tokenizer,
+    write_meta,
+)
+from tolerances import GOLDEN_LOGITS
+
+from llama_jax import load as load_module
+from llama_jax.checkpoint import Loaded
+from llama_jax.conversion import convert
+from llama_jax.errors import CheckpointError, ConfigError, MeshError, TokenizerError
+from llama_jax.load import default_runtime, load
+from llama_jax.model import apply
+from llama_jax.params import flatten
+from llama_jax.runtime import Runtime
+from llama_jax.sharding import make_mesh
+from llama_jax.tokenizer import Tokenizer
+
+GOLDEN = [
+    ("meta/llama1-mha-tiny", "llama2.model", "meta/llama1-mha-tiny"),
+    ("meta/llama2-gqa-tiny-mp2", "llama2.model", "meta/llama2-gqa-tiny-mp2"),
+    ("meta/codellama-tiny", "codellama.model", "meta/codellama-tiny"),
+    ("weights/stories15M.bin", "llama2.model", "weights/stories15M.golden"),
+]
+
+
+@pytest.fixture
+def foreign(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A llama2.c checkpoint with a tokenizer beside it."""
+    write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
+    return write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
+
+
+def assert_golden(loaded: Loaded, golden: pathlib.Path) -> None:
+    wanted = np.load(golden / "golden.npz")
+    tokens, positions = jnp.asarray(wanted["tokens"]), wanted["positions"]
+    at = jnp.asarray(np.broadcast_to(positions, (len(tokens), len(positions))))
+    logits, _ = apply(loaded.model, loaded.params, tokens, logits_at=at)
+    np.testing.assert_allclose(logits, wanted["logits"], rtol=0, atol=GOLDEN_LOGITS)
+
+
+@pytest.mark.parametrize(("source", "tokenizer", "golden"), GOLDEN)
+def test_logits_are_those_of_metas_code(
+    assets: pathlib.Path,
+    tmp_path: pathlib.Path,
+    source: str,
+    tokenizer: str,
+    golden: str,
+) -> None:
+    pieces = assets / "tokenizers" / tokenizer
+    convert(assets / source, tmp_path / "ours", tokenizer=pieces, max_seq_len=256)
+    ours = load(tmp_path / "ours", runtime=Runtime())
+    assert_golden(ours, assets / golden)
+    direct = load(assets / source, runtime=Runtime(), tokenizer=pieces, max_seq_len=256)
+    assert direct.model == ours.model
+    assert direct.tokenizer.model_proto == ours.tokenizer.model_proto
+    for path, leaf in flatten(ours.params).items():
+        np.testing.assert_array_equal(flatten(direct.params)[path], leaf)
+
+
+def test_grouped_stories_are_read(assets: pathlib.Path) -> None:
+    loaded = load(
+        assets / "weights" / "stories260K.bin",
+        runtime=Runtime(),
+        tokenizer=assets / "tokenizers" / "tok512.bin",
+    )
+    assert (loaded.model.config.num_heads, loaded.model.config.num_kv_heads) == (8, 4)
+    story = "Once upon a time, there was a little girl named Lily. She loved to play"
+    ids = jnp.asarray([loaded.tokenizer.encode(story, bos=True, eos=False)])
+    logits, _ = apply(loaded.model, loaded.params, ids)
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    loss = -jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=-1).mean()
+    assert loss < 1.5  # a model that was read wrongly is near log 512 = 6.2
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("converted", [False, True])
+def test_every_way_of_loading_gives_the_same_logits(
+    foreign: pathlib.Path, layout: Any, sharded: bool, converted: bool
+) -> None:
+    path = foreign
+    if converted:
+        path = foreign.parent / "ours"
+        convert(foreign, path)
+    mesh = make_mesh({"fsdp": 2, "tensor": 4}) if sharded else None
+    loaded = load(path, runtime=Runtime(layer_layout=layout), mesh=mesh)
+    plain = load(foreign, runtime=Runtime())
+    tokens = jnp.arange(12).reshape(2, 6)
+    found, _ = apply(loaded.model, loaded.params, tokens)
+    wanted, _ = apply(plain.model, plain.params, tokens)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=GOLDEN_LOGITS)
+
+
+def test_loading_a_foreign_checkpoint_writes_nothing(foreign: pathlib.Path) -> None:
+    before = sorted(foreign.parent.rglob("*"))
+    loaded = load(foreign, runtime=Runtime(dtype="bfloat16"))
+    assert sorted(foreign.parent.rglob("*")) == before
+    wanted = ours_from_meta(TINY, meta_tensors(TINY))
+    for path, leaf in flatten(loaded.params).items():
+        np.testing.assert_array_equal(leaf, wanted[path].astype(jnp.bfloat16))
+
+
+def test_a_given_tokenizer_and_context_win(foreign: pathlib.Path) -> None:
+    smaller = write_llama2c_tokenizer(foreign.parent / "smaller.bin", 270)
+    convert(foreign, foreign.parent / "ours")
+    for path in (foreign, foreign.parent / "ours"):
+        assert load(path).tokenizer.vocab_size == 272
+        given = load(path, tokenizer=smaller, max_seq_len=7)
+        assert given.tokenizer.vocab_size == 270
+        assert given.model.config.max_seq_len == 7
+        again = load(path, tokenizer=given.tokenizer)
+        assert again.tokenizer is given.tokenizer
+        larger = write_llama2c_tokenizer(foreign.parent / "larger.bin", 280)
+        with pytest.raises(TokenizerError, match="272"):
+            load(path, tokenizer=larger)
+        with pytest.raises(ConfigError, match="max_seq_len"):
+            load(path, max_seq_len=-1)
+
+
+def test_a_checkpoint_without_tokenizer_needs_one(foreign: pathlib.Path) -> None:
+    ours = foreign.parent / "ours"
+    convert(foreign, ours)
+    (ours / "tokenizer.model").unlink()
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        load(ours)
+    (foreign.parent / "tokenizer.bin").rename(foreign.parent / "elsewhere.bin")
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        load(foreign)
+    loaded = load(ours, tokenizer=foreign.parent / "elsewhere.bin")
+    assert isinstance(loaded.tokenizer, Tokenizer)
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "broken" / "params").mkdir(parents=True)
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for name in ("none", "empty", "file", "hf", "broken"):
+        with pytest.raises(CheckpointError, match=str(tmp_path / name)):
+            load(tmp_path / name)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(
+    foreign: pathlib.Path,
+) -> None:
+    mesh = make_mesh({"tensor": 8})
+    write_meta(
+        foreign.parent / "odd",
+        TINY.replace(num_heads=4, num_kv_heads=4, head_dim=8),
+        meta_tensors(TINY),
+    )
+    write_llama2c_tokenizer(foreign.parent / "t.bin")
+    with pytest.raises(MeshError, match="q_proj"):
+        load(
+            foreign.parent / "odd",
+            mesh=mesh,
+            tokenizer=foreign.parent / "t.bin",
+            max_seq_len=64,
+        )
+
+
+def test_the_bundled_model_is_the_only_one_in_its_folder(
+    foreign: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = foreign.parent / "assets"
+    assets.mkdir()
+    monkeypatch.setattr(load_module, "_BUNDLED", assets)
+    with pytest.raises(CheckpointError, match="holds 0"):
+        load()
+    convert(foreign, assets / "one")
+    assert load().model.config == TINY
+    convert(foreign, assets / "two")
+    with pytest.raises(CheckpointError, match="holds 2"):
+        load()
+
+
+class Device:
+    """What `default_runtime` looks at."""
+
+    def __init__(self, platform: str, capability: str | None = None) -> None:
+        self.platform = platform
+        if capability is not None:
+            self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        (Device("cpu"), "float32"),
+        (Device("tpu"), "bfloat16"),
+        (Device("gpu", "7.5"), "float16"),
+        (Device("gpu", "8.0"), "bfloat16"),
+        (Device("gpu", "10.0"), "bfloat16"),
+    ],
+)
+def test_the_default_dtype_is_what_the_device_is_fast_at(
+    device: Device, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert default_runtime() == Runtime(dtype=dtype)  # type: ignore[arg-type]
+
+
+def test_loading_our_own_folder_imports_no_converter(foreign: pathlib.Path) -> None:
+    ours = foreign.parent / "ours"
+    convert(foreign, ours)
+    code = (
+        "import sys; from llama_jax.load import load"
+        f"\nload({str(ours)!r})"
+        "\nprint([m for m in sys.modules"
+        " if m.startswith(('llama_jax.conversion', 'orbax', 'tensorstore'))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,272 @@
+"""Meshes of eight devices: the same numbers as one device, each with its part."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from models import (
+    TALKING,
+    TINY,
+    forward,
+    in_layout,
+    random_params,
+    random_tokens,
+    talking_model,
+)
+from tolerances import EQUAL_FORWARD, EQUAL_GRADIENT
+
+from llama_jax.errors import MeshError
+from llama_jax.generate import generate
+from llama_jax.model import Llama, apply, init_params
+from llama_jax.params import flatten
+from llama_jax.runtime import LayerLayout, Rules, Runtime
+from llama_jax.sampling import Sampling
+from llama_jax.sharding import (
+    cache_shardings,
+    constrain,
+    make_mesh,
+    param_shardings,
+    parse_mesh,
+    spec,
+)
+
+pytestmark = pytest.mark.skipif(
+    len(jax.devices()) < 8, reason="needs eight devices (tests/conftest.py)"
+)
+
+MESHES = (
+    "data=8",
+    "fsdp=8",
+    "data=2,tensor=4",  # two key/value heads for four devices: replicated
+    "data=2,fsdp=2,tensor=2",
+    "fsdp=2,sequence=2,tensor=2",
+)
+
+
+def mesh_of(text: str) -> Any:
+    return make_mesh(parse_mesh(text), jax.devices()[:8])
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, Any]:
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> jax.Array:
+    return random_tokens(TINY, 8, 12)
+
+
+@pytest.fixture(scope="module")
+def logits(params: dict[str, Any], tokens: jax.Array) -> np.ndarray:
+    return np.asarray(forward(Llama(TINY, Runtime()), params, tokens)[0])
+
+
+@pytest.mark.parametrize("text", MESHES)
+def test_sharded_forward_equals_one_device(
+    params: dict[str, Any], tokens: jax.Array, logits: np.ndarray, text: str
+) -> None:
+    mesh, runtime = mesh_of(text), Runtime()
+    placed = jax.device_put(params, param_shardings(TINY, runtime, mesh))
+    found, _ = forward(Llama(TINY, runtime, mesh), placed, tokens)
+    assert len(found.sharding.device_set) == 8
+    np.testing.assert_allclose(found, logits, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+
+
+def test_sharded_gradients_equal_one_devices(
+    params: dict[str, Any], tokens: jax.Array
+) -> None:
+    runtime = Runtime(layer_layout="stacked", remat="block")
+    mesh = mesh_of("data=2,fsdp=2,tensor=2")
+    stacked = in_layout(params, runtime)
+
+    def gradient(model: Llama, params: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            logits, _ = apply(model, params, tokens)
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+        return flatten(jax.jit(jax.grad(loss))(params))
+
+    wanted = gradient(Llama(TINY, runtime), stacked)
+    shardings = param_shardings(TINY, runtime, mesh)
+    found = gradient(Llama(TINY, runtime, mesh), jax.device_put(stacked, shardings))
+    for path, leaf in wanted.items():
+        scale = float(jnp.abs(leaf).max())
+        difference = np.abs(np.asarray(found[path]) - np.asarray(leaf)).max()
+        assert difference < EQUAL_GRADIENT * scale, path
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_first_weights_are_born_sharded(layout: LayerLayout) -> None:
+    config = TINY.replace(num_layers=1)
+    runtime, key = Runtime(layer_layout=layout), jax.random.key(0)
+    mesh = mesh_of("fsdp=4,tensor=2")
+    born = init_params(Llama(config, runtime, mesh), key)
+    wanted = flatten(param_shardings(config, runtime, mesh))
+    whole, part = 0, 0
+    for path, leaf in flatten(born).items():
+        assert leaf.sharding.is_equivalent_to(wanted[path], leaf.ndim), path
+        whole += leaf.nbytes
+        part += leaf.addressable_shards[0].data.nbytes
+    # Matrices are in eight parts; the norms' scales, one hundredth of all, in four.
+    assert part < whole / 7
+    leaf = np.asarray(flatten(born)["lm_head"])
+    assert np.unique(leaf).size > 0.9 * leaf.size  # no part repeats another's numbers
+
+
+def test_generation_on_a_mesh_writes_the_same_tokens() -> None:
+    config = TALKING.replace(num_layers=1)
+    alone = talking_model(config)
+    runtime, mesh = Runtime(), mesh_of("data=2,fsdp=2,tensor=2")
+    model = Llama(config, runtime, mesh)
+    placed = jax.device_put(alone.params, param_shardings(config, runtime, mesh))
+    prompts = [[1, 50, 60], [1, 70], [1, 80, 90, 100, 110], [1, 300]]
+    options: dict[str, Any] = {
+        "sampling": Sampling(temperature=0),
+        "max_new_tokens": 12,
+        "stop_ids": (),
+    }
+    wanted = generate(alone, prompts, **options)
+    found = generate(alone._replace(model=model, params=placed), prompts, **options)
+    assert [c.token_ids for c in found] == [c.token_ids for c in wanted]
+    assert all(len(c.token_ids) == 12 for c in found)
+
+
+def test_weights_lie_by_their_letters() -> None:
+    places = flatten(
+        param_shardings(TINY, Runtime(), mesh_of("data=2,fsdp=2,tensor=2"))
+    )
+    layer = "transformer/layers/0/attention/"
+    assert places[f"{layer}q_proj"].spec == PartitionSpec("fsdp", "tensor")
+    assert places[f"{layer}o_proj"].spec == PartitionSpec("tensor", "fsdp")
+    assert places["lm_head"].spec == PartitionSpec("fsdp", "tensor")
+    stacked = Runtime(layer_layout="stacked")
+    places = flatten(param_shardings(TINY, stacked, mesh_of("fsdp=4,tensor=2")))
+    assert places["transformer/layers/mlp/down_proj"].spec == PartitionSpec(
+        None, "tensor", "fsdp"
+    )
+
+
+def test_fewer_key_heads_than_devices_are_replicated() -> None:
+    mesh = mesh_of("data=2,tensor=4")
+    places = flatten(param_shardings(TINY, Runtime(), mesh))
+    layer = "transformer/layers/1/attention/"
+    assert places[f"{layer}k_proj"].spec == PartitionSpec("fsdp", None)
+    assert places[f"{layer}q_proj"].spec == PartitionSpec("fsdp", "tensor")
+    cache = cache_shardings(TINY, Runtime(), mesh, batch=4)
+    assert cache.k[0].spec == PartitionSpec(("data", "fsdp"), None, None, None)
+
+
+def test_a_cache_is_split_over_rows_and_heads() -> None:
+    mesh = mesh_of("data=2,fsdp=2,tensor=2")
+    cache = cache_shardings(TINY, Runtime(), mesh, batch=4)
+    assert len(cache.k) == len(cache.v) == TINY.num_layers
+    wanted = PartitionSpec(("data", "fsdp"), "tensor", None, None)
+    assert cache.k[0].spec == cache.v[-1].spec == wanted
+    one = cache_shardings(TINY, Runtime(), mesh, batch=1)
+    assert one.k[0].spec == PartitionSpec(None, "tensor", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "parameter", "letter", "axis"),
+    [
+        ("fsdp=8", {"embed_dim": 36}, "transformer/embedding", "D of 36", "fsdp"),
+        ("tensor=8", {}, ".*0/attention/q_proj", "NH of 4", "tensor"),
+        (
+            "data=2,tensor=4",
+            {"num_heads": 12, "num_kv_heads": 6},
+            ".*0/attention/k_proj",
+            "KH of 6",
+            "tensor",
+        ),
+        ("data=2,tensor=4", {"mlp_dim": 50}, ".*0/mlp/gate_proj", "F of 50", "tensor"),
+    ],
+)
+def test_an_axis_that_does_not_divide_is_refused_by_name(
+    text: str, changes: dict[str, Any], parameter: str, letter: str, axis: str
+) -> None:
+    config = TINY.replace(**changes)
+    wanted = f"^{parameter}: axis {letter} is not divisible by mesh axis {axis} of"
+    with pytest.raises(MeshError, match=wanted):
+        param_shardings(config, Runtime(), mesh_of(text))
+
+
+def test_a_vocabulary_that_does_not_divide_is_replicated() -> None:
+    # 32,001 rows are common (Alpaca, Vicuna), and no mesh divides them.
+    config = TINY.replace(vocab_size=97)
+    places = flatten(param_shardings(config, Runtime(), mesh_of("data=4,tensor=2")))
+    assert places["lm_head"].spec == PartitionSpec("fsdp", None)
+    assert places["transformer/embedding"].spec == PartitionSpec(None, "fsdp")
+
+
+def test_activations_that_do_not_divide_are_replicated() -> None:
+    mesh = mesh_of("data=2,fsdp=2,tensor=2")
+    x = jnp.ones((4, 1, 32))
+    assert constrain(x, "B T D", Rules(), None) is x
+    place = jax.jit(lambda x: constrain(x, "B T D", Rules(), mesh))
+    assert place(x).addressable_shards[0].data.shape == (1, 1, 32)
+    assert place(x[:3]).addressable_shards[0].data.shape == (3, 1, 32)
+
+
+def test_a_spec_reads_letters_through_the_rules() -> None:
+    rules = Rules()
+    assert spec("D NH", rules.weights) == PartitionSpec("fsdp", "tensor")
+    assert spec("B T D", rules.activations) == PartitionSpec(
+        ("data", "fsdp"), "sequence", None
+    )
+
+
+def test_a_mesh_is_written_as_sizes_by_axis() -> None:
+    assert parse_mesh("tensor=4") == {"tensor": 4}
+    assert parse_mesh("data=1, fsdp=-1,tensor=4") == {
+        "data": 1,
+        "fsdp": -1,
+        "tensor": 4,
+    }
+
+
+def test_an_axis_of_minus_one_takes_what_is_left() -> None:
+    shape = dict(mesh_of("data=2,fsdp=-1").shape)
+    assert shape == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "'' is not an axis"),
+        ("model=4", "'model' is not an axis; there are data, .* tensor=4$"),
+        ("tensor=2,tensor=4", "'tensor' is there twice"),
+        ("tensor", "tensor= is not a size; write a positive number"),
+        ("tensor=two", "tensor=two is not a size"),
+        ("tensor=0", "tensor=0 is not a size"),
+        ("tensor=-2", "tensor=-2 is not a size"),
+        ("data=-1,fsdp=-1", "only one axis can be -1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_read_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(MeshError, match=reason) as caught:
+        parse_mesh(text)
+    assert str(caught.value).startswith(f"mesh {text!r}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"tensor": 16}, "tensor=16 needs 16 devices, but there are 8$"),
+        ({"tensor": 4}, "tensor=4 needs 4 devices, but there are 8$"),
+        ({"data": 3, "fsdp": -1}, "needs 6 devices, but there are 8$"),
+        ({"data": -1, "fsdp": -1}, "only one axis can be -1"),
+        ({"data": 0, "fsdp": -1}, "data=0 is not a size"),
+        ({"data": -2, "fsdp": -4}, "data=-2 is not a size"),
+        ({"model": 8}, "'model' is not an axis"),
+    ],
+)
+def test_a_mesh_that_does_not_exist_here_is_refused(
+    sizes: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(MeshError, match=reason):
+        make_mesh(sizes, jax.devices()[:8])
