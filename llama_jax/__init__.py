@@ -1,8 +1,151 @@
 """The Llama family in JAX: one code path for inference and fine-tuning."""
 
+import importlib as _importlib
 import pathlib as _pathlib
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from llama_jax._version import __version__
+
+if TYPE_CHECKING:
+    from llama_jax.cache import (
+        KVCache as KVCache,
+    )
+    from llama_jax.cache import (
+        init_cache as init_cache,
+    )
+    from llama_jax.checkpoint import (
+        Loaded as Loaded,
+    )
+    from llama_jax.checkpoint import (
+        save_params as save_params,
+    )
+    from llama_jax.completion import (
+        chat_completion as chat_completion,
+    )
+    from llama_jax.completion import (
+        text_completion as text_completion,
+    )
+    from llama_jax.completion import (
+        text_infilling as text_infilling,
+    )
+    from llama_jax.config import (
+        PRESETS as PRESETS,
+    )
+    from llama_jax.config import (
+        LlamaConfig as LlamaConfig,
+    )
+    from llama_jax.config import (
+        preset as preset,
+    )
+    from llama_jax.decoding import (
+        decode_step as decode_step,
+    )
+    from llama_jax.decoding import (
+        prefill as prefill,
+    )
+    from llama_jax.errors import (
+        LlamaJaxError as LlamaJaxError,
+    )
+    from llama_jax.generation import (
+        Completion as Completion,
+    )
+    from llama_jax.generation import (
+        Delta as Delta,
+    )
+    from llama_jax.generation import (
+        generate as generate,
+    )
+    from llama_jax.generation import (
+        stream as stream,
+    )
+    from llama_jax.loading import (
+        default_runtime as default_runtime,
+    )
+    from llama_jax.loading import (
+        load as load,
+    )
+    from llama_jax.model import (
+        Llama as Llama,
+    )
+    from llama_jax.model import (
+        ScalarModel as ScalarModel,
+    )
+    from llama_jax.model import (
+        apply as apply,
+    )
+    from llama_jax.model import (
+        init_params as init_params,
+    )
+    from llama_jax.params import (
+        AXES as AXES,
+    )
+    from llama_jax.prompts import (
+        completion_prompt as completion_prompt,
+    )
+    from llama_jax.prompts import (
+        get_format as get_format,
+    )
+    from llama_jax.prompts import (
+        infilling_prompt as infilling_prompt,
+    )
+    from llama_jax.runtime import (
+        Rules as Rules,
+    )
+    from llama_jax.runtime import (
+        Runtime as Runtime,
+    )
+    from llama_jax.sampling import (
+        Sampling as Sampling,
+    )
+    from llama_jax.sharding import (
+        make_mesh as make_mesh,
+    )
+    from llama_jax.sharding import (
+        parse_mesh as parse_mesh,
+    )
+    from llama_jax.tokenizer import (
+        Tokenizer as Tokenizer,
+    )
+
+# Where the public names live. They come when they are asked for: a process that only
+# tokenizes need not load JAX, and `import llama_jax` costs nothing.
+_HOMES = {
+    "cache": ("KVCache", "init_cache"),
+    "checkpoint": ("Loaded", "save_params"),
+    "completion": ("chat_completion", "text_completion", "text_infilling"),
+    "config": ("PRESETS", "LlamaConfig", "preset"),
+    "decoding": ("decode_step", "prefill"),
+    "errors": ("LlamaJaxError",),
+    "generation": ("Completion", "Delta", "generate", "stream"),
+    "loading": ("default_runtime", "load"),
+    "model": ("Llama", "ScalarModel", "apply", "init_params"),
+    "params": ("AXES",),
+    "prompts": ("completion_prompt", "get_format", "infilling_prompt"),
+    "runtime": ("Rules", "Runtime"),
+    "sampling": ("Sampling",),
+    "sharding": ("make_mesh", "parse_mesh"),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604
+    "__version__",
+    *_HOME_OF,
+]
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    value = getattr(_importlib.import_module(f"llama_jax.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
+
 
 # `kernels/` and `conversion/` lie beside this package in a checkout and inside it
 # once installed. After a plain `pip install .`, Python run in the checkout finds this
@@ -10,5 +153,3 @@ from llama_jax._version import __version__
 _root = _pathlib.Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").exists() and (_root / "kernels/__init__.py").exists():
     __path__.append(str(_root))
-
-__all__ = ["__version__"]

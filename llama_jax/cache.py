@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import DTypeLike
 
 from llama_jax.config import LlamaConfig
@@ -65,12 +64,7 @@ def insert(
         for row in range(new.shape[0]):
             start = (row, 0, layer.length[row], 0)
             slots = jax.lax.dynamic_update_slice(slots, new[row : row + 1], start)
-        # The layout that the cache has anyway, said aloud. Left to itself the TPU
-        # compiler turns slots before heads for the time of a decoding loop, which
-        # copies the cache on the way in and out and holds it twice; and the CPU
-        # compiler copies it on every step, to compute the update a second time
-        # inside its reader.
-        return with_layout_constraint(slots, Layout(major_to_minor=(0, 1, 2, 3)))
+        return slots
 
     return layer._replace(
         k=write(layer.k, k.astype(layer.k.dtype)),

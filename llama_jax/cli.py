@@ -9,7 +9,7 @@ from typing import NoReturn, get_args
 
 from llama_jax.checkpoint import Loaded
 from llama_jax.errors import LlamaJaxError
-from llama_jax.load import default_runtime, load
+from llama_jax.loading import default_runtime, load
 from llama_jax.runtime import DType
 from llama_jax.sharding import make_mesh, parse_mesh
 

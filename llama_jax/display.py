@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from llama_jax.checkpoint import Loaded
-from llama_jax.generate import Delta
+from llama_jax.generation import Delta
 
 
 def print_text(loaded: Loaded, deltas: Iterator[Delta], suffix: str) -> None:

@@ -19,7 +19,7 @@ from llama_jax.linear import linear, matmul_precision
 from llama_jax.params import Head, weight_shape
 from llama_jax.rope import RopeTables, apply_rope, rope_tables
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import constrain, param_shardings
+from llama_jax.sharding import constrain, keep_layout, param_shardings
 from llama_jax.types import (
     Array,
     Float,
@@ -103,7 +103,15 @@ class Attention(_Module):
         if cache is not None:
             q_start = cache.length
             cache = insert(cache, k, v)
-            k, v = cache.k, cache.v
+            # The layout that the cache has anyway, said aloud. Left to itself the TPU
+            # compiler turns slots before heads for the time of a decoding loop: the
+            # cache is copied on the way in and out, and held twice. The CPU compiler
+            # copies it on every step, to repeat the insertion within its reader.
+            k, v = (
+                keep_layout(slots, "B K S H", self.runtime.rules, self.mesh)
+                for slots in (cache.k, cache.v)
+            )
+            cache = cache._replace(k=k, v=v)
         out = attention(
             q,
             k,

@@ -18,10 +18,10 @@ from typing import Any
 from llama_jax import cli
 from llama_jax.chat import Conversation
 from llama_jax.checkpoint import Loaded
-from llama_jax.complete import infilling_stop_ids
+from llama_jax.completion import infilling_stop_ids
 from llama_jax.display import Clock, print_json, print_text
 from llama_jax.errors import PromptError
-from llama_jax.generate import stream
+from llama_jax.generation import stream
 from llama_jax.prompts import (
     FORMATS,
     Dialog,

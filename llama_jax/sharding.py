@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.cache import KVCache
@@ -100,12 +101,34 @@ def constrain(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
     """
     if mesh is None:
         return x
+    sharding = NamedSharding(mesh, _divisible(x, axes, rules, mesh))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def keep_layout(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
+    """`x`, in memory as arrays lie by default: last axis innermost.
+
+    For what is written in place: the compiler may not turn it within a program.
+    """
+
+    def pinned(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    if mesh is None:
+        return pinned(x)
+    # Device by device, since the partitioner of jax 0.7 would gather `x` for it.
+    place = _divisible(x, axes, rules, mesh)
+    return jax.shard_map(
+        pinned, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
+    )(x)
+
+
+def _divisible(x: Array, axes: str, rules: Rules, mesh: Mesh) -> PartitionSpec:
     wanted = [
         names if names and x.shape[index] % _size(mesh, names) == 0 else None
         for index, names in enumerate(spec(axes, rules.activations))
     ]
-    sharding = NamedSharding(mesh, PartitionSpec(*wanted))
-    return jax.lax.with_sharding_constraint(x, sharding)
+    return PartitionSpec(*wanted)
 
 
 def param_shardings(

@@ -17,11 +17,11 @@ from models import forward, padded
 from tolerances import GOLDEN_LOGITS, GOLDEN_LOGPROBS
 
 from llama_jax.checkpoint import Loaded
-from llama_jax.complete import chat_completion, text_infilling
-from llama_jax.generate import Completion, generate
-from llama_jax.load import load
+from llama_jax.completion import chat_completion, text_infilling
+from llama_jax.generation import Completion, generate
+from llama_jax.loading import load
 from llama_jax.prompts import completion_prompt, default_format, infilling_prompt
-from llama_jax.sampling import Sampling
+from llama_jax.sampling import Sampling, keep_likely, sampling_rows
 
 GREEDY = Sampling(temperature=0)
 
@@ -205,13 +205,18 @@ def test_logprobs_of_prompts_equal_metas(case: Case) -> None:
 
 def scored(case: Case) -> list[tuple[np.ndarray, list[int]]]:
     """Logits of one full forward over each echoed row, and the tokens they score."""
-    rows = [found.token_ids for found in case.echoed]
+    rows = [list(found.token_ids) for found in case.echoed]
+    return [
+        (row[: len(ids) - 1], ids[1:])
+        for row, ids in zip(full_forward(case, rows), rows, strict=True)
+    ]
+
+
+def full_forward(case: Case, rows: list[list[int]]) -> np.ndarray:
+    """Logits of rows of one length or another."""
     model, params, _ = case.loaded
     logits, _ = forward(model, params, padded(rows, max(map(len, rows))))
-    return [
-        (np.asarray(logits[row, : len(ids) - 1]), list(ids[1:]))
-        for row, ids in enumerate(rows)
-    ]
+    return np.asarray(logits)
 
 
 @cases("llama2", "codellama", "stories")
@@ -238,3 +243,23 @@ def test_metas_logprobs_are_ours_with_its_summation(case: Case) -> None:
         exact = max(exact, np.abs(true - wanted[1:]).max())
     assert sequential < GOLDEN_LOGPROBS
     assert exact > GOLDEN_LOGPROBS  # else the comment above is out of date
+
+
+@cases("llama2", "codellama", "stories")
+def test_every_token_that_metas_code_drew_is_in_our_top_p_set(case: Case) -> None:
+    prompts, drawn = case.texts["prompt_tokens"], case.texts["sampled_t0.6_p0.9_seed7"]
+    rows = [prompt + new for prompt, new in zip(prompts, drawn, strict=True)]
+    logits = full_forward(case, rows)
+    checked, sizes = 0, []
+    for row, (prompt, text) in enumerate(zip(prompts, rows, strict=True)):
+        # What token t was drawn from stands at t - 1.
+        scaled = logits[row, len(prompt) - 1 : len(text) - 1] / 0.6
+        setting = [Sampling(temperature=0.6, top_p=0.9)] * len(scaled)
+        settings = sampling_rows(setting, scaled.shape[-1])
+        kept = np.isfinite(keep_likely(jnp.asarray(scaled), settings))
+        for at, token in enumerate(text[len(prompt) :]):
+            assert kept[at, token], (row, at)
+            checked += 1
+        sizes.append(kept.mean())
+    assert checked == sum(map(len, drawn))
+    assert np.mean(sizes) < 0.1  # small sets: being in one means something

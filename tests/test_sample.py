@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llama_jax import cli, sample
-from llama_jax.load import load
+from llama_jax.loading import load
 from llama_jax.prompts import completion_prompt
 
 

@@ -19,7 +19,7 @@ from models import (
 from tolerances import EQUAL_FORWARD, EQUAL_GRADIENT
 
 from llama_jax.errors import MeshError
-from llama_jax.generate import generate
+from llama_jax.generation import generate
 from llama_jax.model import Llama, apply, init_params
 from llama_jax.params import flatten
 from llama_jax.runtime import LayerLayout, Rules, Runtime
@@ -46,8 +46,8 @@ MESHES = (
 )
 
 
-def mesh_of(text: str) -> Any:
-    return make_mesh(parse_mesh(text), jax.devices()[:8])
+def mesh_of(text: str, devices: int = 8) -> Any:
+    return make_mesh(parse_mesh(text), jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_sharded_gradients_equal_one_devices(
     params: dict[str, Any], tokens: jax.Array
 ) -> None:
     runtime = Runtime(layer_layout="stacked", remat="block")
-    mesh = mesh_of("data=2,fsdp=2,tensor=2")
+    mesh = mesh_of("fsdp=2,tensor=2", devices=4)
     stacked = in_layout(params, runtime)
 
     def gradient(model: Llama, params: Any) -> Any:
@@ -120,7 +120,7 @@ def test_first_weights_are_born_sharded(layout: LayerLayout) -> None:
 def test_generation_on_a_mesh_writes_the_same_tokens() -> None:
     config = TALKING.replace(num_layers=1)
     alone = talking_model(config)
-    runtime, mesh = Runtime(), mesh_of("data=2,fsdp=2,tensor=2")
+    runtime, mesh = Runtime(), mesh_of("fsdp=2,tensor=2", devices=4)
     model = Llama(config, runtime, mesh)
     placed = jax.device_put(alone.params, param_shardings(config, runtime, mesh))
     prompts = [[1, 50, 60], [1, 70], [1, 80, 90, 100, 110], [1, 300]]

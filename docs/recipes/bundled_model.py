@@ -1,6 +1,6 @@
-"""Train the small story model that ships with the library, from nothing, on a CPU.
+r"""Train the small story model that ships with the library, from nothing, on a CPU.
 
-    python docs/recipes/bundled_model.py --stories stories.txt.gz \\
+    python docs/recipes/bundled_model.py --stories stories.txt.gz \
         --validation tinystories-real.txt --output runs/stories
 
 The text is a file of stories separated by `<|endoftext|>`. The first `HELD_OUT` of them
@@ -47,10 +47,9 @@ CONFIG = LlamaConfig(
 
 def read_stories(path: pathlib.Path) -> list[str]:
     """The stories of a text file, plain or gzipped."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        stories = file.read().split("<|endoftext|>")
-    return [story.strip() for story in stories if story.strip()]
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
 
 
 def train_tokenizer(stories: list[str]) -> bytes:
@@ -90,7 +89,7 @@ def batches(ids: np.ndarray, rows: int, length: int, seed: int) -> Iterator[np.n
 def bits_per_byte(
     model: Llama, params: dict, tokenizer: Tokenizer, stories: list[str], length: int
 ) -> float:
-    """Mean cost of the first `length` tokens (BOS first) of each story, EOS left out."""
+    """Mean cost of the first `length` tokens of each story (BOS first, no EOS)."""
 
     @jax.jit
     def nats(params: dict, tokens: jax.Array) -> jax.Array:
@@ -113,9 +112,7 @@ def bits_per_byte(
     return float(total / size / np.log(2))
 
 
-def make_optimizer(
-    steps: int, decay: int, peak: float
-) -> optax.GradientTransformation:
+def make_optimizer(steps: int, decay: int, peak: float) -> optax.GradientTransformation:
     """Muon for matrices, AdamW for the rest; warm-up, plateau, linear to zero."""
 
     def shape(height: float) -> optax.Schedule:

@@ -1,4 +1,5 @@
-"""Benchmarks: how fast the library is on this machine, beside what the machine can do.
+"""How fast the library is on whatever device is there, beside what the device can do.
 
-Every figure comes with the machine's own limit, measured in the same run.
+`python -m llama_jax.bench decode` and `prefill` print a table, or with `--json` an
+object. Weights are random: speed does not depend on them.
 """

@@ -1,139 +1,139 @@
-"""`python -m llama_jax.bench decode|prefill`: speed here, beside what is possible."""
+"""`python -m llama_jax.bench decode|prefill`: measure, and print a table or JSON."""
 
 import argparse
-import datetime
+import dataclasses
 import json
-import platform
-import re
-from collections.abc import Sequence
-from typing import Any, get_args
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
-
-from llama_jax import __version__, cli
-from llama_jax.bench.decode import bench_decode
-from llama_jax.bench.prefill import bench_prefill
-from llama_jax.config import PRESETS, LlamaConfig, preset
-from llama_jax.errors import ConfigError
-from llama_jax.model import Llama
-from llama_jax.runtime import DType, Runtime
-
-DEFAULT = "L12,D768,N12,F2048,V32000"
-
-_ROWS = {
-    "tokens_per_second": ("tokens/s", "{:,.1f}"),
-    "milliseconds_per_step": ("milliseconds per step", "{:.2f}"),
-    "milliseconds": ("milliseconds", "{:.1f}"),
-    "weight_bytes_per_step": ("weight bytes read per step", "{:,}"),
-    "cache_slots": ("cache slots", "{:,}"),
-    "weights_gb_per_second": ("weights streamed, GB/s", "{:.2f}"),
-    "reduction_gb_per_second": ("  1 GiB reduction, GB/s", "{:.2f}"),
-    "matvec_gb_per_second": ("  1 GiB matrix-vector product, GB/s", "{:.2f}"),
-    "copy_gb_per_second": ("  1 GiB copy (read + write), GB/s", "{:.2f}"),
-    "gflops_per_second": ("arithmetic, GFLOP/s", "{:,.1f}"),
-    "matmul_gflops_per_second": ("  matrix product, GFLOP/s", "{:,.1f}"),
-    "ratio": ("ratio to the highest of the machine's", "{:.2f}"),
-}
+from llama_jax.bench.decode import DecodeReport, measure_decode
+from llama_jax.bench.machine import Machine, describe
+from llama_jax.bench.prefill import PrefillReport, measure_prefill
+from llama_jax.bench.shapes import DEFAULT, parse_model
+from llama_jax.errors import ConfigError, LlamaJaxError
+from llama_jax.runtime import Runtime
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a benchmark and print a table, or with `--json` one object."""
-    args = parse(argv)
-    config = parse_model(args.model)
-    model = Llama(config, Runtime(dtype=args.dtype))
-    sizes = {"batch": args.batch, "prompt_length": args.prompt_length}
-    if args.what == "decode":
-        figures = bench_decode(model, **sizes, steps=args.steps, repeats=args.repeats)
-    else:
-        figures = bench_prefill(model, **sizes, repeats=args.repeats)
-    device = jax.devices()[0]
-    facts: dict[str, Any] = {
-        "benchmark": args.what,
-        "model": args.model,
-        "dtype": args.dtype,
-        **sizes,
-        "device": device.device_kind or device.platform,
-        "host": platform.machine(),
-        "jax": jax.__version__,
-        "llama_jax": __version__,
-        "date": datetime.date.today().isoformat(),
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark; 0, or 2 where the arguments make no sense."""
+    options = _parser().parse_args(arguments)
+    try:
+        for name in ("batch", "prompt_length", "steps"):
+            if getattr(options, name) < 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(options, name)}; "
+                    "it must be at least 1"
+                )
+        config = parse_model(options.model, options.prompt_length + options.steps)
+        runtime = Runtime(dtype=options.dtype)
+    except LlamaJaxError as error:
+        print(error, file=sys.stderr)
+        return 2
+    workload = {
+        "batch": options.batch,
+        "prompt_length": options.prompt_length,
+        "steps": options.steps,
     }
-    if args.json:
-        print(json.dumps(facts | figures))
-        return 0
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    for name, value in figures.items():
-        label, form = _ROWS[name]
-        print(f"{label:<40} {form.format(value):>16}")
+    machine = describe()
+    report: DecodeReport | PrefillReport
+    if options.benchmark == "decode":
+        report = measure_decode(config, runtime, **workload)
+        rows = _decode_rows(report)
+    else:
+        report = measure_prefill(config, runtime, **workload)
+        rows = _prefill_rows(report)
+    asked = {"model": options.model, "dtype": options.dtype, **workload}
+    if options.json:
+        found: dict[str, Any] = {"benchmark": options.benchmark}
+        found |= dataclasses.asdict(machine) | asked | dataclasses.asdict(report)
+        print(json.dumps(found))
+    else:
+        _print_table(f"{options.benchmark}: {options.model}", machine, asked, rows)
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.bench",
-        description="Measure the library on this machine, with random weights, beside "
-        "the machine's own limits measured in the same run.",
+        description="Measure this library on this machine, beside what it can do.",
     )
-    parser.add_argument(
-        "what",
-        choices=("decode", "prefill"),
-        help="decode: bytes of weights streamed per second, greedy; prefill: "
-        "arithmetic per second of a prompt",
-    )
-    parser.add_argument(
-        "--model",
-        default=DEFAULT,
-        metavar="NAME|SHAPE",
-        help=f"a preset, or a shape such as the default, {DEFAULT} (134M parameters); "
-        "K and H may be given too",
-    )
-    parser.add_argument("--dtype", choices=get_args(DType), default="float32")
-    parser.add_argument("--batch", type=cli.positive, default=1, metavar="B")
-    parser.add_argument(
-        "--prompt-length",
-        type=cli.positive,
-        metavar="T",
-        help="tokens (default: 16 for decode, 512 for prefill)",
-    )
-    parser.add_argument(
-        "--steps", type=cli.positive, default=64, help="of decoding (default: 64)"
-    )
-    parser.add_argument(
-        "--repeats", type=cli.positive, default=5, help="the best of them counts"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    if args.prompt_length is None:
-        args.prompt_length = 16 if args.what == "decode" else 512
-    return args
-
-
-def parse_model(text: str) -> LlamaConfig:
-    """A preset's name, or letters with sizes: `L12,D768,N12,F2048,V32000`."""
-    if text in PRESETS or "," not in text:
-        return preset(text)
-    letters = dict(re.findall(r"([LDNKHFV])(\d+)(?:,|$)", text))
-    if {*"LDNFV"} - letters.keys() or text.count(",") != len(letters) - 1:
-        raise ConfigError(
-            f"model {text!r}: write a preset, or L, D, N, F and V (K and H if they "
-            f"matter), each with its size, as in {DEFAULT}"
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    for name, purpose, length, steps, counted in (
+        ("decode", "tokens/s and weights streamed", 16, 64, "tokens to decode"),
+        ("prefill", "tokens/s and FLOP/s", 512, 8, "times to read the prompts"),
+    ):
+        bench = benchmarks.add_parser(name, help=purpose, description=purpose)
+        bench.add_argument(
+            "--model",
+            default=DEFAULT,
+            help="a preset, or a shape as in %(default)s (the default)",
         )
-    sizes = {letter: int(size) for letter, size in letters.items()}
-    return LlamaConfig(
-        vocab_size=sizes["V"],
-        num_layers=sizes["L"],
-        embed_dim=sizes["D"],
-        num_heads=sizes["N"],
-        num_kv_heads=sizes.get("K", sizes["N"]),
-        head_dim=sizes.get("H", sizes["D"] // max(sizes["N"], 1)),
-        mlp_dim=sizes["F"],
-        max_seq_len=4096,
-        rope_theta=1e4,
-        norm_eps=1e-5,
-        tied_embeddings=False,
-    )
+        bench.add_argument(
+            "--dtype",
+            default="float32",
+            choices=("float32", "bfloat16", "float16"),
+            help="of weights and activations (default: %(default)s)",
+        )
+        bench.add_argument(
+            "--batch", type=int, default=1, help="rows (default: %(default)s)"
+        )
+        bench.add_argument(
+            "--prompt-length",
+            type=int,
+            default=length,
+            help="tokens in each prompt (default: %(default)s)",
+        )
+        bench.add_argument(
+            "--steps", type=int, default=steps, help=f"{counted} (default: %(default)s)"
+        )
+        bench.add_argument(
+            "--json", action="store_true", help="print one JSON object instead"
+        )
+    return parser
+
+
+def _decode_rows(report: DecodeReport) -> dict[str, str]:
+    limits = report.bandwidth
+    return {
+        "parameters": f"{report.params:,}",
+        "weights read per step": f"{report.weight_bytes / 1e6:,.1f} MB",
+        "cache slots per row": str(report.cache_slots),
+        "decoding": f"{report.tokens_per_s:,.1f} tokens/s "
+        f"(median {report.median_tokens_per_s:,.1f})",
+        "weights streamed": f"{report.gb_per_s:,.1f} GB/s",
+        "1 GiB reduction": f"{limits.reduction:,.1f} GB/s",
+        "1 GiB matrix-vector": f"{limits.matvec:,.1f} GB/s",
+        "1 GiB copy (both ways)": f"{limits.copy:,.1f} GB/s",
+        "part of the highest": f"{report.ratio:.0%}",
+    }
+
+
+def _prefill_rows(report: PrefillReport) -> dict[str, str]:
+    return {
+        "parameters": f"{report.params:,}",
+        "work per prefill": f"{report.flops / 1e9:,.1f} GFLOP",
+        "prefill": f"{report.tokens_per_s:,.1f} tokens/s "
+        f"(median {report.median_tokens_per_s:,.1f})",
+        "rate": f"{report.gflops_per_s:,.1f} GFLOP/s",
+        "matrix product": f"{report.matmul.gflops:,.1f} GFLOP/s "
+        f"(size {report.matmul.size})",
+        "part of it": f"{report.ratio:.0%}",
+    }
+
+
+def _print_table(
+    title: str, machine: Machine, asked: Mapping[str, Any], rows: Mapping[str, str]
+) -> None:
+    print(title)
+    print(f"  {machine.device}; {machine.host}")
+    print(f"  jax {machine.jax}; {machine.date}")
+    setting = (f"{name} {value}" for name, value in asked.items() if name != "model")
+    print(f"  {', '.join(setting)}")
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    raise SystemExit(main())

@@ -1,82 +1,135 @@
-"""Decoding speed: the bytes of weights streamed per second, beside the memory's."""
+"""Decoding: tokens per second, and how near it streams its weights to the limit."""
 
+import dataclasses
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax import decode
-from llama_jax.bench.machine import memory_bandwidth
+from llama_jax import decoding
+from llama_jax.bench.machine import Bandwidth, bandwidth, best_and_median
+from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama, init_params
-from llama_jax.params import flatten
+from llama_jax.params import count_params, param_shapes
+from llama_jax.runtime import Runtime
 from llama_jax.sampling import Sampling, sampling_rows
 
 
-def bench_decode(
-    model: Llama, *, batch: int, prompt_length: int, steps: int, repeats: int
-) -> dict[str, Any]:
-    """Greedy decoding of random weights with the loop that `generate` uses.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeReport:
+    """Greedy decoding beside the machine's memory bandwidth.
 
-    The bytes per step are those of every weight that a step reads: all but the
-    embedding, of which it reads a row. The cache's are not counted.
+    Attributes:
+      params: of the model.
+      weight_bytes: read for every step: all weights, of the embedding one row.
+      cache_slots: S, of each row's cache, which is read too but not counted.
+      tokens_per_s: of all rows together, in the fastest of the device calls.
+      median_tokens_per_s: in the middle one.
+      gb_per_s: weight bytes per second in the fastest call.
+      bandwidth: what the machine can do, measured in the same run.
+      ratio: `gb_per_s` as a part of the highest bandwidth.
     """
-    config = model.config
-    before = memory_bandwidth()
+
+    params: int
+    weight_bytes: int
+    cache_slots: int
+    tokens_per_s: float
+    median_tokens_per_s: float
+    gb_per_s: float
+    bandwidth: Bandwidth
+    ratio: float
+
+
+def weight_bytes_per_step(config: LlamaConfig, runtime: Runtime) -> int:
+    """Bytes of weights that one decoding step reads, whatever the batch."""
+    read = count_params(param_shapes(config))
+    if not config.tied_embeddings:
+        read -= config.vocab_size * config.embed_dim
+    return read * jnp.dtype(runtime.weight_dtype).itemsize
+
+
+def measure_decode(
+    config: LlamaConfig,
+    runtime: Runtime,
+    *,
+    batch: int,
+    prompt_length: int,
+    steps: int,
+    rounds: int = 8,
+) -> DecodeReport:
+    """Decode greedily with the library's own loop, in calls of at most `MAX_STEPS`.
+
+    Args:
+      config: of the model, whose weights are random.
+      runtime: how it is run.
+      batch: rows that are decoded together.
+      prompt_length: of every row.
+      steps: tokens to decode per row, rounded up to whole calls.
+      rounds: how often to start again from the prompt.
+    """
+    # Around what is compared with it, since other programs come and go, and not beside
+    # it, since the weights may leave no room.
+    limits = [bandwidth()]
+    slots = decoding.bucket(prompt_length + steps + decoding.MAX_STEPS, 1 << 30)
+    times = _step_times(config, runtime, batch, prompt_length, steps, slots, rounds)
+    limits.append(bandwidth())
+    best, median = best_and_median(times)
+    weight_bytes = weight_bytes_per_step(config, runtime)
+    limit = Bandwidth(
+        reduction=max(one.reduction for one in limits),
+        matvec=max(one.matvec for one in limits),
+        copy=max(one.copy for one in limits),
+    )
+    gb_per_s = weight_bytes / best / 1e9
+    return DecodeReport(
+        params=count_params(param_shapes(config)),
+        weight_bytes=weight_bytes,
+        cache_slots=slots,
+        tokens_per_s=batch / best,
+        median_tokens_per_s=batch / median,
+        gb_per_s=gb_per_s,
+        bandwidth=limit,
+        ratio=gb_per_s / limit.best,
+    )
+
+
+def _step_times(
+    config: LlamaConfig,
+    runtime: Runtime,
+    batch: int,
+    prompt_length: int,
+    steps: int,
+    slots: int,
+    rounds: int,
+) -> list[float]:
+    """Seconds per step of every device call, compilation left out."""
+    model = Llama(config, runtime)
     params = init_params(model, jax.random.key(0))
-    step_bytes = sum(
-        leaf.nbytes
-        for path, leaf in flatten(params).items()
-        if path != "transformer/embedding" or config.tied_embeddings
-    )
     rows = sampling_rows([Sampling(temperature=0)] * batch, config.vocab_size)
-    never = jnp.full((8,), -1, jnp.int32)
-    needed = prompt_length + steps + decode.MAX_STEPS
-    slots = decode.bucket(needed, config.max_seq_len)
-    lanes, _, _ = decode.start(
-        model,
-        params,
-        jnp.ones((batch, prompt_length), jnp.int32),
-        jnp.full((batch,), prompt_length, jnp.int32),
-        rows,
-        jnp.full((batch,), needed, jnp.int32),
-        never,
-        num_slots=slots,
-        top=0,
-        score_prompt=False,
-    )
-
-    def advance(lanes: decode.Lanes, steps: int) -> decode.Lanes:
-        lanes, written = decode.advance(
-            model, params, lanes, rows, never, jnp.int32(steps), top=0
+    stop_ids = jnp.full((8,), -1, jnp.int32)
+    per_call = min(steps, decoding.MAX_STEPS)
+    times: list[float] = []
+    for number in range(1 + rounds):
+        lanes, _, _ = decoding.start(
+            model,
+            params,
+            jnp.ones((batch, prompt_length), jnp.int32),
+            jnp.full((batch,), prompt_length, jnp.int32),
+            rows,
+            jnp.full((batch,), 1 << 30, jnp.int32),
+            stop_ids,
+            num_slots=slots,
+            top=0,
+            score_prompt=False,
         )
-        jax.block_until_ready(written)
-        return lanes
+        jax.block_until_ready(lanes)
 
-    lanes = advance(lanes, 1)
-    length = lanes.cache.length
-    best = float("inf")
-    for _ in range(repeats):
-        # The same slots again: what matters is their number, not what is in them.
-        cache = lanes.cache._replace(length=length + 0)
-        lanes = lanes._replace(cache=cache, remaining=lanes.remaining * 0 + needed)
-        began, left = time.perf_counter(), steps
-        while left:
-            count = min(left, decode.MAX_STEPS)
-            lanes = advance(lanes, count)
-            left -= count
-        best = min(best, time.perf_counter() - began)
-    bandwidth = memory_bandwidth()
-    highest = max(before.highest, bandwidth.highest)
-    rate = step_bytes * steps / best
-    return {
-        "tokens_per_second": batch * steps / best,
-        "milliseconds_per_step": 1e3 * best / steps,
-        "weight_bytes_per_step": step_bytes,
-        "cache_slots": slots,
-        "weights_gb_per_second": rate / 1e9,
-        "reduction_gb_per_second": max(before.reduction, bandwidth.reduction) / 1e9,
-        "matvec_gb_per_second": max(before.matvec, bandwidth.matvec) / 1e9,
-        "copy_gb_per_second": max(before.copy, bandwidth.copy) / 1e9,
-        "ratio": rate / highest,
-    }
+        for _ in range(-(-steps // per_call)):
+            start = time.perf_counter()
+            lanes, written = decoding.advance(
+                model, params, lanes, rows, stop_ids, jnp.int32(per_call), top=0
+            )
+            jax.block_until_ready(written)
+            if number > 0:
+                times.append((time.perf_counter() - start) / per_call)
+    return times

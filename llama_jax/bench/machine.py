@@ -1,77 +1,165 @@
-"""What this machine can do at best: its memory bandwidth and its matrix products."""
+"""What this machine can do: memory bandwidth, and the rate of matrix products."""
 
+import dataclasses
+import datetime
+import functools
+import math
+import platform
+import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax.config import LlamaConfig
 from llama_jax.linear import matmul_precision
+from llama_jax.runtime import DType
+from llama_jax.types import Array
 
-_GIBIBYTE = 1 << 30
+_GIB = 1 << 30
 
 
-class Bandwidth(NamedTuple):
-    """Bytes per second of three ways to stream memory, each at its best."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and when a figure was measured."""
+
+    device: str
+    host: str
+    jax: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bandwidth:
+    """GB/s (10⁹ bytes) of three ways to go through 1 GiB of warm memory."""
 
     reduction: float
     matvec: float
     copy: float
 
     @property
-    def highest(self) -> float:
-        """The highest of them."""
-        return max(self)
+    def best(self) -> float:
+        """The highest of the three."""
+        return max(dataclasses.astuple(self))
 
 
-def best_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The shortest of some runs, after one that is not counted (it may compile)."""
-    jax.block_until_ready(function())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatmulRate:
+    """The fastest matrix product of several sizes, `I,J,K` being `[I, J] @ [J, K]`."""
+
+    gflops: float
+    size: str
+
+
+def describe() -> Machine:
+    """The default device and the versions."""
+    device = jax.devices()[0]
+    host = f"{platform.machine()}, {platform.system()}, Python "
+    return Machine(
+        device=f"{device.platform}: {device.device_kind}",
+        host=host + platform.python_version(),
+        jax=jax.__version__,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def seconds(run: Callable[[], Any], *, repeats: int = 8, warm: int = 2) -> list[float]:
+    """How long each of `repeats` calls took, after some that compile and warm up.
+
+    `run` returns arrays; a call ends when they are computed.
+    """
+    for _ in range(warm):
+        jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - began)
-    return min(times)
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return times
 
 
-def memory_bandwidth(repeats: int = 10) -> Bandwidth:
-    """Measure a reduction, a matrix-vector product and a copy of 1 GiB of float32.
+def best_and_median(times: Iterable[float]) -> tuple[float, float]:
+    """The shortest, and the middle one."""
+    times = list(times)
+    return min(times), statistics.median(times)
 
-    A copy moves its bytes twice: it reads and writes them.
+
+def bandwidth(size: int = _GIB, repeats: int = 8) -> Bandwidth:
+    """Memory bandwidth of the default device with all its cores, best of the repeats.
+
+    Args:
+      size: bytes to go through.
+      repeats: how often each is measured.
     """
-    rows, columns = 1 << 15, 1 << 13
-    matrix = jnp.ones((rows, columns), jnp.float32)
-    assert matrix.nbytes == _GIBIBYTE
-    vector = jnp.ones((rows,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    # The way a projection reads its weights, precision included.
-    product = jax.jit(
-        lambda v, m: jnp.matmul(v, m, precision=matmul_precision(jnp.float32))
-    )
-    copied = jax.jit(jnp.copy)
+    columns = 8192
+    memory = jnp.ones((size // 4 // columns, columns), jnp.float32)
+    nbytes = memory.nbytes
+    # Two ways to sum: to one number, and to one per row. Which one is spread over all
+    # cores differs between compilers.
+    total = seconds(lambda: _total(memory), repeats=repeats)
+    per_row = seconds(lambda: _row_sums(memory), repeats=repeats)
+    vector = jnp.ones((1, len(memory)), jnp.float32)
+    matvec = seconds(lambda: _product(vector, memory), repeats=repeats)
+    target = jnp.zeros_like(memory)
+
+    def copy() -> Array:
+        # Into memory that is there already: new pages would be measured otherwise.
+        nonlocal target
+        target = _copy(target, memory)
+        return target
+
+    copied = seconds(copy, repeats=repeats)
     return Bandwidth(
-        reduction=_GIBIBYTE / best_seconds(lambda: total(matrix), repeats),
-        matvec=_GIBIBYTE / best_seconds(lambda: product(vector, matrix), repeats),
-        copy=2 * _GIBIBYTE / best_seconds(lambda: copied(matrix), repeats),
+        reduction=nbytes / min(total + per_row) / 1e9,
+        matvec=nbytes / min(matvec) / 1e9,
+        copy=2 * nbytes / min(copied) / 1e9,
     )
 
 
 def matmul_rate(
-    dtype: str, shapes: list[tuple[int, int, int]], repeats: int = 5
-) -> float:
-    """The highest rate, in FLOP/s, of some matrix products.
+    config: LlamaConfig, tokens: int, dtype: DType, repeats: int = 5
+) -> MatmulRate:
+    """The fastest product of square matrices, or of the model's own shapes.
 
     Args:
-      dtype: of both factors.
-      shapes: (m, k, n) of products of m by k with k by n matrices.
-      repeats: runs of each, of which the fastest counts.
+      config: whose projections are tried.
+      tokens: rows of their left-hand side.
+      dtype: of both sides; float32 products are real float32 ones.
+      repeats: how often each is measured.
     """
-    precision = matmul_precision(dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-    rates = []
-    for m, k, n in shapes:
-        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-        rates.append(2 * m * k * n / best_seconds(lambda: product(a, b), repeats))  # noqa: B023
-    return max(rates)
+    squares = (1024, 2048) if jax.default_backend() == "cpu" else (2048, 4096, 8192)
+    width, hidden = config.embed_dim, config.mlp_dim
+    sizes = [(n, n, n) for n in squares]
+    sizes += [(tokens, width, width), (tokens, width, hidden), (tokens, hidden, width)]
+    fastest = MatmulRate(gflops=0.0, size="")
+    for size in sizes:
+        left = jnp.ones(size[:2], dtype)
+        right = jnp.ones(size[1:], dtype)
+        times = seconds(functools.partial(_product, left, right), repeats=repeats)
+        rate = 2 * math.prod(size) / min(times) / 1e9
+        if rate > fastest.gflops:
+            fastest = MatmulRate(gflops=rate, size=",".join(map(str, size)))
+    return fastest
+
+
+@jax.jit
+def _total(x: Array) -> Array:
+    return jnp.sum(x)
+
+
+@jax.jit
+def _row_sums(x: Array) -> Array:
+    return jnp.sum(x, axis=1)
+
+
+@jax.jit
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=matmul_precision(left.dtype))
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _copy(target: Array, source: Array) -> Array:
+    # An addition, since a bare copy would be compiled to no work at all.
+    return source + 1

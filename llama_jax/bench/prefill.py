@@ -1,55 +1,93 @@
-"""Prefill speed: the arithmetic done per second, beside a plain matrix product's."""
+"""Prefill: tokens per second, beside the machine's rate of matrix products."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax import decode
-from llama_jax.bench.machine import best_seconds, matmul_rate
+from llama_jax import decoding
+from llama_jax.bench.machine import MatmulRate, best_and_median, matmul_rate, seconds
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama, init_params
+from llama_jax.params import axes_of, count_params, leaf_paths, weight_shape
+from llama_jax.runtime import Runtime
+from llama_jax.types import Array
 
 
-def prefill_flops(config: LlamaConfig, batch: int, length: int) -> int:
-    """Multiplications and additions of matrix products that a prompt needs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillReport:
+    """Reading prompts beside the machine's rate of matrix products.
 
-    Attention counts the causal half of its scores, the output head one position.
+    Attributes:
+      params: of the model.
+      flops: of one prefill; see `prefill_flops`.
+      tokens_per_s: of all rows together, in the fastest of the calls.
+      median_tokens_per_s: in the middle one.
+      gflops_per_s: in the fastest.
+      matmul: what the machine can do, measured in the same run.
+      ratio: `gflops_per_s` as a part of it.
     """
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    width = config.head_dim
-    projections = config.embed_dim * width * (2 * heads + 2 * kv_heads)
-    block = projections + 3 * config.embed_dim * config.mlp_dim
-    scores = 2 * heads * width * (length + 1) // 2  # q·k and weights·v
-    per_token = config.num_layers * (block + scores)
-    return 2 * batch * (length * per_token + config.embed_dim * config.vocab_size)
+
+    params: int
+    flops: int
+    tokens_per_s: float
+    median_tokens_per_s: float
+    gflops_per_s: float
+    matmul: MatmulRate
+    ratio: float
 
 
-def bench_prefill(
-    model: Llama, *, batch: int, prompt_length: int, repeats: int
-) -> dict[str, Any]:
-    """`decoding.prefill` of random weights and prompts."""
-    config = model.config
-    shapes = [
-        (size, size, size) for size in (1024, 2048)
-    ] + [
-        (batch * prompt_length, config.embed_dim, config.mlp_dim),
-        (batch * prompt_length, config.mlp_dim, config.embed_dim),
-    ]  # fmt: skip
-    dtype = model.runtime.dtype
-    before = matmul_rate(dtype, shapes)
+def prefill_flops(config: LlamaConfig, batch: int, tokens: int) -> int:
+    """Floating-point operations that reading prompts needs.
+
+    Two per weight of a projection and token, for the output head of one token per row;
+    and the two products of attention, of what a query may see (about half of all
+    pairs, so that computing the other half counts for nothing).
+    """
+    projections = 0
+    for path in leaf_paths(config):
+        rows, *columns = weight_shape(config, axes_of(path))
+        if path.startswith("transformer/layers/") and columns:
+            projections += rows * columns[0]
+    head = config.embed_dim * config.vocab_size
+    pairs = tokens * (tokens + 1) // 2
+    seen = pairs * config.num_heads * config.head_dim * config.num_layers
+    return batch * (2 * projections * tokens + 2 * head + 4 * seen)
+
+
+def measure_prefill(
+    config: LlamaConfig, runtime: Runtime, *, batch: int, prompt_length: int, steps: int
+) -> PrefillReport:
+    """Read prompts with the library's own function.
+
+    Args:
+      config: of the model, whose weights are random.
+      runtime: how it is run.
+      batch: prompts that are read together.
+      prompt_length: tokens in each.
+      steps: how often.
+    """
+    model = Llama(config, runtime)
     params = init_params(model, jax.random.key(0))
     tokens = jnp.ones((batch, prompt_length), jnp.int32)
     lengths = jnp.full((batch,), prompt_length, jnp.int32)
-    seconds = best_seconds(
-        lambda: decode.prefill(model, params, tokens, lengths, prompt_length), repeats
+
+    def call() -> Array:
+        logits, _ = decoding.prefill(model, params, tokens, lengths, prompt_length)
+        return logits
+
+    # Before and after, since other programs come and go.
+    rates = [matmul_rate(config, batch * prompt_length, runtime.dtype)]
+    best, median = best_and_median(seconds(call, repeats=steps))
+    rates.append(matmul_rate(config, batch * prompt_length, runtime.dtype))
+    limit = max(rates, key=lambda rate: rate.gflops)
+    flops = prefill_flops(config, batch, prompt_length)
+    return PrefillReport(
+        params=count_params(params),
+        flops=flops,
+        tokens_per_s=batch * prompt_length / best,
+        median_tokens_per_s=batch * prompt_length / median,
+        gflops_per_s=flops / best / 1e9,
+        matmul=limit,
+        ratio=flops / best / 1e9 / limit.gflops,
     )
-    highest = max(before, matmul_rate(dtype, shapes))
-    rate = prefill_flops(config, batch, prompt_length) / seconds
-    return {
-        "tokens_per_second": batch * prompt_length / seconds,
-        "milliseconds": 1e3 * seconds,
-        "gflops_per_second": rate / 1e9,
-        "matmul_gflops_per_second": highest / 1e9,
-        "ratio": rate / highest,
-    }

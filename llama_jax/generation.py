@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import decode
+from llama_jax import decoding
 from llama_jax.checkpoint import Loaded
 from llama_jax.errors import ConfigError, PromptError
 from llama_jax.sampling import Sampling, TokenLogprobs, sampling_rows
@@ -147,9 +147,9 @@ def stream(
             )
 
     # Rows that only fill the batch's bucket have no tokens to sample.
-    batch = decode.bucket(len(rows), 1 << 30, smallest=1)
+    batch = decoding.bucket(len(rows), 1 << 30, smallest=1)
     fill = batch - len(rows)
-    width = decode.bucket(max(len(row.prompt) for row in rows), config.max_seq_len)
+    width = decoding.bucket(max(len(row.prompt) for row in rows), config.max_seq_len)
     slots = max(len(row.prompt) + row.limit for row in rows)
     tokens = np.zeros((batch, width), np.int32)
     for row in rows:
@@ -161,11 +161,11 @@ def stream(
         samples=[*list(range(num_samples)) * len(prompts), *[0] * fill],
         banned=tokenizer.unnamed_ids(config.vocab_size),
     )
-    ends = np.full(decode.bucket(len(stop_ids), 1 << 30, smallest=8), -1, np.int32)
+    ends = np.full(decoding.bucket(len(stop_ids), 1 << 30, smallest=8), -1, np.int32)
     ends[: len(stop_ids)] = stop_ids
     top = logprobs or 0
     score_prompt = echo and logprobs is not None
-    lanes, written, scores = decode.start(
+    lanes, written, scores = decoding.start(
         model,
         params,
         jnp.asarray(tokens),
@@ -173,7 +173,7 @@ def stream(
         arrays,
         jnp.asarray([row.limit for row in rows] + [0] * fill, jnp.int32),
         jnp.asarray(ends),
-        num_slots=max(decode.bucket(slots, config.max_seq_len), width),
+        num_slots=max(decoding.bucket(slots, config.max_seq_len), width),
         top=top,
         score_prompt=score_prompt,
     )
@@ -190,7 +190,7 @@ def stream(
             return
         stopped = [row.finished for row in rows] + [True] * fill
         lanes = lanes._replace(done=lanes.done | jnp.asarray(stopped))
-        lanes, written = decode.advance(
+        lanes, written = decoding.advance(
             model, params, lanes, arrays, jnp.asarray(ends), jnp.int32(chunk), top=top
         )
 
@@ -290,7 +290,7 @@ def generate(
     Returns:
       `num_samples` completions per prompt, prompt by prompt.
     """
-    options.setdefault("chunk", decode.MAX_STEPS)
+    options.setdefault("chunk", decoding.MAX_STEPS)
     num_samples = options.get("num_samples", 1)
     owners = [tuple(prompt) for prompt in prompts for _ in range(num_samples)]
     parts: list[list[Delta]] = [[] for _ in owners]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from models import forward, talking_model
 from tolerances import LOGPROBS_FLOAT32
 
-from llama_jax import decode
+from llama_jax import decoding
 from llama_jax.checkpoint import Loaded
-from llama_jax.complete import chat_completion, text_completion
+from llama_jax.completion import chat_completion, text_completion
 from llama_jax.errors import ConfigError, PromptError
-from llama_jax.generate import Completion, generate, stream
+from llama_jax.generation import Completion, generate, stream
 from llama_jax.prompts import UNSAFE_ANSWER
 from llama_jax.runtime import Runtime
 from llama_jax.sampling import Sampling
@@ -365,7 +365,7 @@ def test_no_prompts_have_no_completions(loaded: Loaded) -> None:
 def test_nothing_is_compiled_for_other_requests_of_the_same_buckets(
     loaded: Loaded, sampled: list[Completion]
 ) -> None:
-    before = decode.start._cache_size(), decode.advance._cache_size()
+    before = decoding.start._cache_size(), decoding.advance._cache_size()
     other = run(
         loaded,
         prompts=[[1, 2, 3, 4, 5], [1, 6, 7], [1, 8]],
@@ -376,7 +376,7 @@ def test_nothing_is_compiled_for_other_requests_of_the_same_buckets(
         chunk=3,
     )
     assert len(other) == 3
-    assert (decode.start._cache_size(), decode.advance._cache_size()) == before
+    assert (decoding.start._cache_size(), decoding.advance._cache_size()) == before
 
 
 @pytest.mark.parametrize(
@@ -392,4 +392,4 @@ def test_nothing_is_compiled_for_other_requests_of_the_same_buckets(
 def test_buckets_are_powers_of_two_within_their_limits(
     size: int, limit: int, smallest: int, wanted: int
 ) -> None:
-    assert decode.bucket(size, limit, smallest) == wanted
+    assert decoding.bucket(size, limit, smallest) == wanted

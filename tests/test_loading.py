@@ -19,11 +19,11 @@ from foreign import (
 )
 from tolerances import GOLDEN_LOGITS
 
-from llama_jax import load as load_module
+from llama_jax import loading as load_module
 from llama_jax.checkpoint import Loaded
 from llama_jax.conversion import convert
 from llama_jax.errors import CheckpointError, ConfigError, MeshError, TokenizerError
-from llama_jax.load import default_runtime, load
+from llama_jax.loading import default_runtime, load
 from llama_jax.model import apply
 from llama_jax.params import flatten
 from llama_jax.runtime import Runtime
@@ -221,7 +221,7 @@ def test_loading_our_own_folder_imports_no_converter(foreign: pathlib.Path) -> N
     ours = foreign.parent / "ours"
     convert(foreign, ours)
     code = (
-        "import sys; from llama_jax.load import load"
+        "import sys; from llama_jax.loading import load"
         f"\nload({str(ours)!r})"
         "\nprint([m for m in sys.modules"
         " if m.startswith(('llama_jax.conversion', 'orbax', 'tensorstore'))])"

@@ -9,7 +9,7 @@ from typing import Unpack
 
 from llama_jax.checkpoint import Loaded
 from llama_jax.errors import PromptError, UnsafePromptError
-from llama_jax.generate import Completion, Options, generate
+from llama_jax.generation import Completion, Options, generate
 from llama_jax.prompts import (
     UNSAFE_ANSWER,
     Dialog,

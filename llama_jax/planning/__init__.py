@@ -1,0 +1,1 @@
+"""Whether and how a model fits devices, answered without them."""
