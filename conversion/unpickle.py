@@ -17,7 +17,7 @@ from llama_jax.errors import CheckpointError
 
 FIX = "download the file again"
 
-_STORAGES = {
+_STORAGES: dict[str, np.dtype] = {
     "torch FloatStorage": np.dtype(np.float32),
     "torch HalfStorage": np.dtype(np.float16),
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),

@@ -85,11 +85,11 @@ class Clock:
         self._tokens = self._after_first = 0
         jax.monitoring.register_event_duration_secs_listener(self._event)
 
-    def _event(self, event: str, seconds: float, **_: Any) -> None:
+    def _event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            self._compile += seconds
+            self._compile += duration_secs
             if self._first:
-                self._compile_after_first += seconds
+                self._compile_after_first += duration_secs
 
     def loaded(self) -> None:
         """The model is in memory; from here on it is the request that takes time."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from llama_jax import decode
+from llama_jax import decoding
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Llama
 from llama_jax.params import param_shapes
@@ -80,7 +80,7 @@ def compile_decoding(
     dtype: DType = "float32",
     device: Any = None,
 ) -> Any:
-    """`decode.decode_step` or `decode.advance`, compiled from shapes alone."""
+    """`decoding.decode_step` or `decoding.advance`, compiled from shapes alone."""
     model = Llama(config, Runtime(dtype=dtype))
     place = None if device is None else SingleDeviceSharding(device)
 
@@ -96,17 +96,17 @@ def compile_decoding(
     greedy = [Sampling(temperature=0)] * batch
     rows = placed(jax.eval_shape(lambda: sampling_rows(greedy, config.vocab_size)))
     lanes, _, _ = jax.eval_shape(
-        lambda *arguments: decode.start(
+        lambda *arguments: decoding.start(
             model, *arguments, num_slots=slots, top=0, score_prompt=False
         ),
         *(params, ids(batch, 16), ids(batch), rows, ids(batch), ids(8)),
     )
     lanes = placed(lanes)
     if program == "decode_step":
-        lowered = decode.decode_step.lower(model, params, lanes.cache, ids(batch))
+        lowered = decoding.decode_step.lower(model, params, lanes.cache, ids(batch))
     else:
         arguments = (params, lanes, rows, ids(8), ids())
-        lowered = decode.advance.lower(model, *arguments, top=0)
+        lowered = decoding.advance.lower(model, *arguments, top=0)
     return lowered.compile()
 
 

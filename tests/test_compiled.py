@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import pathlib
 from typing import Any
 
 import jax
@@ -11,13 +10,13 @@ import pytest
 from models import TALKING, TINY, random_params, talking_model
 from programs import cache_layer_size, compile_decoding, weight_sizes, whole_results
 
-from llama_jax import decode
+from llama_jax import decoding
 from llama_jax.cache import init_cache
 from llama_jax.checkpoint import Loaded
-from llama_jax.complete import text_completion
+from llama_jax.completion import text_completion
 from llama_jax.config import LlamaConfig, preset
 from llama_jax.errors import MeshError
-from llama_jax.generate import generate, stream
+from llama_jax.generation import generate, stream
 from llama_jax.model import Llama
 from llama_jax.planning.topology import tpu_topology
 from llama_jax.runtime import Runtime
@@ -77,7 +76,7 @@ def test_decoding_writes_into_the_cache_that_it_was_given() -> None:
     cache = init_cache(TINY, batch=2, num_slots=16, dtype="float32")
     places = [layer.unsafe_buffer_pointer() for layer in (*cache.k, *cache.v)]
     tokens = jnp.ones((2,), jnp.int32)
-    _, after = decode.decode_step(model, params, cache, tokens)
+    _, after = decoding.decode_step(model, params, cache, tokens)
     assert all(layer.is_deleted() for layer in (*cache.k, *cache.v))
     assert [layer.unsafe_buffer_pointer() for layer in (*after.k, *after.v)] == places
 
@@ -102,66 +101,67 @@ def compilations() -> list[str]:
     return _compilations
 
 
+FIRST = {"max_new_tokens": 18, "sampling": Sampling(seed=1)}
+
+
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    return talking_model(TALKING.replace(max_seq_len=128))
-
-
-OTHER_REQUESTS: list[dict[str, Any]] = [
-    {"sampling": Sampling(temperature=0)},
-    {"sampling": Sampling(temperature=1.3, top_p=0.5, top_k=7, min_p=0.01)},
-    {"sampling": Sampling(seed=77)},
-    {"sampling": Sampling(repetition_penalty=1.2, logit_bias={5: 2.0})},
-    {"max_new_tokens": 17},
-    {"max_new_tokens": 1},
-    {"stop": ("the end",)},
-    {"stop_ids": (3, 4, 5)},
-]
+def warm() -> Loaded:
+    """A model that has answered once: two rows, buckets of 16 tokens and 32 slots."""
+    _listen()
+    _compilations.clear()
+    loaded = talking_model(TALKING.replace(max_seq_len=128))
+    generate(loaded, [[1, 7, 8], [1, 9]], **FIRST)
+    assert _compilations, "the first call compiles, or nothing is counted"
+    return loaded
 
 
 @pytest.mark.parametrize(
-    "request_", OTHER_REQUESTS, ids=[str(n) for n in range(len(OTHER_REQUESTS))]
+    "other",
+    [
+        {"sampling": Sampling(temperature=0)},
+        {"sampling": Sampling(temperature=1.3, top_p=0.5, top_k=7, min_p=0.01)},
+        {"sampling": Sampling(seed=77)},
+        {"sampling": Sampling(repetition_penalty=1.2, logit_bias={5: 2.0})},
+        {"max_new_tokens": 17},
+        {"max_new_tokens": 3},
+        {"stop": ("the end",)},
+        {"stop_ids": (3, 4, 5)},
+    ],
+    ids=str,
 )
 def test_another_request_of_the_same_buckets_compiles_nothing(
-    loaded: Loaded, compilations: list[str], request_: dict[str, Any]
+    warm: Loaded, compilations: list[str], other: dict[str, Any]
 ) -> None:
-    first = {"max_new_tokens": 20, "sampling": Sampling(seed=1)}
-    jax.clear_caches()
-    generate(loaded, [[1, 7, 8], [1, 9]], **first)
-    assert compilations, "the first call compiles, or nothing is counted"
-    compilations.clear()
-    # Of the same bucket of slots: of 17 to 32 with the answer.
-    length = 17 - min(request_.get("max_new_tokens", 16), 16) + 1
-    prompts = [[1, *range(20, 20 + length - 1)], [1, 30]]
-    generate(loaded, prompts, **(first | request_))
+    programs = decoding.start._cache_size(), decoding.advance._cache_size()
+    prompts = [[1, *range(20, 33)], [1, 30]]
+    generate(warm, prompts, **(FIRST | other))
     assert compilations == []
-    assert decode.start._cache_size() == 1
-    assert decode.advance._cache_size() == 1
+    assert programs == (decoding.start._cache_size(), decoding.advance._cache_size())
 
 
-def test_another_text_compiles_nothing(loaded: Loaded, compilations: list[str]) -> None:
-    text_completion(loaded, ["once upon"], max_new_tokens=20)
+def test_another_text_compiles_nothing(warm: Loaded, compilations: list[str]) -> None:
+    text_completion(warm, ["once upon"], max_new_tokens=20)
     compilations.clear()
-    text_completion(loaded, ["the sun"], max_new_tokens=19)
+    text_completion(warm, ["the sun"], max_new_tokens=19)
     assert compilations == []
 
 
 def test_chunks_of_any_size_run_one_program(
-    loaded: Loaded, compilations: list[str]
+    warm: Loaded, compilations: list[str]
 ) -> None:
-    list(stream(loaded, [[1, 7, 8]], max_new_tokens=20, chunk=8))
+    list(stream(warm, [[1, 7, 8]], max_new_tokens=20, chunk=8))
     compilations.clear()
     for chunk in (1, 5, 32, 100):
-        list(stream(loaded, [[1, 7, 8]], max_new_tokens=20, chunk=chunk))
+        list(stream(warm, [[1, 7, 8]], max_new_tokens=20, chunk=chunk))
     assert compilations == []
 
 
 def test_a_request_of_a_larger_bucket_compiles_anew(
-    loaded: Loaded, compilations: list[str]
+    warm: Loaded, compilations: list[str]
 ) -> None:
-    generate(loaded, [[1, 7, 8]], max_new_tokens=20)
+    generate(warm, [[1, 7, 8]], max_new_tokens=20)
     compilations.clear()
-    generate(loaded, [[1, 7, 8]], max_new_tokens=100)
+    generate(warm, [[1, 7, 8]], max_new_tokens=100)
     assert compilations
 
 

@@ -359,24 +359,7 @@ def test_no_prompts_have_no_completions(loaded: Loaded) -> None:
     assert generate(loaded, []) == []
 
 
-# Compilation
-
-
-def test_nothing_is_compiled_for_other_requests_of_the_same_buckets(
-    loaded: Loaded, sampled: list[Completion]
-) -> None:
-    before = decoding.start._cache_size(), decoding.advance._cache_size()
-    other = run(
-        loaded,
-        prompts=[[1, 2, 3, 4, 5], [1, 6, 7], [1, 8]],
-        sampling=[Sampling(seed=9), GREEDY, Sampling(top_k=5, logit_bias={5: 1.0})],
-        max_new_tokens=20,
-        stop=["x"],
-        stop_ids=(2, 13),
-        chunk=3,
-    )
-    assert len(other) == 3
-    assert (decoding.start._cache_size(), decoding.advance._cache_size()) == before
+# Buckets
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from llama_jax.errors import MeshError
 from llama_jax.generation import generate
 from llama_jax.model import Llama, apply, init_params
 from llama_jax.params import flatten
-from llama_jax.runtime import LayerLayout, Rules, Runtime
+from llama_jax.runtime import Rules, Runtime
 from llama_jax.sampling import Sampling
 from llama_jax.sharding import (
     cache_shardings,
@@ -99,10 +99,9 @@ def test_sharded_gradients_equal_one_devices(
         assert difference < EQUAL_GRADIENT * scale, path
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
-def test_first_weights_are_born_sharded(layout: LayerLayout) -> None:
+def test_first_weights_are_born_sharded() -> None:
     config = TINY.replace(num_layers=1)
-    runtime, key = Runtime(layer_layout=layout), jax.random.key(0)
+    runtime, key = Runtime(), jax.random.key(0)
     mesh = mesh_of("fsdp=4,tensor=2")
     born = init_params(Llama(config, runtime, mesh), key)
     wanted = flatten(param_shardings(config, runtime, mesh))
