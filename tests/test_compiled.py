@@ -44,13 +44,14 @@ def check_nothing_is_copied(
 ) -> None:
     """Neither a weight nor a layer of the cache is made anew, in or around the loop."""
     layer = cache_layer_size(config, batch, slots)
-    sizes = {layer, *weight_sizes(config)}
-    assert not whole_results(compiled.as_text(), sizes)
+    weights = weight_sizes(config)
+    assert not whole_results(compiled.as_text(), {layer, *weights})
     memory = compiled.memory_analysis()
-    cache_bytes = 2 * config.num_layers * layer * itemsize
-    assert memory.alias_size_in_bytes >= cache_bytes
-    activations = 64 * batch * (config.vocab_size + config.num_heads * slots)
-    assert memory.temp_size_in_bytes < max(activations, layer * itemsize // 2)
+    assert memory.alias_size_in_bytes >= 2 * config.num_layers * layer * itemsize
+    # With one row there is no room even for the smallest of them. Sixteen rows have
+    # activations of the size of a small model's weights.
+    room = min(layer, *weights) if batch == 1 else layer // 2
+    assert memory.temp_size_in_bytes < room * itemsize
 
 
 @programs

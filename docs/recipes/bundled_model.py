@@ -4,8 +4,13 @@ r"""Train the small story model that ships with the library, from nothing, on a 
         --validation tinystories-real.txt --output runs/stories
 
 The text is a file of stories separated by `<|endoftext|>`. The first `HELD_OUT` of them
-are never trained on. Everything is seeded; with the settings below the run takes
-about an hour and a half on two cores.
+are never trained on, and the validation text is only looked at. Everything is seeded.
+
+The weights in `llama_jax/assets/stories` came from two runs, 1,600 steps of 4,096 tokens
+together, about 85 core-minutes:
+
+    … --output runs/a --steps 500 --decay 0
+    … --output runs/b --start runs/a/params.npz --steps 1100 --decay 800 --seed 1
 """
 
 import argparse
@@ -149,8 +154,8 @@ def main() -> None:
     parser.add_argument("--validation", type=pathlib.Path, required=True)
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--start", type=pathlib.Path, help="params.npz to go on from")
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--decay", type=int, default=1300, help="of them, at the end")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--decay", type=int, default=800, help="of them, at the end")
     parser.add_argument("--tokens", type=int, default=4096, help="in each step")
     parser.add_argument("--learning-rate", type=float, default=0.008)
     parser.add_argument("--seed", type=int, default=0)
