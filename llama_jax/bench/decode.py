@@ -14,6 +14,9 @@ from llama_jax.params import count_params, param_shapes
 from llama_jax.runtime import Runtime
 from llama_jax.sampling import Sampling, sampling_rows
 
+_STEPS_PER_CALL = 8
+"""As many as `stream` decodes between two looks at the text, unless told."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeReport:
@@ -57,7 +60,7 @@ def measure_decode(
     steps: int,
     rounds: int = 8,
 ) -> DecodeReport:
-    """Decode greedily with the library's own loop, in calls of at most `MAX_STEPS`.
+    """Decode greedily with the library's own loop, as `stream` calls it.
 
     Args:
       config: of the model, whose weights are random.
@@ -70,7 +73,7 @@ def measure_decode(
     # Around what is compared with it, since other programs come and go, and not beside
     # it, since the weights may leave no room.
     limits = [bandwidth()]
-    slots = decoding.bucket(prompt_length + steps + decoding.MAX_STEPS, 1 << 30)
+    slots = decoding.bucket(prompt_length + steps + _STEPS_PER_CALL, 1 << 30)
     times = _step_times(config, runtime, batch, prompt_length, steps, slots, rounds)
     limits.append(bandwidth())
     best, median = best_and_median(times)
@@ -107,7 +110,7 @@ def _step_times(
     params = init_params(model, jax.random.key(0))
     rows = sampling_rows([Sampling(temperature=0)] * batch, config.vocab_size)
     stop_ids = jnp.full((8,), -1, jnp.int32)
-    per_call = min(steps, decoding.MAX_STEPS)
+    per_call = min(steps, _STEPS_PER_CALL)
     times: list[float] = []
     for number in range(1 + rounds):
         lanes, _, _ = decoding.start(
