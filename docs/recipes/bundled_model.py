@@ -3,11 +3,11 @@ r"""Train the small story model that ships with the library, from nothing, on a 
     python docs/recipes/bundled_model.py --stories stories.txt.gz \
         --validation tinystories-real.txt --output runs/stories
 
-The text is a file of stories separated by `<|endoftext|>`. The first `HELD_OUT` of them
-are never trained on, and the validation text is only looked at. Everything is seeded.
+The text is a file of stories separated by `<|endoftext|>`. The first `HELD_OUT` of
+them are never trained on, and the validation text is only looked at. All is seeded.
 
-The weights in `llama_jax/assets/stories` came from two runs, 1,600 steps of 4,096 tokens
-together, about 85 core-minutes:
+The weights in `llama_jax/assets/stories` came from two runs, together 1,600 steps of
+4,096 tokens and about 85 core-minutes:
 
     … --output runs/a --steps 500 --decay 0
     … --output runs/b --start runs/a/params.npz --steps 1100 --decay 800 --seed 1
