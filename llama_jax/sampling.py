@@ -53,16 +53,20 @@ class Sampling:
         for name, fits, wanted in (
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1 keeps all)"),
-            ("top_k", self.top_k >= 0, "0 (keeps all) or more"),
+            ("top_k", _whole(self.top_k, 31), "an integer, 0 (keeps all) or more"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 (keeps all) and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
             ("presence_penalty", True, "finite"),
             ("frequency_penalty", True, "finite"),
-            ("seed", 0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
+            ("seed", _whole(self.seed, 32), "an integer between 0 and 2**32 - 1"),
         ):
             value = getattr(self, name)
             if not fits or not math.isfinite(value):
                 raise PromptError(f"sampling: {name} is {value}; it must be {wanted}")
+
+
+def _whole(value: float, bits: int) -> bool:
+    return isinstance(value, int) and 0 <= value < 1 << bits
 
 
 class SamplingRows(NamedTuple):
