@@ -7,6 +7,7 @@ top-p, min-p. Log-probabilities are of the model's own logits, before all of tha
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class Sampling:
 
 
 def _whole(value: float, bits: int) -> bool:
-    return isinstance(value, int) and 0 <= value < 1 << bits
+    return isinstance(value, numbers.Integral) and 0 <= value < 1 << bits
 
 
 class SamplingRows(NamedTuple):
