@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -13,10 +14,19 @@ import pytest
 import llama_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def folder(package: str) -> pathlib.Path:
+    """Where a package lies: in the checkout, or where the wheel was installed."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return pathlib.Path(spec.origin).parent
+
+
 FOLDERS = {
-    "llama_jax": ROOT / "llama_jax",
-    "llama_jax.kernels": ROOT / "kernels",
-    "llama_jax.conversion": ROOT / "conversion",
+    name: folder(name)
+    for name in ("llama_jax", "llama_jax.kernels", "llama_jax.conversion")
 }
 
 # Lowest row first. A module imports from lower rows, or from its own row leftwards. A
