@@ -13,8 +13,8 @@ weights that it had written at step 500:
     … --output runs/a --steps 2600 --decay 1300
     … --output runs/b --start runs/a/params.npz --steps 1100 --decay 800 --seed 1
 
-That is 1,600 steps of 4,096 tokens, about 90 core-minutes. The defaults below, one run of
-as many steps, have not been tried.
+That is 1,600 steps of 4,096 tokens, about 90 core-minutes. The defaults below, one
+run of as many steps, have not been tried.
 """
 
 import argparse
