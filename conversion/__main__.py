@@ -17,7 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and return the exit status: 2 with one sentence where that failed."""
     args = _parser().parse_args(argv)
     try:
-        with _progress_bar() as progress:
+        with _progress_bar() as bar:
+
+            def progress(what: str, done: int, total: int) -> None:
+                if received:
+                    raise _exit_of(received[0])
+                if bar is not None:
+                    bar(what, done, total)
+
             done = convert(
                 args.src,
                 args.dst,
@@ -34,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     print(_summary(args.dst, done))
     return 0
+
+
+def _exit_of(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +110,14 @@ def _summary(dst: str, done: Converted) -> str:
 
 
 if __name__ == "__main__":
-    # What a scheduler sends first; as an exception it lets the folder be removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # As exceptions they let the folder be removed. A garbage collection callback (jax
+    # 0.7 has one) may swallow an exception, so the signal is also remembered.
+    received: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        received.append(number)
+        raise _exit_of(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     sys.exit(main())
