@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Convert, and return the exit status: 2 with one sentence where that failed."""
     args = _parser().parse_args(argv)
     try:
-        with _progress_bar() as bar:
+        with _signals() as received, _progress_bar() as bar:
 
             def progress(what: str, done: int, total: int) -> None:
                 if received:
@@ -41,6 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     print(_summary(args.dst, done))
     return 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as exceptions, which let the folder be removed.
+
+    Yields what was received: a garbage collection callback (jax 0.7 has one) may
+    swallow an exception, so whoever works for long asks again.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        received.append(number)
+        raise _exit_of(number)
+
+    before = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _exit_of(number: int) -> BaseException:
@@ -110,14 +134,4 @@ def _summary(dst: str, done: Converted) -> str:
 
 
 if __name__ == "__main__":
-    # As exceptions they let the folder be removed. A garbage collection callback (jax
-    # 0.7 has one) may swallow an exception, so the signal is also remembered.
-    received: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        received.append(number)
-        raise _exit_of(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     sys.exit(main())
