@@ -10,13 +10,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from llama_jax.cache import KVCache, LayerCache, insert
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import attention
 from llama_jax.linear import linear, matmul_precision
-from llama_jax.params import Head, weight_shape
+from llama_jax.params import (
+    AXES,
+    Head,
+    axes_of,
+    flatten,
+    init_std,
+    leaf_paths,
+    row_of,
+    unflatten,
+    weight_shape,
+)
 from llama_jax.rope import RopeTables, apply_rope, rope_tables
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import constrain, keep_layout, param_shardings
@@ -31,8 +42,6 @@ from llama_jax.types import (
     Tokens,
 )
 
-_INIT_SCALE = 0.02
-
 
 class _Module(nn.Module):
     """What every module has: the facts, the choices and the devices."""
@@ -41,11 +50,12 @@ class _Module(nn.Module):
     runtime: Runtime
     mesh: Mesh | None = None
 
-    def weight(self, name: str, axes: str, scale: float = _INIT_SCALE) -> Array:
-        """A weight, drawn from a normal of this standard deviation."""
-        shape = weight_shape(self.config, axes)
-        init = nn.initializers.normal(scale)
-        return self.param(name, init, shape, jnp.dtype(self.runtime.weight_dtype))
+    def weight(self, name: str, axes: str) -> Array:
+        """A weight, whose first numbers its row of `AXES` decides."""
+        std = init_std("/".join((*self.path, name)), self.config)
+        dtype = jnp.dtype(self.runtime.weight_dtype)
+        init = functools.partial(_draw, std=std)
+        return self.param(name, init, weight_shape(self.config, axes), dtype)
 
     def part(self, module: Any, name: str | None = None, **fields: Any) -> Any:
         """A submodule with the same facts, choices and devices."""
@@ -61,12 +71,7 @@ class RMSNorm(_Module):
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
-        scale = self.param(
-            "scale",
-            nn.initializers.ones,
-            weight_shape(self.config, "D"),
-            jnp.dtype(self.runtime.weight_dtype),
-        )
+        scale = self.weight("scale", "D")
         exact = x.astype(jnp.float32)
         mean_square = jnp.mean(exact * exact, axis=-1, keepdims=True)
         normed = exact * jax.lax.rsqrt(mean_square + self.config.norm_eps)
@@ -121,13 +126,7 @@ class Attention(_Module):
             implementation=self.runtime.attention,
         )
         out = self.place(out.reshape(batch, queries, -1), "B T NH")
-        o_proj = self.weight("o_proj", "NH D", self.residual_scale)
-        return linear(out, o_proj), cache
-
-    @property
-    def residual_scale(self) -> float:
-        """Smaller where L blocks add up, so that the stream starts at unit size."""
-        return _INIT_SCALE / (2 * self.config.num_layers) ** 0.5
+        return linear(out, self.weight("o_proj", "NH D")), cache
 
 
 class FeedForward(_Module):
@@ -138,8 +137,7 @@ class FeedForward(_Module):
         gate = linear(x, self.weight("gate_proj", "D F"))
         up = linear(x, self.weight("up_proj", "D F"))
         hidden = self.place(jax.nn.silu(gate) * up, "B T F")
-        scale = _INIT_SCALE / (2 * self.config.num_layers) ** 0.5
-        return linear(hidden, self.weight("down_proj", "F D", scale))
+        return linear(hidden, self.weight("down_proj", "F D"))
 
 
 class Block(_Module):
@@ -310,18 +308,54 @@ class ScalarModel(_Module):
 def init_params(
     model: Llama | ScalarModel, key: PRNGKeyArray | Array
 ) -> dict[str, Any]:
-    """Random weights; on a mesh they are born sharded, no device holds them all."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shardings = None
+    """Random weights, the same in either layout and on any mesh.
+
+    They are drawn one by one, so that compiling does not take longer for more layers;
+    on a mesh each is born sharded: no device ever holds more than its part.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    config, runtime = model.config, model.runtime
+    head: Head = "lm_head" if isinstance(model, Llama) else "scalar_head"
+    dtype = jnp.dtype(runtime.weight_dtype)
+    shardings: dict[str, Any] = {}
     if model.mesh is not None:
-        head: Head = "lm_head" if isinstance(model, Llama) else "scalar_head"
-        shardings = param_shardings(model.config, model.runtime, model.mesh, head=head)
+        shardings = flatten(param_shardings(config, runtime, model.mesh, head=head))
+    first = {}
+    for path in leaf_paths(config, runtime.layer_layout, head):
+        shape = weight_shape(config, axes_of(path))
+        row, layer = row_of(path)
+        own = jax.random.fold_in(key, list(AXES).index(row))
+        if layer is not None:
+            own = jax.random.fold_in(own, layer)
+        elif AXES[row].startswith("L "):
+            own = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(shape[0]))
+            shape = shape[1:]
+        first[path] = _draw_in_place(
+            own, shape, dtype, init_std(path, config), shardings.get(path)
+        )
+    return unflatten(first)
 
-    @functools.partial(jax.jit, out_shardings=shardings)
-    def init(key: Array) -> Params:
-        return model.init(key, tokens)["params"]
 
-    return dict(init(key))
+def _draw(key: Array, shape: tuple[int, ...], dtype: Any, std: float | None) -> Array:
+    """Ones where no deviation is given."""
+    if std is None:
+        return jnp.ones(shape, dtype)
+    return std * jax.random.normal(key, shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "std", "place"))
+def _draw_in_place(
+    keys: Array,
+    shape: tuple[int, ...],
+    dtype: Any,
+    std: float | None,
+    place: NamedSharding | None,
+) -> Array:
+    """One array, or one for each of several keys, where it belongs."""
+    draw = functools.partial(_draw, shape=shape, dtype=dtype, std=std)
+    drawn = jax.vmap(draw)(keys) if keys.ndim else draw(keys)
+    return drawn if place is None else jax.lax.with_sharding_constraint(drawn, place)
 
 
 def apply(model: Any, params: Params, *args: Any, **kwargs: Any) -> Any:

@@ -54,14 +54,31 @@ def axis_sizes(config: LlamaConfig) -> dict[str, int]:
     }
 
 
+def row_of(path: str) -> tuple[str, int | None]:
+    """The row of `AXES` that a leaf belongs to, in either layout, and its layer."""
+    layer, _, weight = path.removeprefix(_LAYERS).partition("/")
+    if path.startswith(_LAYERS) and layer.isdecimal():
+        return _LAYERS + weight, int(layer)
+    return path, None
+
+
 def axes_of(path: str) -> str:
     """The letters of one leaf, in either layout: without `L` where a layer is named."""
-    if path in AXES:
-        return AXES[path]
-    if path.startswith(_LAYERS):
-        _, _, weight = path.removeprefix(_LAYERS).partition("/")
-        return AXES[_LAYERS + weight].removeprefix("L ")
-    raise KeyError(path)
+    row, layer = row_of(path)
+    return AXES[row] if layer is None else AXES[row].removeprefix("L ")
+
+
+def init_std(path: str, config: LlamaConfig) -> float | None:
+    """Standard deviation of a leaf's first numbers; None for norms, which are ones.
+
+    Where 2 L projections add up to the stream it is the smaller by the root of their
+    number, so that the stream keeps its size.
+    """
+    if path.endswith("/scale"):
+        return None
+    if path.endswith(("/o_proj", "/down_proj")):
+        return 0.02 / (2 * config.num_layers) ** 0.5
+    return 0.02
 
 
 def weight_shape(config: LlamaConfig, axes: str) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from llama_jax.cache import KVCache, LayerCache, grow, init_cache, insert
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model import Llama, ScalarModel, apply, init_params
-from llama_jax.params import flatten
+from llama_jax.params import flatten, unstack_layers
 from llama_jax.runtime import LayerLayout, Remat, Runtime
 
 MODEL = Llama(TINY, Runtime())
@@ -444,3 +444,13 @@ def test_first_weights_are_normal_and_norms_are_one() -> None:
         assert abs(float(leaf.mean())) < 5 * wanted / leaf.size**0.5, path
     layers = flat["transformer/layers/mlp/up_proj"]
     assert not np.array_equal(layers[0], layers[1])
+
+
+def test_first_weights_are_the_same_in_both_layouts() -> None:
+    key = jax.random.key(3)
+    unrolled = flatten(init_params(Llama(TINY, Runtime()), key))
+    model = Llama(TINY, Runtime(layer_layout="stacked"))
+    stacked = flatten(unstack_layers(init_params(model, key)))
+    assert unrolled.keys() == stacked.keys()
+    for path, leaf in unrolled.items():
+        np.testing.assert_array_equal(leaf, stacked[path], path)
