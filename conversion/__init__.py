@@ -1,19 +1,20 @@
-"""Foreign checkpoints to ours: Meta's folders and llama2.c's files."""
+"""Checkpoints of every format into every other: Meta, Hugging Face, GGUF, llama2.c."""
 
-from llama_jax.conversion.convert import (
-    Converted,
-    convert,
-    find_tokenizer,
-    open_source,
-    open_tokenizer,
-)
+from llama_jax.conversion.convert import Converted, Plan, convert, plan_conversion
+from llama_jax.conversion.formats import FormatName, open_source
 from llama_jax.conversion.source import Source
+from llama_jax.conversion.tokenizers import open_tokenizer
+from llama_jax.conversion.verify import Comparison, compare
 
 __all__ = [
+    "Comparison",
     "Converted",
+    "FormatName",
+    "Plan",
     "Source",
+    "compare",
     "convert",
-    "find_tokenizer",
     "open_source",
     "open_tokenizer",
+    "plan_conversion",
 ]

@@ -1,8 +1,7 @@
-"""llama2.c's files: `.bin` checkpoints (legacy export) and `tokenizer.bin`."""
+"""llama2.c's `.bin` checkpoints (the legacy export)."""
 
 import math
 import pathlib
-import re
 import struct
 
 import numpy as np
@@ -10,10 +9,12 @@ import numpy as np
 from llama_jax.checkpoint import naming
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.patterns import axes_shape
-from llama_jax.conversion.rules import LLAMA2C, pattern_sizes, source_shapes
-from llama_jax.conversion.source import Source
-from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
-from llama_jax.leaves import LazyLeaf
+from llama_jax.conversion.rules import export, pattern_sizes, source_shapes
+from llama_jax.conversion.source import Export, Source, counted
+from llama_jax.conversion.tables import LLAMA2C
+from llama_jax.conversion.tokenizers import find_tokenizer
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.leaves import LazyLeaf, Progress, raw_bytes
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # the magic number of the later export formats
@@ -80,45 +81,78 @@ def read_llama2c(path: pathlib.Path, *, max_seq_len: int | None = None) -> Sourc
             tensors = {n: t for n, t in tensors.items() if not n.startswith("freq_")}
             config = config.replace(max_seq_len=max_seq_len)
             context = "as given"
-    return Source(path, LLAMA2C, config, context, tensors)
+    return Source(
+        path=path,
+        form=LLAMA2C,
+        config=config,
+        context=context,
+        tensors=tensors,
+        find_tokenizer=lambda: find_tokenizer(path),
+    )
 
 
-def tokenizer_model(path: pathlib.Path) -> bytes:
-    """A llama2.c `tokenizer.bin` as the SentencePiece model it was made from.
+def is_llama2c(path: pathlib.Path) -> bool:
+    """Whether this is a file that may be one of llama2.c's."""
+    return path.is_file() and path.suffix == ".bin"
 
-    The file has the pieces in the order of their ids with their scores; what it lacks
-    is the same for all Llama tokenizers: BPE, byte fallback, a dummy prefix, no
-    normalization.
+
+def write_llama2c(
+    path: pathlib.Path, model: Export, *, progress: Progress | None = None
+) -> None:
+    """Write a `.bin` in float32, one tensor in memory at a time.
 
     Raises:
-      TokenizerError: the file is damaged or of another kind.
+      ConfigError: the format cannot say what the model is.
     """
-    data = path.read_bytes()
-    pieces, offset = [], 4
-    longest = int.from_bytes(data[:4], "little")
-    while offset + 8 <= len(data):
-        score, size = struct.unpack_from("<fi", data, offset)
-        text = data[offset + 8 : offset + 8 + size]
-        if not 0 < size <= longest or len(text) < size or not math.isfinite(score):
-            break
-        pieces.append((text, score))
-        offset += 8 + size
-    # The special pieces lie between newlines there.
-    special = [text.strip(b"\n") for text, _ in pieces[:3]]
-    if offset != len(data) or special != [b"<unk>", b"<s>", b"</s>"]:
-        raise TokenizerError(
-            f"{path}: is not a llama2.c tokenizer, or damaged at byte {offset}; "
-            "download it again"
-        )
-    return b"".join(
-        [
-            _field(1, _piece(special[0], 0.0, _UNKNOWN)),
-            *(_field(1, _piece(text, 0.0, _CONTROL)) for text in special[1:]),
-            *(_field(1, _piece(*piece)) for piece in pieces[3:]),
-            _field(2, _trainer_spec(len(pieces))),
-            _field(3, _NORMALIZER_SPEC),
-        ]
+    config = model.config
+    fixed = {
+        "rope_theta": _THETA,
+        "norm_eps": _EPS,
+        "rope_scaling": None,
+        "head_dim": config.embed_dim // config.num_heads,
+    }
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"llama2.c's format cannot say that {name} is "
+                f"{getattr(config, name)!r}: its programs take it to be {value!r}"
+            )
+    sign = 1 if config.tied_embeddings else -1
+    header = _HEADER.pack(
+        config.embed_dim,
+        config.mlp_dim,
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        sign * config.vocab_size,
+        config.max_seq_len,
     )
+    tensors = export(LLAMA2C, model.leaves, config)
+    done = counted(progress, tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        for kind in _ORDER:
+            if kind.startswith("freq_"):
+                file.write(_frequencies(config)[kind].tobytes())
+                continue
+            for layer in range(config.num_layers if "{l}" in kind else 1):
+                if tensor := tensors.get(name := kind.format(l=layer)):
+                    array = tensor.read().astype("<f4", copy=False)
+                    file.write(raw_bytes(array))
+                    done(name)
+
+
+def _frequencies(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """The rotary tables that run.c skips; its exporter's differ in the last bit."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32)
+    power = _THETA ** (exponent / np.float32(config.head_dim)).astype(np.float64)
+    frequency = np.float32(1) / power.astype(np.float32)
+    angles = np.outer(np.arange(config.max_seq_len, dtype=np.float32), frequency)
+    exact = angles.astype(np.float64)
+    return {
+        "freq_cis_real": np.cos(exact).astype("<f4"),
+        "freq_cis_imag": np.sin(exact).astype("<f4"),
+    }
 
 
 def _config_from_header(header: tuple[int, ...]) -> LlamaConfig:
@@ -135,6 +169,7 @@ def _config_from_header(header: tuple[int, ...]) -> LlamaConfig:
         mlp_dim=mlp_dim,
         max_seq_len=seq_len,
         rope_theta=_THETA,
+        rope_scaling=None,
         norm_eps=_EPS,
         tied_embeddings=vocab_size > 0,
     )
@@ -148,7 +183,7 @@ def _count_numbers(config: LlamaConfig) -> int:
         if rule.target == "lm_head" and config.tied_embeddings:
             continue
         shape = axes_shape(rule.pattern.split(" -> ")[0], sizes)
-        total += math.prod(shape) * (config.num_layers if "{l}" in rule.target else 1)
+        total += math.prod(shape) * (config.num_layers if "{l}" in rule.source else 1)
     return total
 
 
@@ -157,46 +192,3 @@ def _tensor(path: pathlib.Path, shape: tuple[int, ...], offset: int) -> LazyLeaf
         return np.asarray(np.memmap(path, "<f4", "r", offset, shape))
 
     return LazyLeaf(shape, np.dtype(np.float32), read)
-
-
-# SentencePiece's ModelProto, written by hand: field numbers and types as in its
-# sentencepiece_model.proto.
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-
-
-def _piece(text: bytes, score: float, kind: int = _NORMAL) -> bytes:
-    """SentencePiece: 1 piece, 2 score, 3 type."""
-    if kind == _NORMAL and re.fullmatch(rb"<0x[0-9A-F]{2}>", text):
-        kind = _BYTE
-    text = text.replace(b" ", "▁".encode())
-    return _field(1, text) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
-
-
-def _trainer_spec(pieces: int) -> bytes:
-    """3 model_type (2: BPE), 4 vocab_size, 35 byte_fallback, 40-43 special ids."""
-    ids = _number(40, 0) + _number(41, 1) + _number(42, 2) + _number(43, -1)
-    return _number(3, 2) + _number(4, pieces) + _number(35, 1) + ids
-
-
-def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1  # negative numbers are written as two's complement
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _field(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-# 1 name, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces.
-_NORMALIZER_SPEC = (
-    _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1)
-)

@@ -1,5 +1,6 @@
 """Meta's folders: `params.json` and one `consolidated.NN.pth` per rank."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -9,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint import naming, read_json
+from llama_jax.checkpoint import naming, read_json, write_json
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.pth import read_pth
-from llama_jax.conversion.rules import META, source_shapes
-from llama_jax.conversion.source import Source, published_context
+from llama_jax.conversion.rules import export, rule_of, source_shapes
+from llama_jax.conversion.source import Export, Source, counted, published_context
+from llama_jax.conversion.state_dict import StateDictWriter
+from llama_jax.conversion.tables import META
+from llama_jax.conversion.tokenizers import find_tokenizer
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.leaves import LazyLeaf
+from llama_jax.leaves import LazyLeaf, Progress
 
-_PARAMS, _CHECKLIST = "params.json", "checklist.chk"
+_PARAMS, _CHECKLIST, _TOKENIZER = "params.json", "checklist.chk", "tokenizer.model"
 _EMBEDDING = "tok_embeddings.weight"
 _INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size")
 _NUMBERS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
@@ -58,7 +62,14 @@ def read_meta(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
         longest, context = published_context(config, path)
         config = config.replace(max_seq_len=longest)
     return Source(
-        path, META, config, context, _join_ranks(path, ranks, config), _checksums(path)
+        path=path,
+        form=META,
+        config=config,
+        context=context,
+        tensors=_join_ranks(path, ranks, config),
+        find_tokenizer=lambda: find_tokenizer(path),
+        checksums=_checksums(path),
+        ranks=len(ranks),
     )
 
 
@@ -110,6 +121,7 @@ def config_from_params(
         mlp_dim=_mlp_dim(dim, given["multiple_of"], given.get("ffn_dim_multiplier")),
         max_seq_len=max_seq_len,
         rope_theta=float(given.get("rope_theta", 1e4)),
+        rope_scaling=None,
         norm_eps=float(given["norm_eps"]),
         tied_embeddings=False,
     )
@@ -186,9 +198,9 @@ def _join(
     for axis in range(len(shape)):
         joined = (*shape[:axis], shape[axis] * len(parts), *shape[axis + 1 :])
         if joined == wanted:
-            return LazyLeaf(
-                wanted, dtype, functools.partial(np.concatenate, parts, axis)
-            )
+            read = functools.partial(np.concatenate, parts, axis)
+            whole = LazyLeaf(wanted, dtype, read)
+            return whole.taking(whole.nbytes)
 
     def read_same() -> np.ndarray:
         for rank, part in enumerate(parts):
@@ -229,3 +241,118 @@ def _checksums(path: pathlib.Path) -> dict[pathlib.Path, str]:
                 "download it too"
             )
     return sums
+
+
+def params_from_config(config: LlamaConfig) -> dict[str, Any]:
+    """A `params.json`; the inverse of `config_from_params`.
+
+    Raises:
+      ConfigError: Meta's format cannot say what the model is.
+    """
+    for name, value in (
+        ("rope_scaling", None),
+        ("head_dim", config.embed_dim // config.num_heads),
+    ):
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"Meta's format cannot say that {name} is {getattr(config, name)!r}: "
+                f"its code takes it to be {value!r}"
+            )
+    fields = {
+        "dim": config.embed_dim,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "vocab_size": config.vocab_size,
+    }
+    width = int(2 * 4 * config.embed_dim / 3)
+    # As published where that fits, else any pair that gives the same width.
+    pairs = [(256, None), (4096, 1.3), (256, 1.0), (config.mlp_dim, None)]
+    pairs.append((config.mlp_dim, config.mlp_dim / width))
+    for multiple_of, multiplier in pairs:
+        if _mlp_dim(config.embed_dim, multiple_of, multiplier) == config.mlp_dim:
+            fields["multiple_of"] = multiple_of
+            if multiplier is not None:
+                fields["ffn_dim_multiplier"] = multiplier
+            break
+    return fields
+
+
+def write_meta(
+    folder: pathlib.Path,
+    model: Export,
+    *,
+    ranks: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Fill a folder that Meta's code loads, one tensor in memory at a time.
+
+    Args:
+      folder: an empty one.
+      model: what to write.
+      ranks: files, one for each model-parallel process.
+      progress: told of the bytes that are written.
+
+    Raises:
+      ConfigError: Meta's format cannot say what the model is, or `ranks` does not
+        divide it.
+      TokenizerError: its tokenizer cannot be one of Meta's.
+    """
+    params = params_from_config(model.config)
+    tokenizer = None
+    if model.tokenizer is not None:
+        tokenizer = model.tokenizer.contents
+        if model.tokenizer.file_name != _TOKENIZER:
+            tokenizer = model.tokenizer.model_proto
+    for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "embed_dim"):
+        size = getattr(model.config, name)
+        if not 1 <= ranks <= 100 or size % ranks:
+            raise ConfigError(
+                f"ranks is {ranks}, which does not divide {name} {size}; choose a "
+                "number that does"
+            )
+    tensors = export(META, model.leaves, model.config)
+    done = counted(progress, tensors)
+    # Every original has them; Meta's later code ignores them.
+    freqs = _freqs(model.config).astype(tensors[_EMBEDDING].dtype)
+    parts = {name: _part(name, tensor, ranks) for name, tensor in tensors.items()}
+    parts["rope.freqs"] = LazyLeaf(freqs.shape, freqs.dtype, lambda: freqs)
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(
+                StateDictWriter(folder / f"consolidated.{rank:02}.pth", parts)
+            )
+            for rank in range(ranks)
+        ]
+        for name, tensor in tensors.items():
+            whole = tensor.read()
+            split = rule_of(META, name).split
+            pieces = [whole] * ranks
+            if split is not None:
+                pieces = np.split(whole, ranks, axis=split)
+            for file, piece in zip(files, pieces, strict=True):
+                file.add(piece)
+            del whole, pieces, piece
+            done(name)
+        for file in files:
+            file.add(freqs)
+    write_json(folder / _PARAMS, params)
+    if tokenizer is not None:
+        (folder / _TOKENIZER).write_bytes(tokenizer)
+
+
+def _part(name: str, tensor: LazyLeaf, ranks: int) -> LazyLeaf:
+    """What one rank holds of a tensor, as far as its shape goes."""
+    shape = list(tensor.shape)
+    if (split := rule_of(META, name).split) is not None:
+        shape[split] //= ranks
+    return LazyLeaf(tuple(shape), tensor.dtype, tensor.read)
+
+
+def _freqs(config: LlamaConfig) -> np.ndarray:
+    """The rotary frequencies, in the arithmetic of Meta's code."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32)
+    power = exponent / np.float32(config.head_dim)
+    return np.float32(1) / np.float32(config.rope_theta) ** power

@@ -27,6 +27,12 @@ def reverse(pattern: str) -> str:
     return f"{right} -> {left}"
 
 
+def is_plain(pattern: str) -> bool:
+    """Whether nothing moves, so that an array is its own rearrangement."""
+    left, right = pattern.split(" -> ")
+    return _names(left) == _names(right)
+
+
 def rearrange(
     pattern: str, array: np.ndarray, sizes: Mapping[str, int], dtype: Any = None
 ) -> np.ndarray:
@@ -38,8 +44,7 @@ def rearrange(
     """
     left, right = pattern.split(" -> ")
     dtype = array.dtype if dtype is None else np.dtype(dtype)
-    moved = [name for group in _groups(left) for name in group]
-    final = [name for group in _groups(right) for name in group]
+    moved, final = _names(left), _names(right)
     if moved == final:
         return array.astype(dtype, copy=False).reshape(axes_shape(right, sizes))
     rows = array.reshape([sizes[name] for name in moved])
@@ -54,6 +59,10 @@ def rearrange(
         block = rows[start : start + step].astype(dtype, copy=False)
         view[start : start + step] = block.view(words)
     return out.reshape(axes_shape(right, sizes))
+
+
+def _names(axes: str) -> list[str]:
+    return [name for group in _groups(axes) for name in group]
 
 
 def _groups(axes: str) -> list[list[str]]:

@@ -1,139 +1,16 @@
-"""One table per foreign format: which tensor goes where, and how its axes move.
+"""The tables at work: our leaves from a foreign checkpoint's tensors, and back."""
 
-The change of layout is in the row, as a pattern (see `patterns.py`). Read forwards
-the rows convert, read backwards they export.
-"""
-
-import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.patterns import axes_shape, rearrange
+from llama_jax.conversion.patterns import axes_shape, is_plain, rearrange, reverse
+from llama_jax.conversion.tables import Format, Rule
 from llama_jax.errors import CheckpointError
 from llama_jax.leaves import LazyLeaf
-from llama_jax.params import axis_sizes, leaf_paths
-
-
-class Rule(NamedTuple):
-    """Where one kind of weight comes from.
-
-    Attributes:
-      target: our path, with `{l}` for the layer.
-      source: the foreign name, with `{l}` for the layer.
-      pattern: from the foreign axes to ours.
-      split: the foreign axis that model-parallel ranks divide; none: each has all.
-    """
-
-    target: str
-    source: str
-    pattern: str
-    split: int | None = None
-
-
-class Format(NamedTuple):
-    """A foreign format: its rules, and what it holds that is no parameter."""
-
-    name: str
-    rules: tuple[Rule, ...]
-    dropped: tuple[tuple[str, str], ...]
-    """Source name (with `{l}`) and axes of tensors that are checked and left out."""
-
-
-META = Format(
-    "Meta",
-    (
-        Rule("transformer/embedding", "tok_embeddings.weight", "V D -> V D", 1),
-        Rule(
-            "transformer/layers/{l}/attention_norm/scale",
-            "layers.{l}.attention_norm.weight",
-            "D -> D",
-        ),
-        Rule(
-            "transformer/layers/{l}/attention/q_proj",
-            "layers.{l}.attention.wq.weight",
-            "(N h two) D -> D (N two h)",
-            0,
-        ),
-        Rule(
-            "transformer/layers/{l}/attention/k_proj",
-            "layers.{l}.attention.wk.weight",
-            "(K h two) D -> D (K two h)",
-            0,
-        ),
-        Rule(
-            "transformer/layers/{l}/attention/v_proj",
-            "layers.{l}.attention.wv.weight",
-            "KH D -> D KH",
-            0,
-        ),
-        Rule(
-            "transformer/layers/{l}/attention/o_proj",
-            "layers.{l}.attention.wo.weight",
-            "D NH -> NH D",
-            1,
-        ),
-        Rule(
-            "transformer/layers/{l}/mlp_norm/scale",
-            "layers.{l}.ffn_norm.weight",
-            "D -> D",
-        ),
-        Rule(
-            "transformer/layers/{l}/mlp/gate_proj",
-            "layers.{l}.feed_forward.w1.weight",
-            "F D -> D F",
-            0,
-        ),
-        Rule(
-            "transformer/layers/{l}/mlp/up_proj",
-            "layers.{l}.feed_forward.w3.weight",
-            "F D -> D F",
-            0,
-        ),
-        Rule(
-            "transformer/layers/{l}/mlp/down_proj",
-            "layers.{l}.feed_forward.w2.weight",
-            "D F -> F D",
-            1,
-        ),
-        Rule("transformer/final_norm/scale", "norm.weight", "D -> D"),
-        Rule("lm_head", "output.weight", "V D -> D V", 0),
-    ),
-    dropped=(
-        ("rope.freqs", "h"),
-        ("layers.{l}.attention.inner_attention.rope.freqs", "h"),
-    ),
-)
-
-# On disk these lie kind by kind, stacked over the layers; see `llama2c.py`.
-LLAMA2C = Format(
-    "llama2.c",
-    (
-        Rule("transformer/embedding", "token_embedding", "V D -> V D"),
-        Rule("transformer/layers/{l}/attention_norm/scale", "rms_att.{l}", "D -> D"),
-        Rule(
-            "transformer/layers/{l}/attention/q_proj",
-            "wq.{l}",
-            "(N h two) D -> D (N two h)",
-        ),
-        Rule(
-            "transformer/layers/{l}/attention/k_proj",
-            "wk.{l}",
-            "(K h two) D -> D (K two h)",
-        ),
-        Rule("transformer/layers/{l}/attention/v_proj", "wv.{l}", "KH D -> D KH"),
-        Rule("transformer/layers/{l}/attention/o_proj", "wo.{l}", "D NH -> NH D"),
-        Rule("transformer/layers/{l}/mlp_norm/scale", "rms_ffn.{l}", "D -> D"),
-        Rule("transformer/layers/{l}/mlp/gate_proj", "w1.{l}", "F D -> D F"),
-        Rule("transformer/layers/{l}/mlp/up_proj", "w3.{l}", "F D -> D F"),
-        Rule("transformer/layers/{l}/mlp/down_proj", "w2.{l}", "D F -> F D"),
-        Rule("transformer/final_norm/scale", "rms_final", "D -> D"),
-        Rule("lm_head", "wcls", "V D -> D V"),
-    ),
-    dropped=(("freq_cis_real", "S h"), ("freq_cis_imag", "S h")),
-)
+from llama_jax.params import axis_sizes, leaf_paths, row_of
 
 
 def pattern_sizes(config: LlamaConfig) -> dict[str, int]:
@@ -161,7 +38,7 @@ def plan(
     read here.
 
     Args:
-      form: the rules.
+      form: the table.
       tensors: what the checkpoint holds, by its own names.
       config: what the checkpoint says it is.
       where: its path, for messages.
@@ -196,43 +73,83 @@ def plan(
                 f"configuration makes it {list(wanted)}; do the two belong together?"
             )
 
-    def leaf(rule: Rule, tensor: LazyLeaf) -> LazyLeaf:
-        kind = tensor.dtype if dtype is None else np.dtype(dtype)
-        shape = axes_shape(rule.pattern.split(" -> ")[1], sizes)
-
-        def read() -> np.ndarray:
-            with np.errstate(over="ignore"):  # looked for below
-                array = rearrange(rule.pattern, tensor.read(), sizes, kind)
-            if kind == np.float16 and tensor.dtype != kind:
-                _check_finite(array, rule.source, where)
-            return array
-
-        return LazyLeaf(shape, kind, read)
-
     return {
-        path: leaf(rule, tensors[rule.source.format(l=layer)])
-        for path, rule, layer in _rows(form, config)
+        path: _moved(rule.pattern, tensors[name], sizes, where, name, dtype)
+        for path, rule, name in _rows(form, config)
     }
+
+
+def export(
+    form: Format, leaves: Mapping[str, LazyLeaf], config: LlamaConfig
+) -> dict[str, LazyLeaf]:
+    """The tensors of a foreign checkpoint, made from our leaves when they are wanted.
+
+    In the table's order, layer by layer; all of `leaf_paths(config)` must be there.
+    """
+    sizes = pattern_sizes(config)
+    tensors = {
+        name: _moved(reverse(rule.pattern), leaves[path], sizes, "the model", name)
+        for path, rule, name in _rows(form, config)
+    }
+    if config.tied_embeddings and not form.can_tie:
+        by_row = {rule.target: rule for rule in form.rules}
+        embedding = by_row["transformer/embedding"].source
+        tensors[by_row["lm_head"].source] = tensors[embedding]
+    return tensors
+
+
+def rule_of(form: Format, name: str) -> Rule:
+    """The row that a foreign name belongs to."""
+    spelled = ".".join("{l}" if part.isdecimal() else part for part in name.split("."))
+    return next(rule for rule in form.rules if rule.source in (name, spelled))
+
+
+def _moved(
+    pattern: str,
+    tensor: LazyLeaf,
+    sizes: Mapping[str, int],
+    where: Any,
+    name: str,
+    dtype: Any = None,
+) -> LazyLeaf:
+    """A tensor with its axes moved, and cast, when it is read."""
+    kind = tensor.dtype if dtype is None else np.dtype(dtype)
+    shape = axes_shape(pattern.split(" -> ")[1], sizes)
+
+    def read() -> np.ndarray:
+        with np.errstate(over="ignore"):  # looked for below
+            array = rearrange(pattern, tensor.read(), sizes, kind)
+        if kind == np.float16 and tensor.dtype != kind:
+            _check_finite(array, name, where)
+        return array
+
+    moved = LazyLeaf(shape, kind, read)
+    copied = 0 if is_plain(pattern) and kind == tensor.dtype else moved.nbytes
+    return moved.taking(tensor.host_bytes + copied)
 
 
 def source_shapes(form: Format, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a checkpoint of this kind must hold."""
     sizes = pattern_sizes(config)
     return {
-        rule.source.format(l=layer): axes_shape(rule.pattern.split(" -> ")[0], sizes)
-        for _, rule, layer in _rows(form, config)
+        name: axes_shape(rule.pattern.split(" -> ")[0], sizes)
+        for _, rule, name in _rows(form, config)
     }
 
 
+def foreign_names(form: Format, config: LlamaConfig) -> list[str]:
+    """The foreign name of each of our leaves, in the order of `leaf_paths`."""
+    return [name for _, _, name in _rows(form, config)]
+
+
 def _rows(form: Format, config: LlamaConfig) -> list[tuple[str, Rule, str]]:
-    """Each of our leaves with its rule and its layer's number ("" where none)."""
+    """Each of our leaves with its rule and its foreign name."""
     by_target = {rule.target: rule for rule in form.rules}
     rows = []
     for path in leaf_paths(config):
-        layer = re.search(r"/(\d+)/", path)
-        number = layer[1] if layer else ""
-        target = re.sub(r"/\d+/", "/{l}/", path)
-        rows.append((path, by_target[target], number))
+        row, layer = row_of(path)
+        rule = by_target[row]
+        rows.append((path, rule, rule.source.format(l=layer)))
     return rows
 
 

@@ -1,27 +1,31 @@
-"""What every reader of a foreign checkpoint hands over."""
+"""What every reader of a checkpoint hands over, and every writer is handed."""
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from llama_jax.config import PRESETS, LlamaConfig
-from llama_jax.conversion.rules import Format, plan
+from llama_jax.conversion.rules import plan
+from llama_jax.conversion.tables import Format
 from llama_jax.errors import ConfigError
-from llama_jax.leaves import LazyLeaf
+from llama_jax.leaves import LazyLeaf, Progress
+from llama_jax.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A foreign checkpoint, opened: what it is, and tensors that can be read.
+    """A checkpoint, opened: what it is, and tensors that can be read.
 
     Attributes:
       path: of the folder or file.
-      form: the rules of its format.
+      form: the table of its format.
       config: what it says it is.
       context: where `config.max_seq_len` comes from, in words.
       tensors: by foreign name, whole (ranks joined), read when wanted.
+      find_tokenizer: reads its tokenizer, and says where that was.
       checksums: md5 of some of its files, where it comes with a list of them.
+      ranks: in how many model-parallel parts it lies.
     """
 
     path: pathlib.Path
@@ -29,11 +33,36 @@ class Source:
     config: LlamaConfig
     context: str
     tensors: Mapping[str, LazyLeaf]
+    find_tokenizer: Callable[[], tuple[Tokenizer, pathlib.Path]]
     checksums: Mapping[pathlib.Path, str] = dataclasses.field(default_factory=dict)
+    ranks: int = 1
 
     def leaves(self, dtype: Any = None) -> dict[str, LazyLeaf]:
         """Our leaves, in `dtype`; see `rules.plan`."""
         return plan(self.form, self.tensors, self.config, where=self.path, dtype=dtype)
+
+
+class Export(NamedTuple):
+    """A model to be written: our leaves in the dtype that is wanted."""
+
+    config: LlamaConfig
+    leaves: Mapping[str, LazyLeaf]
+    tokenizer: Tokenizer | None
+
+
+def counted(
+    progress: Progress | None, tensors: Mapping[str, LazyLeaf]
+) -> Callable[[str], None]:
+    """A function to be told the name of each tensor that is written."""
+    done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += tensors[name].nbytes
+        if progress is not None:
+            progress("writing", done, total)
+
+    return count
 
 
 _ALIKE = (

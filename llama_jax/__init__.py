@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         LlamaConfig as LlamaConfig,
     )
     from llama_jax.config import (
+        RopeScaling as RopeScaling,
+    )
+    from llama_jax.config import (
         preset as preset,
     )
     from llama_jax.decoding import (
@@ -114,7 +117,7 @@ _HOMES = {
     "cache": ("KVCache", "init_cache"),
     "checkpoint": ("Loaded", "save_params"),
     "completion": ("chat_completion", "text_completion", "text_infilling"),
-    "config": ("PRESETS", "LlamaConfig", "preset"),
+    "config": ("PRESETS", "LlamaConfig", "RopeScaling", "preset"),
     "decoding": ("decode_step", "prefill"),
     "errors": ("LlamaJaxError",),
     "generation": ("Completion", "Delta", "generate", "stream"),

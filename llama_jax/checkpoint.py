@@ -3,7 +3,8 @@
 A checkpoint is a folder with
 
 * config.json: `{"format": "llama_jax", "format_version": 1, "config": {...}}`;
-* tokenizer.model: SentencePiece; with added_tokens.json where ids were added;
+* tokenizer.model or tokenizer.json: as it came with the model; with
+  added_tokens.json where ids were added;
 * params/: an Orbax tree of one uncompressed leaf per layer and weight (`leaves.py`).
 """
 
@@ -12,9 +13,6 @@ import functools
 import json
 import os
 import pathlib
-import secrets
-import shutil
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,14 +35,15 @@ from llama_jax.model import Llama
 from llama_jax.params import Head, axes_of, flatten, leaf_paths, unflatten, weight_shape
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import param_shardings
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import FILE_NAMES, Tokenizer
 from llama_jax.types import Array, Mesh, Params
+from llama_jax.writing import new_folder
 
 Path = str | os.PathLike[str]
 
 _FORMAT, _VERSION = "llama_jax", 1
 _CONFIG, _PARAMS = "config.json", "params"
-_TOKENIZER, _ADDED = "tokenizer.model", "added_tokens.json"
+_ADDED = "added_tokens.json"
 
 
 class Loaded(NamedTuple):
@@ -82,12 +81,12 @@ def save_params(
     with new_folder(path) as folder:
         write_leaves(folder / _PARAMS, leaves, progress)
         described = {"format": _FORMAT, "format_version": _VERSION}
-        _write_json(folder / _CONFIG, described | {"config": config.to_dict()})
+        write_json(folder / _CONFIG, described | {"config": config.to_dict()})
         if tokenizer is not None:
-            (folder / _TOKENIZER).write_bytes(tokenizer.model_proto)
+            (folder / tokenizer.file_name).write_bytes(tokenizer.contents)
             if tokenizer.added_tokens:
                 ids = {name: id for id, name in tokenizer.added_tokens.items()}
-                _write_json(folder / _ADDED, ids)
+                write_json(folder / _ADDED, ids)
 
 
 def load_params(
@@ -188,14 +187,20 @@ def read_config(path: Path) -> LlamaConfig:
         return LlamaConfig.from_dict(fields)
 
 
+def tokenizer_file(path: Path) -> pathlib.Path | None:
+    """The file of a folder that `read_tokenizer` reads, where there is one."""
+    files = [pathlib.Path(path) / name for name in FILE_NAMES]
+    return next((file for file in files if file.is_file()), None)
+
+
 def read_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer that lies in a checkpoint of ours, where there is one.
+    """The tokenizer that lies in a folder, ours or foreign, where there is one.
 
     Raises:
-      TokenizerError: it is damaged.
+      TokenizerError: it is damaged, or needs a package that is not installed.
     """
-    file = pathlib.Path(path) / _TOKENIZER
-    if not file.is_file():
+    file = tokenizer_file(path)
+    if file is None:
         return None
     added = file.with_name(_ADDED)
     if not added.is_file():
@@ -235,46 +240,8 @@ def naming(file: Path) -> Iterator[None]:
         raise ConfigError(f"{file}: {error}") from error
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[pathlib.Path]:
-    """A folder beside `path`, which becomes `path` if all goes well, else vanishes.
-
-    Raises:
-      CheckpointError: there is something at `path`, or it cannot be made.
-    """
-    path = pathlib.Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(
-            f"{path}: already exists; name a new folder, or remove this one"
-        )
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"{partial}: cannot be made ({error.strerror}); choose a folder where "
-                "you may write"
-            ) from error
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    except BaseException:  # Ctrl-C too
-        _remove(partial)
-        raise
-
-
-def _remove(folder: pathlib.Path) -> None:
-    """Remove a folder in which Orbax's threads may be about to make another one."""
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
-        if not folder.exists():
-            return
-
-
-def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Write an object as a JSON file that people can read."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -20,13 +20,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="a model: a converted folder, a folder of Meta's, or a llama2.c .bin "
+        help="a model: a folder of ours, Meta's or Hugging Face's, a .gguf or a .bin "
         "(default: the small story model that comes with the package)",
     )
     group.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer.model, where the checkpoint has none beside it",
+        help="tokenizer.model or tokenizer.json, where none lies with the checkpoint",
     )
     group.add_argument(
         "--max-seq-len",

@@ -2,9 +2,81 @@
 
 import dataclasses
 import difflib
-from typing import Any
+import math
+from typing import Any, Literal, get_args
 
 from llama_jax.errors import ConfigError
+
+RopeScalingKind = Literal["linear", "llama3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How a model's rotary wavelengths were stretched for longer contexts.
+
+    Attributes:
+      kind: "linear" stretches all of them (Chen et al., arXiv:2306.15595); "llama3"
+        the long ones and, gradually, those in the middle (Meta's code of Llama 3.1).
+        The fields below are those of "llama3", and None for "linear".
+      factor: by how much, at least 1.
+      low_freq_factor: a wavelength longer than `original_max_seq_len` divided by this
+        is stretched whole.
+      high_freq_factor: one shorter than it divided by this is kept.
+      original_max_seq_len: the context before the model was extended, in tokens.
+
+    Raises:
+      ConfigError: a value is out of range, or not one of this kind's.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RopeScalingKind):
+            raise ConfigError(
+                f"config: rope_scaling kind is {self.kind!r}; choose from "
+                + ", ".join(get_args(RopeScalingKind))
+            )
+        for field in dataclasses.fields(self)[1:]:
+            name, value = field.name, getattr(self, field.name)
+            if self.kind == "linear" and name != "factor":
+                wanted, fits = "None for kind 'linear'", value is None
+            else:
+                number = "integer" if name == "original_max_seq_len" else "number"
+                wanted, fits = f"a positive {number}", _is_positive(value, number)
+            if name == "factor":
+                wanted, fits = "a number of at least 1", fits and value >= 1
+            if not fits:
+                raise ConfigError(
+                    f"config: rope_scaling {name} is {value!r}; it must be {wanted}"
+                )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            raise ConfigError(
+                f"config: rope_scaling low_freq_factor {low} is not below "
+                f"high_freq_factor {high}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that this kind has by name, ready for JSON."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "RopeScaling":
+        """The inverse of `to_dict`; refuses a field that is missing or unknown."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names[:2] if name not in fields]:
+            raise ConfigError(f"config: rope_scaling lacks {', '.join(missing)}")
+        if unknown := sorted(fields.keys() - set(names)):
+            raise ConfigError(
+                f"config: rope_scaling {', '.join(unknown)} not understood; was this "
+                "written by a newer llama_jax?"
+            )
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +93,7 @@ class LlamaConfig:
       mlp_dim: F, width between the feed-forward projections.
       max_seq_len: longest sequence the model is meant for, in tokens.
       rope_theta: base of the rotary wavelengths.
+      rope_scaling: how they were stretched, None where they were not.
       norm_eps: added to the mean square in RMSNorm.
       tied_embeddings: the output projection is the embedding, transposed.
 
@@ -37,19 +110,21 @@ class LlamaConfig:
     mlp_dim: int
     max_seq_len: int
     rope_theta: float
+    rope_scaling: RopeScaling | None
     norm_eps: float
     tied_embeddings: bool
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            number = (int, float) if field.type is float else int
             if field.type is bool:
                 wanted, fits = "true or false", isinstance(value, bool)
+            elif field.name == "rope_scaling":
+                wanted = "a RopeScaling or None"
+                fits = value is None or isinstance(value, RopeScaling)
             else:
-                wanted = f"a positive {'integer' if field.type is int else 'number'}"
-                fits = isinstance(value, number) and not isinstance(value, bool)
-                fits = fits and 0 < value < float("inf")
+                number = "integer" if field.type is int else "number"
+                wanted, fits = f"a positive {number}", _is_positive(value, number)
             if not fits:
                 raise ConfigError(
                     f"config: {field.name} is {value!r}; it must be {wanted}"
@@ -66,7 +141,10 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
-        return dataclasses.asdict(self)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = self.rope_scaling.to_dict()
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LlamaConfig":
@@ -79,11 +157,20 @@ class LlamaConfig:
                 f"config: {', '.join(unknown)} not understood; was this written by a "
                 "newer llama_jax?"
             )
+        scaling = fields["rope_scaling"]
+        if isinstance(scaling, dict):
+            fields = fields | {"rope_scaling": RopeScaling.from_dict(scaling)}
         return cls(**fields)
 
     def replace(self, **changes: Any) -> "LlamaConfig":
         """A copy with some fields changed (and checked again)."""
         return dataclasses.replace(self, **changes)
+
+
+def _is_positive(value: Any, number: str) -> bool:
+    kinds = int if number == "integer" else (int, float)
+    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    return fits and 0 < value < math.inf
 
 
 _COLUMNS = (
@@ -125,7 +212,9 @@ def _published(name: str) -> LlamaConfig:
         return _published(row)
     fields: dict[str, Any] = dict(zip(_COLUMNS, row, strict=True))
     head_dim = fields["embed_dim"] // fields["num_heads"]
-    return LlamaConfig(head_dim=head_dim, tied_embeddings=False, **fields)
+    return LlamaConfig(
+        head_dim=head_dim, rope_scaling=None, tied_embeddings=False, **fields
+    )
 
 
 PRESETS: dict[str, LlamaConfig] = {name: _published(name) for name in _ROWS}

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -44,11 +45,20 @@ _DTYPES: dict[str, np.dtype] = {
 
 @dataclasses.dataclass(frozen=True)
 class LazyLeaf:
-    """A weight that is read only when it is wanted, and not kept."""
+    """A weight that is read only when it is wanted, and not kept.
+
+    Attributes:
+      shape: of the array.
+      dtype: of its numbers.
+      read: makes the array.
+      host_bytes: what `read` takes of the host's memory at most, the array included;
+        0 where it is a view of a mapped file, whose pages the system takes back.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    host_bytes: int = 0
 
     @property
     def size(self) -> int:
@@ -59,6 +69,15 @@ class LazyLeaf:
     def nbytes(self) -> int:
         """How many bytes they take."""
         return self.size * self.dtype.itemsize
+
+    def taking(self, host_bytes: int) -> "LazyLeaf":
+        """The same, with another `host_bytes`."""
+        return dataclasses.replace(self, host_bytes=host_bytes)
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array, to be written: its own memory where that is in order."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def lazy_leaves(params: Params) -> dict[str, LazyLeaf]:
@@ -159,8 +178,11 @@ def write_leaves(
     The next leaf is read while the last one is written.
     """
     import orbax.checkpoint as ocp
+    import tensorstore
 
     total = sum(leaf.nbytes for leaf in leaves.values())
+    # The disk is waited for once, at the end, and not after every leaf.
+    unsynced = tensorstore.Context({"file_io_sync": False})
     pending: list[Any] = []  # the write that is under way
 
     class LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -173,6 +195,7 @@ def write_leaves(
             try:
                 for value, info, arg in zip(values, infos, args, strict=True):
                     array = (await asyncio.to_thread(value.read)).view(_Uncopied)
+                    info.ts_context = unsynced
                     pending.extend(await super().serialize([array], [info], [arg]))
                     await _finish(pending, but=1)
                     done += value.nbytes
@@ -194,6 +217,7 @@ def write_leaves(
             )
             with ocp.Checkpointer(handler) as checkpointer:
                 checkpointer.save(folder.absolute(), args=tree)
+        _sync(folder)
     except LlamaJaxError:
         raise
     except Exception as error:  # Orbax and TensorStore raise whatever they like
@@ -203,6 +227,14 @@ def write_leaves(
         ) from error
     finally:  # where the above was not given the time (a notebook's event loop)
         _drain(pending)
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Return when the disk has every file of a folder."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 @contextlib.contextmanager

@@ -72,8 +72,9 @@ def load(
         source = conversion.open_source(path, max_seq_len=max_seq_len)
         config = source.config
         if tokenizer is None:
-            tokenizer = conversion.find_tokenizer(source.path)
-        pieces = _tokenizer(path, tokenizer)
+            pieces, _ = source.find_tokenizer()
+        else:
+            pieces = _tokenizer(path, tokenizer)
         pieces.check_fits(config.vocab_size)
         leaves = source.leaves()
         params = place_params(leaves, config, runtime=runtime, mesh=mesh)
@@ -119,7 +120,7 @@ def _tokenizer(path: pathlib.Path, given: Path | Tokenizer | None) -> Tokenizer:
     found = read_tokenizer(path) if given is None else Tokenizer.from_file(given)
     if found is None:
         raise TokenizerError(
-            f"{path}: has no tokenizer.model; name one with --tokenizer FILE "
-            "(tokenizer=)"
+            f"{path}: has no tokenizer.model or tokenizer.json; name one with "
+            "--tokenizer FILE (tokenizer=)"
         )
     return found

@@ -203,7 +203,10 @@ class Transformer(_Module):
             if cache is not None:
                 positions = cache.length[:, None] + positions
         x = self.place(embedding[tokens].astype(self.runtime.dtype), "B T D")
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rope = rope_tables(
+            positions, config.head_dim, config.rope_theta, config.rope_scaling
+        )
         block = self._remat(Block)
         if self.runtime.layer_layout == "unrolled":
             layers = self.part(UnrolledLayers, "layers", block=block)

@@ -54,9 +54,7 @@ def _write_llama2(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
 
 
 def _write_codellama_70b(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
-    step = tokenizer.step_id
-    if step is None:
-        raise PromptError("codellama-70b-instruct: the tokenizer has no piece <step>")
+    step = _special(tokenizer, "codellama-70b-instruct", "<step>")
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, bos=False, eos=False)
@@ -157,6 +155,39 @@ def _encode_chatml(tokenizer: Tokenizer, text: str, *, bos: bool) -> list[int]:
     return ids
 
 
+# Text cannot spell Llama 3's special tokens, so no text is unsafe.
+_LLAMA3_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+
+def _write_llama3(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
+    start, end, eot = (
+        _special(tokenizer, "llama3", f"<|{name}|>")
+        for name in ("start_header_id", "end_header_id", "eot_id")
+    )
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, bos=False, eos=False)
+
+    def header(role: str) -> Span:
+        return Span([start, *encode(role), end, *encode("\n\n")], False)
+
+    yield Span([tokenizer.bos_id], False)
+    for message in dialog:
+        yield header(message["role"])
+        content = encode(message["content"].strip())
+        yield Span([*content, eot], message["role"] == "assistant")
+    if dialog[-1]["role"] != "assistant":
+        yield header("assistant")
+
+
+def _special(tokenizer: Tokenizer, format: str, piece: str) -> int:
+    """Id of a token that a format is made of."""
+    id = tokenizer.piece_id(piece)
+    if id is None:
+        raise PromptError(f"{format}: the tokenizer has no piece {piece}")
+    return id
+
+
 _LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 _CODELLAMA_TAGS = (*_LLAMA2_TAGS, "<step>")
 
@@ -167,6 +198,7 @@ _FORMATS = (
         name="codellama-70b-instruct", write=_write_codellama_70b,
         tags=_CODELLAMA_TAGS, stop_tokens=("<step>",), keys=("destination",),
     ),
+    PromptFormat(name="llama3", write=_write_llama3, stop_tokens=_LLAMA3_ENDS),
     PromptFormat(
         # Its models sometimes go on with an exercise of their own instead of ending.
         name="alpaca", write=_write_alpaca, stop_strings=("\n\n### Instruction:",),
@@ -201,6 +233,8 @@ def get_format(name: str) -> PromptFormat:
 
 def default_format(tokenizer: Tokenizer) -> PromptFormat:
     """What Meta's chat models speak, as far as the tokenizer tells them apart."""
+    if tokenizer.piece_id("<|start_header_id|>") is not None:
+        return FORMATS["llama3"]
     if tokenizer.step_id is not None:
         return FORMATS["codellama-70b-instruct"]
     if tokenizer.infilling is not None:

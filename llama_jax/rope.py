@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.config import RopeScaling
 from llama_jax.types import Array, Float, Int
 
 
@@ -16,17 +17,41 @@ class RopeTables(NamedTuple):
 
 
 def rope_tables(
-    positions: Int[Array, "B T"], head_dim: int, theta: float
+    positions: Int[Array, "B T"],
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
 ) -> RopeTables:
     """The angles position · theta^(-2i/H) for the pairs i < H/2, as cosines and sines.
 
-    Computed in float32 throughout, as Meta's code does, so that long positions
-    agree with it.
+    The frequencies theta^(-2i/H) are scaled first where the model's were. Computed in
+    float32 throughout, as Meta's code does, so that long positions agree with it.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequency = np.float32(1.0) / np.float32(theta) ** exponent
+    if scaling is not None:
+        frequency = scale_frequencies(frequency, scaling)
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency)
     return RopeTables(jnp.cos(angle), jnp.sin(angle))
+
+
+def scale_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Frequencies (radians per position, float32) as a model with `scaling` has them.
+
+    "linear": f / factor. "llama3": f · (1 - s) / factor + f · s, where s goes from 0
+    to 1 as the original context goes from `low_freq_factor` wavelengths to
+    `high_freq_factor` (Meta's published code of Llama 3.1).
+    """
+    factor = np.float32(scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    original = scaling.original_max_seq_len
+    if low is None or high is None or original is None:
+        return frequency / factor
+    wavelength = np.float32(2 * np.pi) / frequency
+    turns = np.float32(original) / wavelength
+    share = (turns - np.float32(low)) / np.float32(high - low)
+    share = np.clip(share, np.float32(0), np.float32(1))
+    return (1 - share) * frequency / factor + share * frequency
 
 
 def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Array:

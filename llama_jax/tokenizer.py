@@ -1,20 +1,18 @@
 """`Tokenizer`: text to token ids and back, whole or while a model is still writing."""
 
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import sentencepiece
-
+from llama_jax import bytelevel, piecemodel
 from llama_jax.errors import TokenizerError
+from llama_jax.pieces import SentencePieces
 
-_SPACE = "▁"
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Text put in front of this sign is encoded, and decoded, without the space that
-# SentencePiece adds to (and takes from) the beginning of a text.
-_MARKER = "☺"
+FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+"""Names of the files that hold a tokenizer; where both lie together, the first."""
 
 
 class InfillingIds(NamedTuple):
@@ -26,73 +24,109 @@ class InfillingIds(NamedTuple):
     end: int
 
 
+class Stream(Protocol):
+    """Ids in, text out; what `StreamDecoder` says."""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete."""
+
+    def flush(self) -> str:
+        """The text that is left."""
+
+
+class Codec(Protocol):
+    """What one kind of tokenizer file can do; `Tokenizer` has the meaning of each.
+
+    `inner` is for text that goes on with another text, and `holes` are the ids below
+    `vocab_size` that stand for nothing. Ids that are given are in range, but a
+    stream's may be larger; then they are named in `added`, or nothing.
+    """
+
+    file_name: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    pad_id: int
+    holes: tuple[int, ...]
+
+    def encode(self, text: str, *, inner: bool) -> list[int]:
+        """Token ids."""
+
+    def decode(self, ids: list[int], *, inner: bool) -> str:
+        """Text."""
+
+    def stream(self, added: Mapping[int, str], *, inner: bool) -> Stream:
+        """Text as the ids arrive."""
+
+    def piece(self, id: int) -> str:
+        """How a piece is spelled."""
+
+    def piece_id(self, piece: str) -> int | None:
+        """Which piece is spelled so."""
+
+    def can_encode(self, id: int) -> bool:
+        """Whether text can become this piece."""
+
+
 class Tokenizer:
-    """A SentencePiece model, with the names of the ids that a checkpoint added to it.
+    """The pieces of a tokenizer file, with the names of ids that a checkpoint added.
+
+    The file is one of three, told apart by what is in it: a SentencePiece model (Llama
+    1 and 2, Code Llama), tiktoken's ranks (Llama 3, as Meta ships it), or the
+    `tokenizer.json` of either family from Hugging Face.
 
     Args:
-      model_proto: contents of a `tokenizer.model`.
+      contents: of the file.
       added_tokens: id to name. An added id is never produced by `encode`; it decodes
         to its name. Names of ordinary pieces may be repeated, not contradicted.
 
     Attributes:
-      model_proto: as given, to be stored beside a checkpoint.
+      contents: as given, to be stored beside a checkpoint.
+      file_name: under which name.
       vocab_size: number of pieces; a model may have more ids than that.
-      bos_id, eos_id, unk_id, pad_id: special pieces; pad is -1 where there is none.
+      bos_id, eos_id: begin and end of a sequence.
+      unk_id, pad_id: what is unknown, and padding; -1 where there is none.
       added_tokens: names of ids from `vocab_size` on.
       infilling: pieces of an infilling model, None for any other model.
       step_id: end of a message for Code Llama 70B Instruct, None for other models.
 
     Raises:
-      TokenizerError: the model is damaged, or `added_tokens` contradicts it.
+      TokenizerError: the file is damaged or of an unknown kind, `added_tokens`
+        contradicts it, or it needs a package that is not installed.
     """
 
     def __init__(
         self,
-        model_proto: bytes,
+        contents: bytes,
         *,
         added_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        sp = sentencepiece.SentencePieceProcessor()
-        try:
-            if not model_proto:  # SentencePiece takes it for a model without pieces
-                raise RuntimeError("it is empty")
-            sp.LoadFromSerializedProto(model_proto)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TokenizerError(
-                "tokenizer: not a SentencePiece model, or a damaged one"
-            ) from error
-        self._sp = sp
-        self.model_proto = bytes(model_proto)
-        self.vocab_size: int = sp.vocab_size()
-        self.bos_id: int = sp.bos_id()
-        self.eos_id: int = sp.eos_id()
-        self.unk_id: int = sp.unk_id()
-        self.pad_id: int = sp.pad_id()
-        if min(self.bos_id, self.eos_id, self.unk_id) < 0:
-            raise TokenizerError(
-                "tokenizer: it has no piece for the begin or the end of a sequence, or "
-                "none for what is unknown"
-            )
+        codec, added = _open(contents)
+        self._codec = codec
+        self.contents = bytes(contents)
+        self.file_name = codec.file_name
+        self.vocab_size = codec.vocab_size
+        self.bos_id, self.eos_id = codec.bos_id, codec.eos_id
+        self.unk_id, self.pad_id = codec.unk_id, codec.pad_id
         for id, name in added_tokens.items():
-            if id < self.vocab_size and (id < 0 or sp.id_to_piece(id) != name):
+            known = added.get(id, name)
+            if id < self.vocab_size:
+                known = "negative" if id < 0 else codec.piece(id)
+            if known != name or id < 0:
                 raise TokenizerError(
                     f"tokenizer: added token {name!r} has id {id}, which "
-                    + ("is negative" if id < 0 else f"is {sp.id_to_piece(id)!r}")
+                    + ("is negative" if id < 0 else f"is {known!r}")
                 )
+        added = {**added, **added_tokens}
         self.added_tokens: Mapping[int, str] = MappingProxyType(
-            {i: name for i, name in added_tokens.items() if i >= self.vocab_size}
+            {i: name for i, name in added.items() if i >= self.vocab_size}
         )
         self._added_ids = {name: i for i, name in self.added_tokens.items()}
-        named = (self.piece_id(f"{_SPACE}<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
+        named = (self.piece_id(f"▁<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
         ids = [id for id in named if id is not None]
         self.infilling = InfillingIds(*ids) if len(ids) == 4 else None
         self.step_id = self.piece_id("<step>")
-
-        pieces = (sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self._bytes = {id: b for b, id in enumerate(pieces) if sp.is_byte(id)}
-        self._marker: list[int] = sp.encode(_MARKER)
-        self._marker_chars = len(sp.decode(self._marker))
-        self._inner_texts: dict[int, str] = {}
 
     @classmethod
     def from_file(
@@ -101,28 +135,54 @@ class Tokenizer:
         *,
         added_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> "Tokenizer":
-        """Read a `tokenizer.model`, or say in a `TokenizerError` why it cannot be."""
+        """Read a tokenizer file, or say in a `TokenizerError` why it cannot be."""
         path = pathlib.Path(path)
         try:
-            model_proto = path.read_bytes()
+            contents = path.read_bytes()
         except OSError as error:
             raise TokenizerError(
                 f"tokenizer: cannot read {path}: {error.strerror}"
             ) from error
         try:
-            return cls(model_proto, added_tokens=added_tokens)
+            return cls(contents, added_tokens=added_tokens)
         except TokenizerError as error:
             raise TokenizerError(f"{error}: {path}") from error
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether it is a SentencePiece model, and not a byte-level one."""
+        return isinstance(self._codec, SentencePieces)
+
+    @property
+    def model_proto(self) -> bytes:
+        """The SentencePiece model, be it the file itself or made from another.
+
+        Raises:
+          TokenizerError: the tokenizer is a byte-level one.
+        """
+        if not isinstance(self._codec, SentencePieces):
+            raise TokenizerError(
+                "tokenizer: it is a byte-level one, which cannot be written as a "
+                "SentencePiece model"
+            )
+        return self._codec.model_proto
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Token ids of `text`, with the begin and end of sequence around it if asked.
 
         Special tokens that are spelled out in the text stay text.
         """
-        ids = self._encode(text)
+        ids = self._encode(text, inner=False)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def _encode(self, text: str) -> list[int]:
+    def encode_infilling(self, text: str) -> list[int]:
+        """Token ids of `text` without the space that `encode` puts in front of it.
+
+        Byte-level tokenizers put none there.
+        """
+        return self._encode(text, inner=True)
+
+    def _encode(self, text: str, *, inner: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -130,33 +190,27 @@ class Tokenizer:
                 f"tokenizer: character {error.start} of the text is half of a "
                 "surrogate pair, which UTF-8 cannot hold"
             ) from error
-        ids: list[int] = self._sp.encode(text)
-        return ids
+        return self._codec.encode(text, inner=inner)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, as SentencePiece gives it.
+        """Text of `ids`, as SentencePiece or tiktoken gives it.
 
-        The space in front of the first word is dropped, special pieces are invisible,
-        and each byte that is not part of valid UTF-8 becomes U+FFFD. An id beyond the
-        pieces becomes its added name, or nothing.
+        The space that SentencePiece put in front of the first word is dropped, special
+        pieces are invisible, and bytes that are not valid UTF-8 become U+FFFD. An id
+        beyond the pieces becomes its added name, or nothing.
         """
-        return self._decode(ids, after_marker=False)
-
-    def _decode(self, ids: Iterable[int], *, after_marker: bool) -> str:
-        ids = [int(id) for id in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            decoder = StreamDecoder(self, after_marker=after_marker)
-            return decoder.push(ids) + decoder.flush()
-        text: str = self._sp.decode(self._marker * after_marker + ids)
-        return text[self._marker_chars * after_marker :]
-
-    def encode_infilling(self, text: str) -> list[int]:
-        """Token ids of `text` without the space that `encode` puts in front of it."""
-        return self._encode(_MARKER + text)[len(self._marker) :]
+        return self._decode(ids, inner=False)
 
     def decode_infilling(self, ids: Iterable[int]) -> str:
         """Text of `ids` with its leading space; the inverse of `encode_infilling`."""
-        return self._decode(ids, after_marker=True)
+        return self._decode(ids, inner=True)
+
+    def _decode(self, ids: Iterable[int], *, inner: bool) -> str:
+        ids = [int(id) for id in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            decoder = StreamDecoder(self, after_marker=inner)
+            return decoder.push(ids) + decoder.flush()
+        return self._codec.decode(ids, inner=inner)
 
     def token_text(self, id: int) -> str:
         """Text of one token alone: without its leading space, a lone byte as U+FFFD."""
@@ -165,12 +219,18 @@ class Tokenizer:
     def piece_id(self, piece: str) -> int | None:
         """Id of the piece or added token spelled exactly so, None where there is none.
 
-        A piece spells a space as `▁` (U+2581).
+        A piece of SentencePiece spells a space as `▁` (U+2581).
         """
-        id: int = self._sp.piece_to_id(piece)
-        if id != self.unk_id or self._sp.id_to_piece(id) == piece:
-            return id
-        return self._added_ids.get(piece)
+        id = self._codec.piece_id(piece)
+        return self._added_ids.get(piece) if id is None else id
+
+    def piece(self, id: int) -> str:
+        """How the piece or added token is spelled; the inverse of `piece_id`."""
+        if id in self.added_tokens:
+            return self.added_tokens[id]
+        if not 0 <= id < self.vocab_size:
+            raise TokenizerError(f"tokenizer: {id} is no token id")
+        return self._codec.piece(id)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise a `TokenizerError` if text can become an id that a model lacks.
@@ -179,28 +239,22 @@ class Tokenizer:
           vocab_size: V, rows of the model's embedding.
         """
         for id in range(max(0, vocab_size), self.vocab_size):
-            if not (self._sp.is_unused(id) or self._sp.is_control(id)) or id in (
-                self.bos_id,
-                self.eos_id,
-            ):
+            if self._codec.can_encode(id) or id in (self.bos_id, self.eos_id):
                 raise TokenizerError(
                     f"tokenizer: its {self.vocab_size} pieces do not fit a model with "
                     f"vocab_size {vocab_size}, which lacks piece {id} "
-                    f"({self._sp.id_to_piece(id)!r}); is it another model's tokenizer?"
+                    f"({self._codec.piece(id)!r}); is it another model's tokenizer?"
                 )
 
     def unnamed_ids(self, vocab_size: int) -> tuple[int, ...]:
         """Ids below `vocab_size` that stand for no text and must never be sampled."""
+        holes = tuple(id for id in self._codec.holes if id < vocab_size)
         extra = range(self.vocab_size, vocab_size)
-        return tuple(id for id in extra if id not in self.added_tokens)
+        return holes + tuple(id for id in extra if id not in self.added_tokens)
 
-    def _inner_text(self, id: int) -> str:
-        """Text of a piece that is not the first of its text."""
-        text = self._inner_texts.get(id)
-        if text is None:
-            text = self._sp.decode([*self._marker, id])[self._marker_chars :]
-            self._inner_texts[id] = text
-        return text
+    def open_stream(self, *, inner: bool) -> Stream:
+        """The part of a `StreamDecoder` that depends on the kind of file."""
+        return self._codec.stream(self.added_tokens, inner=inner)
 
 
 class StreamDecoder:
@@ -208,7 +262,7 @@ class StreamDecoder:
 
     The pushed texts and the flushed one, joined, are exactly
     `tokenizer.decode(all_ids)`, however the ids were split. Text is returned once it
-    cannot change any more: a character that spans several byte tokens comes whole.
+    cannot change any more: a character that spans several tokens comes whole.
 
     Args:
       tokenizer: whose ids they are.
@@ -216,66 +270,47 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, after_marker: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._bytes = bytearray()  # the beginning of a character, if it is one
-        # At the beginning of a text one leading space is dropped, which depends on
-        # the pieces before only through the first that begins with a space. These
-        # are held here until there is text; None afterwards.
-        self._head: list[int] | None = None if after_marker else []
+        self._stream = tokenizer.open_stream(inner=after_marker)
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete, "" where they complete none."""
-        texts = []
-        for id in ids:
-            byte = self._tokenizer._bytes.get(id)
-            if byte is None:
-                texts += [self.flush(), self._piece(int(id))]
-            else:
-                self._bytes.append(byte)
-                texts.append(self._characters())
-        return "".join(texts)
+        ids = [int(id) for id in ids]
+        if ids and min(ids) < 0:
+            raise TokenizerError(f"tokenizer: {min(ids)} is no token id")
+        return self._stream.push(ids)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for each byte of an unfinished character."""
-        text = _REPLACEMENT * len(self._bytes)
-        return self._emit(text, len(self._bytes))
-
-    def _emit(self, text: str, num_bytes: int) -> str:
-        del self._bytes[:num_bytes]
-        if text:
-            self._head = None
-        return text
-
-    def _piece(self, id: int) -> str:
-        tokenizer = self._tokenizer
-        if id < 0:
-            raise TokenizerError(f"tokenizer: {id} is no token id")
-        if id >= tokenizer.vocab_size:
-            return self._emit(tokenizer.added_tokens.get(id, ""), 0)
-        if self._head is None:
-            return tokenizer._inner_text(id)
-        text = tokenizer._sp.decode([*self._head, id])
-        if not self._head and tokenizer._sp.id_to_piece(id).startswith(_SPACE):
-            self._head = [id]
-        return self._emit(text, 0)
-
-    def _characters(self) -> str:
-        """Take whole characters, and bytes that cannot begin one, off the buffer."""
-        texts = []
-        while self._bytes and len(self._bytes) >= _character_length(self._bytes):
-            length = _character_length(self._bytes)
-            try:
-                text = self._bytes[:length].decode()
-            except UnicodeDecodeError:
-                # SentencePiece replaces one byte and tries again from the next.
-                text, length = _REPLACEMENT, 1
-            texts.append(self._emit(text, length))
-        return "".join(texts)
+        """What is left at the end: U+FFFD for the bytes of an unfinished character."""
+        return self._stream.flush()
 
 
-def _character_length(data: bytearray) -> int:
-    """Bytes needed to decide about the character that `data` seems to begin with."""
-    lead = data[0]
-    length = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
-    continued = all(byte & 0xC0 == 0x80 for byte in data[1:length])
-    return length if continued and lead < 0xF8 else 1
+def _open(contents: bytes) -> tuple[Codec, dict[int, str]]:
+    """The codec for a file, by what is in it, and names for ids beyond the pieces."""
+    if bytelevel.is_ranks(contents):
+        return bytelevel.from_ranks(contents), {}
+    if contents[:1] != b"{":
+        return SentencePieces(contents), {}
+    try:
+        described = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"tokenizer: is not JSON ({error}); download it again"
+        ) from error
+    model = described.get("model")
+    if not isinstance(model, dict) or "vocab" not in model:
+        raise TokenizerError(
+            "tokenizer: it is JSON, but has no vocabulary; give the tokenizer.json "
+            "that lies beside it"
+        )
+    steps = bytelevel.steps(described, "decoder")
+    decoders = {str(step.get("type")) for step in steps}
+    if model.get("type", "BPE") == "BPE" and "ByteLevel" in decoders:
+        return bytelevel.from_json(contents, described), {}
+    if model.get("type", "BPE") == "BPE" and model.get("byte_fallback"):
+        proto, names = piecemodel.from_json(described)
+        return SentencePieces(proto, "tokenizer.json"), names
+    raise TokenizerError(
+        f"tokenizer: a tokenizer.json with model {model.get('type')} and decoder "
+        f"{', '.join(sorted(decoders)) or None} is not supported, only BPE "
+        "of bytes or with bytes as a fallback; give its tokenizer.model, if it has one"
+    )

@@ -26,6 +26,7 @@ TINY = LlamaConfig(
     mlp_dim=96,
     max_seq_len=64,
     rope_theta=1e4,
+    rope_scaling=None,
     norm_eps=1e-5,
     tied_embeddings=False,
 )

@@ -12,7 +12,7 @@ import sentencepiece
 from hypothesis import strategies as st
 
 from llama_jax.checkpoint import Loaded
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.model import Llama, apply
 from llama_jax.params import (
     Head,
@@ -35,12 +35,28 @@ TINY = LlamaConfig(
     mlp_dim=48,
     max_seq_len=64,
     rope_theta=1e4,
+    rope_scaling=None,
     norm_eps=1e-5,
     tied_embeddings=False,
 )
 
 forward = jax.jit(apply, static_argnums=0)
 """`apply`, compiled: `forward(model, params, tokens, ...)`."""
+
+
+def scalings() -> st.SearchStrategy[RopeScaling | None]:
+    """Stretched wavelengths of both kinds, and none."""
+    factors = st.sampled_from([1.0, 2.0, 8.0, 32.0])
+    llama3 = st.builds(
+        RopeScaling,
+        kind=st.just("llama3"),
+        factor=factors,
+        low_freq_factor=st.sampled_from([0.5, 1.0]),
+        high_freq_factor=st.sampled_from([2.0, 4.0]),
+        original_max_seq_len=st.sampled_from([16, 64, 8192]),
+    )
+    linear = st.builds(RopeScaling, kind=st.just("linear"), factor=factors)
+    return st.one_of(st.none(), linear, llama3)
 
 
 def configs() -> st.SearchStrategy[LlamaConfig]:
@@ -61,6 +77,7 @@ def configs() -> st.SearchStrategy[LlamaConfig]:
         embed_dim=st.integers(3, 40),
         mlp_dim=st.integers(1, 50),
         rope_theta=st.sampled_from([100.0, 1e4, 1e6]),
+        rope_scaling=scalings(),
         norm_eps=st.sampled_from([1e-6, 1e-5, 1e-2]),
         tied_embeddings=st.booleans(),
     )

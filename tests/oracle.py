@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 
 Floats = np.ndarray
 
@@ -70,17 +70,39 @@ def attend(
     return out
 
 
-def rotate(heads: Floats, positions: Sequence[int], theta: float) -> Floats:
+def rotate(
+    heads: Floats,
+    positions: Sequence[int],
+    theta: float,
+    scaling: RopeScaling | None = None,
+) -> Floats:
     """Each head `[T, N, H]` turned by its position; pairs are (i, i + H/2)."""
     half = heads.shape[-1] // 2
     turned = _float64(heads).copy()
     for time, position in enumerate(positions):
         for i in range(half):
-            angle = position * theta ** (-i / half)
+            angle = position * stretched(theta ** (-i / half), scaling)
             x, y = turned[time, :, i].copy(), turned[time, :, i + half].copy()
             turned[time, :, i] = x * np.cos(angle) - y * np.sin(angle)
             turned[time, :, i + half] = x * np.sin(angle) + y * np.cos(angle)
     return turned
+
+
+def stretched(frequency: float, scaling: RopeScaling | None) -> float:
+    """One frequency, in radians per position, of a model for longer contexts."""
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    old = scaling.original_max_seq_len
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * np.pi / frequency
+    if wavelength > old / low:
+        return frequency / scaling.factor
+    if wavelength < old / high:
+        return frequency
+    smooth = (old / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
 def _transformer(
@@ -115,8 +137,8 @@ def _block(
         (normed @ weights[name]).reshape(shape)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    q = rotate(q, positions, config.rope_theta)
-    k = rotate(k, positions, config.rope_theta)
+    q = rotate(q, positions, config.rope_theta, config.rope_scaling)
+    k = rotate(k, positions, config.rope_theta, config.rope_scaling)
     out = attend(q, k, v, segments=segments)
     x = x + out.reshape(len(x), -1) @ weights["o_proj"]
     weights = {name: _float64(w) for name, w in layer["mlp"].items()}

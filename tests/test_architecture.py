@@ -46,11 +46,15 @@ ROWS = (
     ),
     ("model",),
     (
+        "pieces",
+        "piecemodel",
+        "bytelevel",
         "tokenizer",
         "dialogs",
         "prompts",
         "sampling",
         "leaves",
+        "writing",
         "checkpoint",
         "stopping",
         "decoding",
@@ -240,6 +244,7 @@ def test_the_public_names_are_those_that_type_checkers_see() -> None:
 
 def test_generating_imports_no_training_and_no_writing_stack() -> None:
     heavy = {"orbax", "orbax.checkpoint", "tensorstore", "torch", "optax"}
+    heavy |= {"tiktoken", "tokenizers"}
     out = run_python(
         "import sys, llama_jax.loading, llama_jax.completion, llama_jax.conversion\n"
         "import jax\n"

@@ -23,7 +23,7 @@ from llama_jax.checkpoint import (
     read_tokenizer,
     save_params,
 )
-from llama_jax.conversion.llama2c import tokenizer_model
+from llama_jax.conversion.llama2c_tokenizer import from_llama2c
 from llama_jax.errors import CheckpointError, LlamaJaxError
 from llama_jax.leaves import LazyLeaf
 from llama_jax.params import (
@@ -205,7 +205,7 @@ def test_a_mapped_weight_cannot_change_its_file(saved: pathlib.Path) -> None:
 
 
 def test_the_tokenizer_travels_with_the_weights(tmp_path: pathlib.Path) -> None:
-    model = tokenizer_model(write_llama2c_tokenizer(tmp_path / "tokenizer.bin", 270))
+    model = from_llama2c(write_llama2c_tokenizer(tmp_path / "tokenizer.bin", 270))
     for name, added in (("plain", {}), ("added", {270: "<pad>", 271: "é"})):
         tokenizer = Tokenizer(model, added_tokens=added)
         save_params(tmp_path / name, random_params(), TINY, tokenizer=tokenizer)

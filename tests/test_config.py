@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from models import TINY, configs
 
-from llama_jax.config import PRESETS, LlamaConfig, preset
+from llama_jax.config import PRESETS, LlamaConfig, RopeScaling, preset
 from llama_jax.errors import ConfigError
 from llama_jax.model import Llama
 from llama_jax.params import count_params, param_shapes
@@ -120,6 +120,7 @@ def test_preset_lists_all_names_where_none_is_near() -> None:
         ("max_seq_len", None),
         ("rope_theta", 0.0),
         ("rope_theta", float("inf")),
+        ("rope_scaling", 8.0),
         ("norm_eps", float("nan")),
         ("norm_eps", -1e-5),
         ("tied_embeddings", 1),
@@ -156,6 +157,53 @@ def test_no_fact_has_a_default() -> None:
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(ConfigError, match="sliding_window not understood"):
         LlamaConfig.from_dict({**TINY.to_dict(), "sliding_window": 4096})
+
+
+LLAMA31 = {
+    "kind": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_seq_len": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"kind": "yarn"}, "kind is 'yarn'; choose from linear, llama3"),
+        ({"kind": ["llama3"]}, "kind is"),
+        ({"factor": 0.5}, "factor is 0.5; it must be a number of at least 1"),
+        ({"factor": "8"}, "factor is '8'"),
+        ({"factor": float("inf")}, "factor is inf"),
+        ({"low_freq_factor": None}, "low_freq_factor is None"),
+        ({"high_freq_factor": True}, "high_freq_factor is True"),
+        ({"high_freq_factor": 1.0}, "1.0 is not below high_freq_factor 1.0"),
+        ({"original_max_seq_len": 8192.0}, "must be a positive integer"),
+        ({"kind": "linear"}, "must be None for kind 'linear'"),
+        ({"beta_fast": 32}, "beta_fast not understood"),
+    ],
+)
+def test_a_rope_scaling_out_of_range_is_refused(
+    fields: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"rope_scaling .*{complaint}"):
+        LlamaConfig.from_dict({**TINY.to_dict(), "rope_scaling": LLAMA31 | fields})
+
+
+def test_a_rope_scaling_without_its_kind_or_factor_is_refused() -> None:
+    for name in ("kind", "factor"):
+        fields = {key: value for key, value in LLAMA31.items() if key != name}
+        with pytest.raises(ConfigError, match=f"rope_scaling lacks {name}"):
+            RopeScaling.from_dict(fields)
+
+
+def test_a_config_is_a_key_of_what_is_compiled() -> None:
+    scaled = TINY.replace(rope_scaling=RopeScaling.from_dict(LLAMA31))
+    again = TINY.replace(rope_scaling=RopeScaling.from_dict(LLAMA31))
+    assert hash(scaled) == hash(again)
+    assert scaled == again != TINY
+    assert scaled.to_dict()["rope_scaling"] == LLAMA31
 
 
 @given(configs())

@@ -24,11 +24,12 @@ from foreign import (
 )
 
 from llama_jax.checkpoint import load_params, read_config, read_tokenizer
-from llama_jax.conversion import convert
+from llama_jax.conversion import convert, open_source
 from llama_jax.conversion.__main__ import main
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError, TokenizerError
 from llama_jax.params import flatten
 from llama_jax.runtime import Runtime
+from llama_jax.writing import new_folder
 
 
 @pytest.fixture
@@ -40,10 +41,10 @@ def meta(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _place_tokenizer(folder: pathlib.Path, pieces: int = 272) -> None:
-    from llama_jax.conversion.llama2c import tokenizer_model
+    from llama_jax.conversion.llama2c_tokenizer import from_llama2c
 
     packed = write_llama2c_tokenizer(folder / "packed", pieces)
-    (folder / "tokenizer.model").write_bytes(tokenizer_model(packed))
+    (folder / "tokenizer.model").write_bytes(from_llama2c(packed))
     packed.unlink()
 
 
@@ -61,8 +62,9 @@ def test_a_folder_of_meta_becomes_ours(meta: pathlib.Path) -> None:
     assert_holds(out, ours_from_meta(TINY, meta_tensors(TINY)))
     tokenizer = read_tokenizer(out)
     assert tokenizer is not None
-    assert tokenizer.model_proto == (meta / "tokenizer.model").read_bytes()
-    assert done.bytes == 4 * done.parameters
+    assert tokenizer.contents == (meta / "tokenizer.model").read_bytes()
+    assert done.bytes == sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    assert 4 * done.parameters < done.bytes < 5 * done.parameters
     assert done.parameters == sum(a.size for a in meta_tensors(TINY).values())
 
 
@@ -145,7 +147,7 @@ def test_the_command_line_converts_and_says_what_it_did(
     assert said.err == ""
     assert said.out.count("\n") == 1
     for part in (
-        "44,192 parameters", "88,384 bytes", "num_heads 8", "rope_theta 10000.0",
+        "44,192 parameters", "of host memory", "num_heads 8", "rope_theta 10000.0",
         "max_seq_len 64 as given", str(meta / "tokenizer.model"),
     ):  # fmt: skip
         assert part in said.out, said.out
@@ -204,11 +206,10 @@ def _write_zeros(path: pathlib.Path, layers: int, dim: int, vocab: int) -> int:
     return size
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_removes_what_was_begun(tmp_path: pathlib.Path, sent: int) -> None:
+def _interrupted(tmp_path: pathlib.Path, sent: int) -> tuple[int, str]:
+    """Status and last words of a conversion to `out` that a signal met halfway."""
     _write_zeros(tmp_path / "x.bin", layers=40, dim=1024, vocab=272)
     write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    before = sorted(tmp_path.iterdir())
     command = [sys.executable, "-m", "llama_jax.conversion", "x.bin", "out"]
     running = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -220,9 +221,39 @@ def test_a_signal_removes_what_was_begun(tmp_path: pathlib.Path, sent: int) -> N
         time.sleep(0.01)
     running.send_signal(sent)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 128 + sent, said
+    return running.returncode, said
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_removes_what_was_begun(tmp_path: pathlib.Path, sent: int) -> None:
+    status, said = _interrupted(tmp_path, sent)
+    assert status == 128 + sent, said
     assert "Traceback" not in said
-    assert sorted(tmp_path.iterdir()) == before
+    assert {file.name for file in tmp_path.iterdir()} == {"x.bin", "tokenizer.bin"}
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(
+    tmp_path: pathlib.Path,
+) -> None:
+    status, _ = _interrupted(tmp_path, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    (left,) = tmp_path.glob("out*")
+    assert left.name.startswith("out.partial-")
+    with pytest.raises(CheckpointError):
+        open_source(left)
+    write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
+    convert(tmp_path / "x.bin", tmp_path / "out")
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"x.bin", "tokenizer.bin", "out"}
+
+
+def test_a_conversion_that_is_under_way_is_left_alone(tmp_path: pathlib.Path) -> None:
+    with new_folder(tmp_path / "out") as first:
+        (first / "file").touch()
+        with new_folder(tmp_path / "out"):
+            assert (first / "file").is_file()
+        (tmp_path / "out").rmdir()
+    assert (tmp_path / "out" / "file").is_file()
 
 
 def test_damaged_folders_raise_nothing_else(meta: pathlib.Path) -> None:
@@ -248,10 +279,9 @@ def test_damaged_folders_raise_nothing_else(meta: pathlib.Path) -> None:
 
 def source_leaves(meta: pathlib.Path) -> None:
     """All that a conversion does but the writing."""
-    from llama_jax.conversion import find_tokenizer, open_source, open_tokenizer
-
     source = open_source(meta, max_seq_len=64)
-    open_tokenizer(find_tokenizer(meta)).check_fits(source.config.vocab_size)
+    tokenizer, _ = source.find_tokenizer()
+    tokenizer.check_fits(source.config.vocab_size)
     for leaf in source.leaves("bfloat16").values():
         leaf.read()
 

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.config import PRESETS, LlamaConfig
-from llama_jax.conversion.convert import open_source, verify
+from llama_jax.conversion.convert import verify_checksums
+from llama_jax.conversion.formats import open_source
 from llama_jax.conversion.meta import config_from_params, read_meta
 from llama_jax.conversion.pth import read_pth
 from llama_jax.conversion.source import published_context
@@ -262,14 +263,14 @@ def test_checksums_are_compared_where_there_are_some(tmp_path: pathlib.Path) -> 
     checklist.write_text("\n".join(lines) + "\n")
     seen: list[tuple[str, int, int]] = []
     source = read_meta(tmp_path, max_seq_len=64)
-    verify(source, lambda *report: seen.append(report))
+    verify_checksums(source, lambda *report: seen.append(report))
     size = sum((tmp_path / line.split()[1]).stat().st_size for line in lines)
     assert seen[-1] == ("verifying", size, size)
 
     params = json.loads((tmp_path / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps(params, indent=1))
     with pytest.raises(CheckpointError, match=r"params\.json: its md5"):
-        verify(read_meta(tmp_path, max_seq_len=64))
+        verify_checksums(read_meta(tmp_path, max_seq_len=64))
 
     checklist.write_text("0" * 32 + "  consolidated.02.pth\n")
     with pytest.raises(CheckpointError, match=r"consolidated\.02\.pth is missing"):

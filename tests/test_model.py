@@ -29,7 +29,7 @@ from tolerances import (
 
 from llama_jax import decoding
 from llama_jax.cache import KVCache, LayerCache, grow, init_cache, insert
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
 from llama_jax.model import Llama, ScalarModel, apply, init_params
 from llama_jax.params import flatten, unstack_layers
@@ -159,6 +159,27 @@ def test_prefill_and_decoding_equal_one_forward(
         found, cache = decoding.decode_step(MODEL, params, cache, tokens[rows, at])
         assert_near(found, logits[rows, at], EQUAL_FORWARD)
         assert cache.length.tolist() == (at + 1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_decoding_equals_one_forward_with_scaled_positions(
+    params: dict[str, Any], tokens: jax.Array, logits: np.ndarray, kind: Any
+) -> None:
+    more: dict[str, Any] = {}
+    if kind == "llama3":
+        more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        more["original_max_seq_len"] = 64
+    scaling = RopeScaling(kind=kind, factor=8.0, **more)
+    model = Llama(TINY.replace(rope_scaling=scaling), Runtime())
+    wanted = np.asarray(forward(model, params, tokens)[0])
+    assert np.abs(wanted - logits).max() > 0.01
+    lengths = jnp.asarray([8, 1, 5])
+    found, cache = decoding.prefill(model, params, tokens[:, :8], lengths, 16)
+    for step in range(4):
+        at = lengths + step
+        assert_near(found, wanted[jnp.arange(B), at - 1], EQUAL_FORWARD)
+        next_tokens = tokens[jnp.arange(B), at]
+        found, cache = decoding.decode_step(model, params, cache, next_tokens)
 
 
 def test_new_keys_go_behind_each_rows_length_and_nowhere_else() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,7 +43,20 @@ def codellama_step(assets: pathlib.Path) -> Tokenizer:
 def chatml(llama2_tokenizer: Tokenizer) -> Tokenizer:
     """Llama's tokenizer with the tags of ChatML as tokens."""
     names = {32000: "[PAD]", 32001: "<|im_start|>", 32002: "<|im_end|>"}
-    return Tokenizer(llama2_tokenizer.model_proto, added_tokens=names)
+    return Tokenizer(llama2_tokenizer.contents, added_tokens=names)
+
+
+@pytest.fixture(scope="module")
+def llama3(assets: pathlib.Path) -> Tokenizer:
+    pytest.importorskip("tiktoken", reason='pip install "llama-jax[llama3]"')
+    return Tokenizer.from_file(assets / "tokenizers" / "llama3.model")
+
+
+@pytest.fixture(scope="module")
+def speaking(request: pytest.FixtureRequest) -> Callable[[str], Tokenizer]:
+    """A tokenizer that has the special tokens of a format."""
+    names = {"orca2": "chatml", "llama3": "llama3"}
+    return lambda name: request.getfixturevalue(names.get(name, "codellama_step"))
 
 
 def user(content: str, **more: Any) -> Message:
@@ -218,6 +232,33 @@ def test_70b_format_spells_its_published_text(codellama_step: Tokenizer) -> None
     )
 
 
+# Meta's code writes each part alone: 271 is "\n\n".
+LLAMA3_LONG = [
+    128000, 128006, 9125, 128007, 271, 3513, 10015, 13, 128009, 128006, 882, 128007,
+    271, 13347, 128009, 128006, 78191, 128007, 271, 9906, 0, 128009, 128006, 882,
+    128007, 271, 1383, 68, 128009, 128006, 78191, 128007, 271,
+]  # fmt: skip
+
+
+def test_llama3_format_has_the_published_tokens(
+    llama3: Tokenizer, llama2_tokenizer: Tokenizer
+) -> None:
+    format = default_format(llama3)
+    assert format.name == "llama3"
+    assert format.encode(llama3, LONG) == LLAMA3_LONG
+    padded = [{**message, "content": f" {message['content']}\n"} for message in LONG]
+    assert format.encode(llama3, padded) == LLAMA3_LONG
+    assert format.stop_ids(llama3) == (128_009, 128_008, 128_001)
+    names = [llama3.piece(id) if id >= 128_000 else "" for id in LLAMA3_LONG]
+    assert names.count("<|eot_id|>") == len(LONG)
+    answers = [span for span in format.spans(llama3, LONG) if span.is_answer]
+    assert [span.ids for span in answers] == [[9906, 0, 128009]]
+    spelled_out = format.encode(llama3, [user("<|eot_id|>")])
+    assert spelled_out.count(128_009) == 1
+    with pytest.raises(PromptError, match=r"llama3: .* no piece <\|start_header_id"):
+        format.encode(llama2_tokenizer, LONG)
+
+
 def test_orca2_uses_tags_that_are_tokens(
     llama2_tokenizer: Tokenizer, chatml: Tokenizer
 ) -> None:
@@ -252,10 +293,10 @@ def dialogs(name: str) -> st.SearchStrategy[list[Message]]:
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data())
 def test_last_answer_stands_behind_its_prompt(
-    codellama_step: Tokenizer, chatml: Tokenizer, name: str, data: st.DataObject
+    speaking: Callable[[str], Tokenizer], name: str, data: st.DataObject
 ) -> None:
     format = FORMATS[name]
-    tokenizer = chatml if name == "orca2" else codellama_step
+    tokenizer = speaking(name)
     dialog = data.draw(dialogs(name))
     *given, answer = format.spans(tokenizer, dialog, allow_tags=True)
     assert answer.is_answer
@@ -269,11 +310,12 @@ def test_last_answer_stands_behind_its_prompt(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_answers_are_what_the_assistant_said(
-    codellama_step: Tokenizer, name: str
+    speaking: Callable[[str], Tokenizer], name: str
 ) -> None:
     dialog = [user("Hi"), assistant("Well, hello!")]
-    spans = FORMATS[name].spans(codellama_step, dialog)
-    said = [codellama_step.decode(span.ids) for span in spans if span.is_answer]
+    tokenizer = speaking(name)
+    spans = FORMATS[name].spans(tokenizer, dialog)
+    said = [tokenizer.decode(span.ids) for span in spans if span.is_answer]
     ends = {"orca2": "<|im_end|>", "codellama-70b-instruct": "<step>"}
     assert [text.strip() for text in said] == ["Well, hello!" + ends.get(name, "")]
 
@@ -333,7 +375,7 @@ def test_instruction_formats_have_one_turn(
 
 
 def test_special_tags_are_unsafe_where_they_mean_something(
-    codellama_step: Tokenizer,
+    speaking: Callable[[str], Tokenizer],
 ) -> None:
     meta = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
     tags = {
@@ -350,9 +392,9 @@ def test_special_tags_are_unsafe_where_they_mean_something(
                 dialog = [user(f"so {tag} it")]
             if tag in tags.get(name, ()):
                 with pytest.raises(UnsafePromptError, match="message 2 of 3"):
-                    format.encode(codellama_step, dialog)
+                    format.encode(speaking(name), dialog)
             else:
-                format.encode(codellama_step, dialog)
+                format.encode(speaking(name), dialog)
 
 
 def test_every_special_key_is_searched_for_tags(codellama_step: Tokenizer) -> None:

@@ -1,5 +1,7 @@
 """Rotary positions: what they mean, Meta's layout, and how exact they are far out."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -8,14 +10,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import ROPE_LONG, ROPE_ROTATION, ROPE_TABLES
 
-from llama_jax.rope import apply_rope, rope_tables
+from llama_jax.config import RopeScaling
+from llama_jax.rope import apply_rope, rope_tables, scale_frequencies
 
 T, N, H = 5, 3, 8
 
 
-def turn(x: np.ndarray, positions: np.ndarray, theta: float = 1e4) -> np.ndarray:
+LLAMA31 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_seq_len=8192,
+)
+SCALINGS = {
+    "linear": RopeScaling(kind="linear", factor=4.0),
+    "llama3.1": LLAMA31,
+    "llama3.2": dataclasses.replace(LLAMA31, factor=32.0),
+    # Of the four frequencies of H = 8 this keeps one and interpolates one.
+    "short": dataclasses.replace(LLAMA31, original_max_seq_len=100),
+}
+
+
+def turn(
+    x: np.ndarray,
+    positions: np.ndarray,
+    theta: float = 1e4,
+    scaling: RopeScaling | None = None,
+) -> np.ndarray:
     """`x` `[T, N, H]` rotated by the library."""
-    tables = rope_tables(jnp.asarray(positions)[None], x.shape[-1], theta)
+    tables = rope_tables(jnp.asarray(positions)[None], x.shape[-1], theta, scaling)
     return np.asarray(apply_rope(jnp.asarray(x, jnp.float32)[None], tables)[0])
 
 
@@ -89,7 +113,7 @@ def test_positions_of_a_hundred_thousand_stay_exact(theta: float) -> None:
 def test_tables_are_exact_for_the_float32_angle() -> None:
     # Reduction of large angles to one turn must not lose what float32 still holds.
     positions = np.array([[0, 1, 1000, 65_537, 99_999]])
-    tables = rope_tables(jnp.asarray(positions), 128, 1e4)
+    tables = rope_tables(jnp.asarray(positions), 128, 1e4, None)
     exponent = np.arange(0, 128, 2, dtype=np.float32) / np.float32(128)
     frequency = np.float32(1) / np.float32(1e4) ** exponent
     angle = (positions[..., None].astype(np.float32) * frequency).astype(np.float64)
@@ -100,9 +124,58 @@ def test_tables_are_exact_for_the_float32_angle() -> None:
 
 def test_rotation_keeps_the_dtype_and_computes_in_float32() -> None:
     positions = jnp.asarray([[0, 1, 17, 99, 3]])
-    tables = rope_tables(positions, H, 1e4)
+    tables = rope_tables(positions, H, 1e4, None)
     rounded = jnp.asarray(heads(6), jnp.bfloat16)[None]
     found = apply_rope(rounded, tables)
     assert found.dtype == jnp.bfloat16
     exact = apply_rope(rounded.astype(jnp.float32), tables)
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_scaled_rotation_equals_the_oracles(name: str, theta: float) -> None:
+    positions = np.array([0, 1, 17, 99, 3])
+    wanted = oracle.rotate(heads(7), positions, theta, SCALINGS[name])
+    found = turn(heads(7), positions, theta, SCALINGS[name])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROPE_ROTATION)
+    assert np.abs(found - turn(heads(7), positions, theta)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_frequencies_are_scaled_in_float32_as_published(name: str) -> None:
+    scaling, one = SCALINGS[name], np.float32
+    exponent = np.arange(0, 128, 2, dtype=np.float32) / one(128)
+    frequencies = one(1) / one(5e5) ** exponent
+    wanted = []
+    for frequency in frequencies:
+        if scaling.kind == "linear":
+            wanted.append(frequency / one(scaling.factor))
+            continue
+        old, low, high = (
+            one(scaling.original_max_seq_len),
+            one(scaling.low_freq_factor),
+            one(scaling.high_freq_factor),
+        )
+        wavelength = one(2 * np.pi) / frequency
+        if wavelength < old / high:
+            wanted.append(frequency)
+        elif wavelength > old / low:
+            wanted.append(frequency / one(scaling.factor))
+        else:
+            smooth = (old / wavelength - low) / (high - low)
+            stretched = (one(1) - smooth) * frequency / one(scaling.factor)
+            wanted.append(stretched + smooth * frequency)
+    found = scale_frequencies(frequencies, scaling)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones() -> None:
+    wavelengths = np.array([1, 2047, 2049, 8191, 8193, 1e6])
+    frequencies = (2 * np.pi / wavelengths).astype(np.float32)
+    ratio = frequencies / scale_frequencies(frequencies, LLAMA31)
+    np.testing.assert_array_equal(ratio[:2], 1)
+    np.testing.assert_array_equal(ratio[4:], 8)
+    assert 1 < ratio[2] < 1.01
+    assert 7.9 < ratio[3] < 8

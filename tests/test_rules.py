@@ -9,21 +9,23 @@ from hypothesis import strategies as st
 
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.patterns import axes_shape, rearrange, reverse
-from llama_jax.conversion.rules import (
+from llama_jax.conversion.rules import export, pattern_sizes, plan, source_shapes
+from llama_jax.conversion.tables import (
+    GGUF,
+    HUGGING_FACE,
     LLAMA2C,
     META,
+    ORBAX,
     Format,
-    pattern_sizes,
-    plan,
-    source_shapes,
 )
 from llama_jax.errors import CheckpointError
 from llama_jax.leaves import LazyLeaf
-from llama_jax.params import axes_of, leaf_paths, weight_shape
+from llama_jax.params import AXES, axes_of, leaf_paths, weight_shape
 
-FORMATS = pytest.mark.parametrize("form", [META, LLAMA2C], ids=lambda form: form.name)
+ALL = (META, HUGGING_FACE, GGUF, LLAMA2C, ORBAX)
+FORMATS = pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
 DTYPES = [np.dtype(d) for d in (np.float32, np.float16, ml_dtypes.bfloat16)]
-PATTERNS = sorted({rule.pattern for form in (META, LLAMA2C) for rule in form.rules})
+PATTERNS = sorted({rule.pattern for form in ALL for rule in form.rules})
 
 
 def configs() -> st.SearchStrategy[LlamaConfig]:
@@ -107,7 +109,7 @@ def test_the_rows_fill_every_leaf_with_its_shape(
     sizes = pattern_sizes(config)
     for rule in form.rules:
         shape = axes_shape(rule.pattern.split(" -> ")[1], sizes)
-        assert shape == weight_shape(config, axes_of(rule.target.replace("{l}", "0")))
+        assert shape == weight_shape(config, AXES[rule.target].removeprefix("L "))
     tensors = {
         name: LazyLeaf(shape, np.dtype(np.float32), lambda: pytest.fail("was read"))
         for name, shape in source_shapes(form, config).items()
@@ -171,3 +173,28 @@ def test_weights_too_large_for_float16_are_refused() -> None:
     assert leaves["lm_head"].read().dtype == np.float16
     with pytest.raises(CheckpointError, match="65504"):
         leaves["transformer/final_norm/scale"].read()
+
+
+@FORMATS
+@given(config=configs(), seed=st.integers(0, 99))
+def test_what_is_exported_converts_to_the_same_bits(
+    form: Format, config: LlamaConfig, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    kind = DTYPES[seed % 3]
+    ours = {
+        path: rng.standard_normal(weight_shape(config, axes_of(path))).astype(kind)
+        for path in leaf_paths(config)
+    }
+    leaves = {path: lazy(array) for path, array in ours.items()}
+    tensors = export(form, leaves, config)
+    if config.tied_embeddings and not form.can_tie:
+        config = config.replace(tied_embeddings=False)
+        ours["lm_head"] = ours["transformer/embedding"].T
+    assert {name: t.shape for name, t in tensors.items()} == source_shapes(form, config)
+    back = plan(form, tensors, config, where="x")
+    assert back.keys() == ours.keys()
+    for path, array in ours.items():
+        found = back[path].read()
+        assert found.dtype == kind
+        assert found.tobytes() == array.tobytes(), path

@@ -136,7 +136,7 @@ def test_decode_is_sentencepieces(
 ) -> None:
     ids = data.draw(mixtures(llama2_tokenizer.vocab_size))
     sp = sentencepiece.SentencePieceProcessor()
-    sp.LoadFromSerializedProto(llama2_tokenizer.model_proto)
+    sp.LoadFromSerializedProto(llama2_tokenizer.contents)
     assert llama2_tokenizer.decode(ids) == sp.decode(ids)
     smile = sp.piece_to_id("☺")
     assert llama2_tokenizer.decode_infilling(ids) == sp.decode([smile, *ids])[1:]
@@ -183,12 +183,12 @@ def test_unreadable_files_are_named(
     with pytest.raises(TokenizerError, match="cannot read"):
         Tokenizer.from_file(tmp_path)
     path = tmp_path / "damaged.model"
-    for content in (b"", b"<html>", llama2_tokenizer.model_proto[:100_000]):
+    for content in (b"", b"<html>", llama2_tokenizer.contents[:100_000]):
         path.write_bytes(content)
         with pytest.raises(LlamaJaxError, match=r"damaged one: .*damaged\.model"):
             Tokenizer.from_file(path)
-    path.write_bytes(llama2_tokenizer.model_proto)
-    assert Tokenizer.from_file(str(path)).model_proto == llama2_tokenizer.model_proto
+    path.write_bytes(llama2_tokenizer.contents)
+    assert Tokenizer.from_file(str(path)).contents == llama2_tokenizer.contents
 
 
 def test_importing_it_does_not_import_jax() -> None:
@@ -205,7 +205,7 @@ def test_importing_it_does_not_import_jax() -> None:
 def test_added_tokens_have_names_and_are_never_encoded(
     llama2_tokenizer: Tokenizer,
 ) -> None:
-    proto = llama2_tokenizer.model_proto
+    proto = llama2_tokenizer.contents
     tokenizer = Tokenizer(proto, added_tokens={**ADDED, 2: "</s>"})
     assert tokenizer.added_tokens == ADDED
     assert tokenizer.piece_id("<|im_start|>") == 32002

@@ -49,6 +49,7 @@ CONFIG = LlamaConfig(
     mlp_dim=512,
     max_seq_len=512,
     rope_theta=1e4,
+    rope_scaling=None,
     norm_eps=1e-5,
     tied_embeddings=True,
 )
@@ -210,7 +211,7 @@ def main() -> None:
             )
         if (index + 1) % 500 == 0 or index + 1 == args.steps:
             args.output.mkdir(parents=True, exist_ok=True)
-            (args.output / "tokenizer.model").write_bytes(tokenizer.model_proto)
+            (args.output / "tokenizer.model").write_bytes(tokenizer.contents)
             np.savez(args.output / "params.npz", **flatten(jax.device_get(params)))
             for name, text in (("held-out", held_out), ("real", real)):
                 cost = bits_per_byte(model, params, tokenizer, text[:150], 256)

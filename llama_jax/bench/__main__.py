@@ -1,12 +1,14 @@
-"""`python -m llama_jax.bench decode|prefill`: measure, and print a table or JSON."""
+"""`python -m llama_jax.bench`: measure, and print a table or JSON."""
 
 import argparse
 import dataclasses
 import json
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.bench.conversion import ConversionReport, measure_conversion
 from llama_jax.bench.decode import DecodeReport, measure_decode
 from llama_jax.bench.machine import Machine, describe
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
@@ -18,6 +20,8 @@ from llama_jax.runtime import Runtime
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; 0, or 2 where the arguments make no sense."""
     options = _parser().parse_args(arguments)
+    if options.benchmark == "conversion":
+        return _run_conversion(options)
     try:
         for name in ("batch", "prompt_length", "steps"):
             if getattr(options, name) < 1:
@@ -44,13 +48,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = measure_prefill(config, runtime, **workload)
         rows = _prefill_rows(report)
     asked = {"model": options.model, "dtype": options.dtype, **workload}
+    _show(options, machine, asked, report, rows)
+    return 0
+
+
+def _run_conversion(options: argparse.Namespace) -> int:
+    try:
+        config = parse_model(options.model, 2048)
+        if options.layers is not None:
+            config = config.replace(num_layers=options.layers)
+        report = measure_conversion(
+            config,
+            ranks=options.ranks,
+            target=options.to,
+            folder=pathlib.Path(options.folder),
+        )
+    except (LlamaJaxError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    asked = {
+        "model": options.model,
+        "layers": config.num_layers,
+        "ranks": options.ranks,
+        "to": options.to,
+    }
+    _show(options, describe(), asked, report, _conversion_rows(report))
+    return 0
+
+
+def _show(
+    options: argparse.Namespace,
+    machine: Machine,
+    asked: Mapping[str, Any],
+    report: Any,
+    rows: Mapping[str, str],
+) -> None:
     if options.json:
         found: dict[str, Any] = {"benchmark": options.benchmark}
-        found |= dataclasses.asdict(machine) | asked | dataclasses.asdict(report)
+        found |= {**dataclasses.asdict(machine), **asked, **dataclasses.asdict(report)}
         print(json.dumps(found))
     else:
         _print_table(f"{options.benchmark}: {options.model}", machine, asked, rows)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +128,48 @@ def _parser() -> argparse.ArgumentParser:
         bench.add_argument(
             "--json", action="store_true", help="print one JSON object instead"
         )
+    purpose = "seconds and host memory, beside copying the same bytes"
+    bench = benchmarks.add_parser("conversion", help=purpose, description=purpose)
+    bench.add_argument(
+        "--model",
+        default="llama2-7b",
+        help="a preset or a shape, written with random weights as Meta would "
+        "(default: %(default)s, which needs 41 GB of disk)",
+    )
+    bench.add_argument(
+        "--layers", type=int, help="so many of its layers only, at full width"
+    )
+    bench.add_argument(
+        "--ranks", type=int, default=2, help="files (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--to",
+        choices=("orbax", "hf"),
+        default="orbax",
+        help="format to convert to (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--folder", default=".", help="where there is room (default: this one)"
+    )
+    bench.add_argument(
+        "--json", action="store_true", help="print one JSON object instead"
+    )
     return parser
+
+
+def _conversion_rows(report: ConversionReport) -> dict[str, str]:
+    before, after = report.copy_seconds
+    return {
+        "parameters": f"{report.params:,}",
+        "source": f"{report.source_bytes / 1e9:,.2f} GB",
+        "conversion": f"{report.seconds:,.1f} s ({report.gb_per_s:,.2f} GB/s)",
+        "copies before, after": f"{before:,.1f} s, {after:,.1f} s",
+        "part of a copy's speed": f"{report.ratio:.0%}",
+        "host memory before": f"{report.base_bytes / 1e6:,.0f} MB",
+        "host memory at most": f"{report.peak_bytes / 1e6:,.0f} MB (mapped files and "
+        "page cache not counted)",
+        "predicted": f"{report.predicted_bytes / 1e6:,.0f} MB",
+    }
 
 
 def _decode_rows(report: DecodeReport) -> dict[str, str]:

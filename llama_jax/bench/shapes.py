@@ -51,6 +51,7 @@ def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
         **{_LETTERS[letter]: size for letter, size in sizes.items()},
         max_seq_len=max_seq_len,
         rope_theta=1e4,
+        rope_scaling=None,
         norm_eps=1e-5,
         tied_embeddings=False,
     )

@@ -1,0 +1,72 @@
+"""llama2.c's `tokenizer.bin` from, and to, a SentencePiece model."""
+
+import math
+import pathlib
+import re
+import struct
+
+from llama_jax.errors import TokenizerError
+from llama_jax.piecemodel import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    Piece,
+    model_of_pieces,
+    pieces_of_model,
+)
+
+_SPACE = "▁"
+
+
+def from_llama2c(path: pathlib.Path) -> bytes:
+    """A llama2.c `tokenizer.bin` as the SentencePiece model it was made from.
+
+    The file has the pieces in the order of their ids with their scores; what it lacks
+    is the same for all Llama tokenizers.
+
+    Raises:
+      TokenizerError: the file is damaged or of another kind.
+    """
+    data = path.read_bytes()
+    pieces: list[Piece] = []
+    offset, longest = 4, int.from_bytes(data[:4], "little")
+    special = {0: ("<unk>", UNKNOWN), 1: ("\n<s>\n", CONTROL), 2: ("\n</s>\n", CONTROL)}
+    while offset + 8 <= len(data):
+        score, size = struct.unpack_from("<fi", data, offset)
+        content = data[offset + 8 : offset + 8 + size]
+        if not 0 < size <= longest or len(content) < size or not math.isfinite(score):
+            break
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            break
+        kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
+        if len(pieces) in special:
+            wanted, kind = special[len(pieces)]
+            # Some exports put newlines around all of them, some around two.
+            if text.strip("\n") != wanted.strip("\n"):
+                break
+            text, score = wanted.strip("\n"), 0.0
+        pieces.append(Piece(text.replace(" ", _SPACE), score, kind))
+        offset += 8 + size
+    if offset != len(data) or len(pieces) < len(special):
+        raise TokenizerError(
+            f"{path}: is not a llama2.c tokenizer, or damaged at byte {offset}; "
+            "download it again"
+        )
+    return model_of_pieces(pieces)
+
+
+def to_llama2c(model_proto: bytes) -> bytes:
+    """A `tokenizer.bin` of llama2.c with the pieces of a `tokenizer.model`."""
+    encoded = []
+    for id, piece in enumerate(pieces_of_model(model_proto)):
+        text = piece.text.replace(_SPACE, " ")
+        encoded.append(
+            (piece.score, (f"\n{text}\n" if id in (1, 2) else text).encode())
+        )
+    longest = max(len(text) for _, text in encoded)
+    return struct.pack("<i", longest) + b"".join(
+        struct.pack("<fi", score, len(text)) + text for score, text in encoded
+    )

@@ -1,0 +1,273 @@
+"""Byte-level BPE: Llama 3's tokenizer, from Meta's file or from a Hugging Face one.
+
+Its pieces are byte strings, so that it needs neither a space in front of a text nor a
+piece for what is unknown. The algorithms are those of the optional packages tiktoken
+and tokenizers.
+"""
+
+import base64
+import binascii
+import codecs
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from llama_jax.errors import TokenizerError
+
+# What Meta's code of Llama 3 adds to the pieces of its file: how a text is cut before
+# pairs are merged, and 256 special tokens behind the pieces.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PIECES = 128_000
+_NUM_SPECIAL = 256
+_BEGIN, _END = "<|begin_of_text|>", "<|end_of_text|>"
+_PAD = "<|finetune_right_pad_id|>"
+_NAMED = (
+    _BEGIN, _END, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    _PAD, "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+    "<|eot_id|>", "<|python_tag|>",
+)  # fmt: skip
+LLAMA3_SPECIAL = (
+    *_NAMED,
+    *(f"<|reserved_special_token_{i + 2}|>" for i in range(_NUM_SPECIAL - len(_NAMED))),
+)
+"""Llama 3's special tokens in the order of their ids; some have no use in 3.0."""
+
+# Meta's code cuts longer runs of spaces or of anything else: tiktoken's regular
+# expression overflows its stack on some hundred thousand spaces.
+_LONGEST_RUN = 25_000
+_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
+
+
+class ByteLevel:
+    """Pieces of bytes as a `Codec`.
+
+    Args:
+      encode: text to ids, without special tokens.
+      pieces: the bytes of every id that text can become.
+      added: names of the other ids.
+      special: which of those are invisible in a text.
+      file_name: under which a checkpoint keeps the file it was read from.
+
+    Raises:
+      TokenizerError: there is no piece for some byte, or Llama 3's names for the begin
+        and the end of a text are missing.
+    """
+
+    unk_id = -1
+
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        pieces: Mapping[int, bytes],
+        added: Mapping[int, str],
+        special: set[int],
+        file_name: str,
+    ) -> None:
+        self._encode = encode
+        self._pieces = pieces
+        self._added = added
+        self._ids = {name: id for id, name in added.items()}
+        self._ids_of_bytes = {piece: id for id, piece in self._pieces.items()}
+        lacking = [b for b in range(256) if bytes([b]) not in self._ids_of_bytes]
+        if lacking:
+            raise TokenizerError(
+                f"tokenizer: it has no piece for the byte 0x{lacking[0]:02X}, so that "
+                "not every text can be encoded; the file is damaged or of another kind"
+            )
+        if missing := [name for name in (_BEGIN, _END) if name not in self._ids]:
+            raise TokenizerError(
+                f"tokenizer: it has no token {missing[0]}; of byte-level tokenizers "
+                "only those with Llama 3's special tokens are understood"
+            )
+        self.file_name = file_name
+        self.bos_id, self.eos_id = self._ids[_BEGIN], self._ids[_END]
+        self.pad_id = self._ids.get(_PAD, -1)
+        self.vocab_size = max(*self._pieces, *added) + 1
+        visible = {i: name.encode() for i, name in added.items() if i not in special}
+        self._bytes = {**pieces, **visible}
+        known = pieces.keys() | added.keys()
+        if self.vocab_size > 2 * len(known):
+            raise TokenizerError(
+                f"tokenizer: its ids go up to {self.vocab_size - 1}, but it names only "
+                f"{len(known)}; the file is damaged"
+            )
+        self.holes = tuple(sorted(set(range(self.vocab_size)) - known))
+
+    def encode(self, text: str, *, inner: bool) -> list[int]:
+        """Token ids; inside a text they are the same."""
+        ids, start = [], 0
+        for run in _LONG_RUN.finditer(text):
+            for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
+                ids += self._encode(text[start:cut])
+                start = cut
+        return ids + self._encode(text[start:])
+
+    def decode(self, ids: list[int], *, inner: bool) -> str:
+        """Text of the ids' bytes together."""
+        return b"".join(self._bytes.get(id, b"") for id in ids).decode(errors="replace")
+
+    def stream(self, added: Mapping[int, str], *, inner: bool) -> "ByteStream":
+        """A decoder of ids that arrive one by one."""
+        names = {id: name.encode() for id, name in added.items()}
+        return ByteStream(self._bytes | names if names else self._bytes)
+
+    def piece(self, id: int) -> str:
+        """A special token's name, or a piece's text."""
+        piece = self._pieces.get(id, b"").decode(errors="backslashreplace")
+        return self._added.get(id, piece)
+
+    def piece_id(self, piece: str) -> int | None:
+        """Id of the special token of this name, or of the piece with this text."""
+        id = self._ids.get(piece)
+        return self._ids_of_bytes.get(piece.encode()) if id is None else id
+
+    def can_encode(self, id: int) -> bool:
+        """Whether text can become this piece."""
+        return id in self._pieces
+
+
+class ByteStream:
+    """Text of byte strings as they arrive.
+
+    Args:
+      pieces: bytes of each id that has any.
+    """
+
+    def __init__(self, pieces: Mapping[int, bytes]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete, "" where they complete none."""
+        return self._decoder.decode(b"".join(self._pieces.get(id, b"") for id in ids))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def is_ranks(contents: bytes) -> bool:
+    """Whether a file begins as tiktoken's do: a piece in base64, a space, its rank."""
+    line = contents[:1000].partition(b"\n")[0]
+    return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\r?", line) is not None
+
+
+def from_ranks(contents: bytes) -> ByteLevel:
+    """Llama 3's tokenizer from the file that Meta ships.
+
+    Raises:
+      TokenizerError: the file is damaged or another model's, or tiktoken is missing.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(contents.splitlines()):
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+            if int(rank) != number or len(ranks) != number + 1:
+                raise ValueError
+        except (ValueError, binascii.Error) as error:
+            raise TokenizerError(
+                f"tokenizer: line {number + 1} is not the piece of rank {number}; the "
+                "file is damaged, download it again"
+            ) from error
+    if len(ranks) != LLAMA3_PIECES:
+        raise TokenizerError(
+            f"tokenizer: it has {len(ranks)} pieces, Llama 3's has {LLAMA3_PIECES}; "
+            "the file is incomplete, or of another family of models"
+        )
+    special = dict(enumerate(LLAMA3_SPECIAL, start=len(ranks)))
+    pieces = {rank: piece for piece, rank in ranks.items()}
+    encoding = _package("tiktoken").Encoding(
+        "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    return ByteLevel(
+        encoding.encode_ordinary, pieces, special, set(special), "tokenizer.model"
+    )
+
+
+def from_json(contents: bytes, described: Mapping[str, Any]) -> ByteLevel:
+    """A byte-level BPE from a `tokenizer.json`.
+
+    Args:
+      contents: of the file.
+      described: what they say, parsed.
+
+    Raises:
+      TokenizerError: the file is damaged or of another kind, or the package tokenizers
+        is missing.
+    """
+    model = described["model"]
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise TokenizerError(
+                f"tokenizer: its model has {key} {model[key]!r}, which is not supported"
+            )
+    if any(step.get("add_prefix_space") for step in steps(described, "pre_tokenizer")):
+        raise TokenizerError(
+            "tokenizer: it puts a space in front of every text (add_prefix_space), "
+            "which is not supported for byte-level tokenizers"
+        )
+    package = _package("tokenizers")
+    try:
+        whole = package.Tokenizer.from_str(contents.decode())
+        # Without its special tokens, which text must not become, and without what it
+        # would put around a text.
+        plain = package.Tokenizer(whole.model)
+        plain.pre_tokenizer = whole.pre_tokenizer
+        if whole.normalizer is not None:
+            plain.normalizer = whole.normalizer
+        names = {token["id"]: token["content"] for token in described["added_tokens"]}
+        special = {t["id"] for t in described["added_tokens"] if t["special"]}
+        value = _byte_values()
+        pieces = {
+            id: bytes(value[character] for character in piece)
+            for piece, id in model["vocab"].items()
+            if id not in special
+        }
+        added = {id: name for id, name in names.items() if id not in pieces}
+    except Exception as error:  # tokenizers raises no narrower one
+        raise TokenizerError(
+            f"tokenizer: not a byte-level tokenizer.json, or a damaged one ({error})"
+        ) from error
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return ByteLevel(encode, pieces, added, special, "tokenizer.json")
+
+
+def steps(described: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
+    """The steps of a part of a `tokenizer.json`, be it one, a sequence or none."""
+    step = described.get(part)
+    for key in ("pretokenizers", "decoders"):
+        if isinstance(step, dict) and key in step:
+            step = step[key]
+    found = step if isinstance(step, list) else [step]
+    return [step for step in found if isinstance(step, dict)]
+
+
+def _byte_values() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Bytes that are printable in Latin-1 stand for themselves, the others, in order, are
+    the characters from U+0100 on (GPT-2).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    values = {chr(byte): byte for byte in printable}
+    return values | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TokenizerError(
+            f"tokenizer: this kind of file needs the package {name}; run "
+            'pip install "llama-jax[llama3]"'
+        ) from error
