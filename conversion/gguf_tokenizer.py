@@ -113,7 +113,7 @@ def tokenizer_metadata(
     if tokenizer is None:
         return {f"{_PREFIX}model": Value(STRING, "no_vocab")}
     prefix = _add_space_prefix(tokenizer)
-    pieces = pieces_of_model(tokenizer.contents)
+    pieces = pieces_of_model(tokenizer.model_proto)
     tokenizer.check_fits(vocab_size)
     del pieces[vocab_size:]
     for id in range(len(pieces), vocab_size):
@@ -177,14 +177,13 @@ def _id(header: Header, key: str, absent: int) -> int:
 
 def _add_space_prefix(tokenizer: Tokenizer) -> bool:
     """Whether a space is put before a text; refuses what llama.cpp cannot follow."""
-    try:
-        pieces = SentencePieces(tokenizer.contents)
-    except TokenizerError as error:
+    if not tokenizer.has_pieces:
         raise ConfigError(
             "only SentencePiece tokenizers (Llama 1 and 2, Code Llama) can be written "
             "into a GGUF file so far; convert the Hugging Face folder with llama.cpp's "
             "own converter"
-        ) from error
+        )
+    pieces = SentencePieces(tokenizer.model_proto)
     spaced, plain = "▁ﬁ▁▁X▁", "ﬁ▁▁X▁"
     found = pieces.sp.normalize("ﬁ  X ")
     if found not in (spaced, plain):

@@ -30,11 +30,13 @@ def of_plan(plan: Plan, *, every: bool = False) -> Iterator[str]:
     """What `--dry-run` prints: which tensor becomes which, sizes, and the memory."""
     source = plan.source
     yield f"{source.path} ({source.form.name}) to the format {plan.to}"
-    theirs = foreign_names(source.form, source.config)
-    for (path, leaf), name in zip(plan.model.leaves.items(), theirs, strict=True):
-        if every or _is_first(path):
+    names = foreign_names(source.form, source.config)
+    # Where embeddings cannot be tied, the embedding is written once more at the end.
+    names += names[:1] * (len(plan.tensors) - len(names))
+    for name, (target, after) in zip(names, plan.tensors.items(), strict=True):
+        if every or _is_first(target):
             before = source.tensors[name]
-            yield (f"  {name:<44} {_shape(before):<28} -> {path:<44} {_shape(leaf)}")
+            yield f"  {name:<44} {_shape(before):<28} -> {target:<44} {_shape(after)}"
     read = sum(tensor.nbytes for tensor in source.tensors.values())
     written = sum(tensor.nbytes for tensor in plan.tensors.values())
     yield f"  {len(source.tensors)} tensors, {read:,} bytes"

@@ -29,6 +29,7 @@ _TEXTS = (
     "Simply put, the theory of relativity states that 1) the laws of physics",
 )
 _TOKENS = 32  # of each text
+_EMBEDDING = "transformer/embedding"
 _DIVERGED = 1e-2
 _RUNTIME = Runtime(dtype="float32")
 
@@ -76,7 +77,8 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
       CheckpointError: one of them is damaged.
     """
     _check_alike(a, b)
-    left, right = a.leaves(), b.leaves()
+    tied = a.config.tied_embeddings and b.config.tied_embeddings
+    left, right = (_leaves(source, with_head=not tied) for source in (a, b))
     equal, rounded, differing, worst = 0, 0, [], 0.0
     done, total = 0, sum(leaf.nbytes for leaf in left.values())
     for path, leaf in left.items():
@@ -92,21 +94,7 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
         done += leaf.nbytes
         if progress is not None:
             progress("comparing", done, total)
-    config = a.config
-    tokens = _prompts(a)
-    x, y = (_embed(config, leaves, tokens) for leaves in (left, right))
-    errors = [_relative(x, y)]
-    for layer in range(config.num_layers):
-        x, y = (
-            _run_layer(config, _weights(leaves, layer), hidden)
-            for leaves, hidden in ((left, x), (right, y))
-        )
-        errors.append(_relative(x, y))
-        if progress is not None:
-            progress("running layers", layer + 1, config.num_layers)
-    of_a, of_b = (
-        _logits(config, leaves, hidden) for leaves, hidden in ((left, x), (right, y))
-    )
+    errors, of_a, of_b = _run_both(a.config, left, right, _prompts(a), progress)
     log_a, log_b = jax.nn.log_softmax(of_a), jax.nn.log_softmax(of_b)
     kl = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
     diverged = [layer - 1 for layer, e in enumerate(errors) if not e <= _DIVERGED]
@@ -123,6 +111,38 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
         layer_errors=tuple(errors),
         first_diverging_layer=diverged[0] if diverged else None,
     )
+
+
+def _leaves(source: Source, *, with_head: bool) -> dict[str, LazyLeaf]:
+    """A checkpoint's leaves, with the head that a tied one does not have if asked."""
+    leaves = source.leaves()
+    if with_head and "lm_head" not in leaves:
+        embedding = leaves[_EMBEDDING]
+        leaves["lm_head"] = LazyLeaf(
+            embedding.shape[::-1], embedding.dtype, lambda: embedding.read().T
+        )
+    return leaves
+
+
+def _run_both(
+    config: LlamaConfig,
+    left: Mapping[str, LazyLeaf],
+    right: Mapping[str, LazyLeaf],
+    tokens: Array,
+    progress: Progress | None,
+) -> tuple[list[float], Array, Array]:
+    """How far the streams are apart behind every layer, and both models' logits."""
+    x, y = (_embed(leaves, tokens) for leaves in (left, right))
+    errors = [_relative(x, y)]
+    for layer in range(config.num_layers):
+        x, y = (
+            _run_layer(config, _weights(leaves, layer), hidden)
+            for leaves, hidden in ((left, x), (right, y))
+        )
+        errors.append(_relative(x, y))
+        if progress is not None:
+            progress("running layers", layer + 1, config.num_layers)
+    return errors, _logits(config, left, x), _logits(config, right, y)
 
 
 def describe(found: Comparison) -> str:
@@ -197,8 +217,8 @@ def _weights(leaves: Mapping[str, LazyLeaf], layer: int) -> dict[str, Any]:
     return tree
 
 
-def _embed(config: LlamaConfig, leaves: Mapping[str, LazyLeaf], tokens: Array) -> Array:
-    embedding = leaves["transformer/embedding"].read()
+def _embed(leaves: Mapping[str, LazyLeaf], tokens: Array) -> Array:
+    embedding = leaves[_EMBEDDING].read()
     return jnp.asarray(embedding[np.asarray(tokens)].astype(np.float32))
 
 
@@ -218,7 +238,7 @@ def _logits(config: LlamaConfig, leaves: Mapping[str, LazyLeaf], x: Array) -> Ar
     if "lm_head" in leaves:
         head = leaves["lm_head"].read()
     else:
-        head = leaves["transformer/embedding"].read().T
+        head = leaves[_EMBEDDING].read().T
     return linear(x, jnp.asarray(head.astype(np.float32)))
 
 

@@ -1,6 +1,7 @@
 """Compiled programs, and what in them moves whole weights or cache layers about."""
 
 import collections
+import importlib.util
 import math
 import re
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import SingleDeviceSharding
 
 from llama_jax import decoding
@@ -16,6 +18,11 @@ from llama_jax.model import Llama
 from llama_jax.params import param_shapes
 from llama_jax.runtime import DType, Runtime
 from llama_jax.sampling import Sampling, sampling_rows
+
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU's compiler, is not installed",
+)
 
 _INSTRUCTION = re.compile(
     r"^\s+(ROOT )?%?[\w.-]+ = \(?\w+\[([0-9,]*)\]\S*.*? ([a-z-]+)\("

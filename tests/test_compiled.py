@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from models import TALKING, TINY, random_params, talking_model
-from programs import cache_layer_size, compile_decoding, weight_sizes, whole_results
+from programs import (
+    cache_layer_size,
+    compile_decoding,
+    needs_tpu_compiler,
+    weight_sizes,
+    whole_results,
+)
 
 from llama_jax import decoding
 from llama_jax.cache import init_cache
@@ -166,13 +172,7 @@ def test_a_request_of_a_larger_bucket_compiles_anew(
     assert compilations
 
 
-tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, the TPU's compiler, is not installed",
-)
-
-
-@tpu
+@needs_tpu_compiler
 @pytest.mark.tpu_compile
 @pytest.mark.slow
 @programs
@@ -190,7 +190,7 @@ def test_decoding_on_a_tpu_copies_no_weight_and_no_cache(
     assert compiled.memory_analysis().temp_size_in_bytes < 4 << 20
 
 
-@tpu
+@needs_tpu_compiler
 @pytest.mark.tpu_compile
 @pytest.mark.slow
 def test_llama2_7b_decodes_on_one_v5e_chip() -> None:
@@ -204,7 +204,7 @@ def test_llama2_7b_decodes_on_one_v5e_chip() -> None:
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
 
 
-@tpu
+@needs_tpu_compiler
 @pytest.mark.tpu_compile
 @pytest.mark.slow
 def test_a_slice_that_does_not_exist_is_refused_by_name() -> None:

@@ -21,7 +21,7 @@ from tolerances import GOLDEN_LOGITS
 
 from llama_jax import loading as load_module
 from llama_jax.checkpoint import Loaded
-from llama_jax.conversion import convert
+from llama_jax.conversion import FormatName, convert
 from llama_jax.errors import CheckpointError, ConfigError, MeshError, TokenizerError
 from llama_jax.loading import default_runtime, load
 from llama_jax.model import apply
@@ -104,6 +104,27 @@ def test_every_way_of_loading_gives_the_same_logits(
     found, _ = apply(loaded.model, loaded.params, tokens)
     wanted, _ = apply(plain.model, plain.params, tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=GOLDEN_LOGITS)
+
+
+@pytest.mark.parametrize("target", ["meta", "hf", "gguf", "orbax"])
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_every_format_is_loaded_onto_a_mesh_as_it_is(
+    foreign: pathlib.Path, target: FormatName, layout: Any
+) -> None:
+    runtime = Runtime(layer_layout=layout)
+    convert(foreign, foreign.parent / "other", target_format=target, dtype="float32")
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    packed = foreign.with_name("tokenizer.bin")
+    options: dict[str, Any] = {"tokenizer": packed, "max_seq_len": 64}
+    wanted = load(foreign, runtime=runtime, **options)
+    found = load(foreign.parent / "other", runtime=runtime, mesh=mesh, **options)
+    assert found.model.config == wanted.model.config
+    whole, part = 0, 0
+    for path, leaf in flatten(found.params).items():
+        np.testing.assert_array_equal(leaf, flatten(wanted.params)[path], path)
+        whole += leaf.nbytes
+        part += leaf.addressable_shards[0].data.nbytes
+    assert part < whole / 7  # the norms are in fewer parts
 
 
 def test_loading_a_foreign_checkpoint_writes_nothing(foreign: pathlib.Path) -> None:

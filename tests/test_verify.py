@@ -96,6 +96,30 @@ def test_numbers_that_are_none_differ_in_every_report(source: pathlib.Path) -> N
     assert found.first_diverging_layer == 0
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_tied_and_copied_embeddings_are_the_same_model(
+    tmp_path: pathlib.Path, order: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
+    tied = TINY.replace(tied_embeddings=True)
+    source = write_llama2c(tmp_path / "x.bin", tied, meta_tensors(tied))
+    other = tmp_path / "meta"
+    status, out, _ = run(capsys, source, other, "--to", "meta", "--dry-run")
+    assert status == 0
+    assert re.search(r"token_embedding .*-> output\.weight", out)
+    convert(source, other, target_format="meta")
+    both = open_source(source), open_source(other, max_seq_len=64)
+    found = compare(*both[::order])
+    assert (found.tensors, found.equal, found.max_logit_error) == (21, 21, 0)
+    tensors = meta_tensors(tied)
+    tensors["output.weight"] = tensors["output.weight"] * 2
+    both = (
+        open_source(source),
+        open_source(write_meta(tmp_path / "untied", TINY, tensors), max_seq_len=64),
+    )
+    assert compare(*both[::order]).differing == ("lm_head",)
+
+
 def test_different_models_cannot_be_compared(source: pathlib.Path) -> None:
     smaller = TINY.replace(mlp_dim=88)
     other = write_meta(source.parent / "meta", smaller, meta_tensors(smaller))
@@ -152,8 +176,8 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
     )
     assert status == 0
     assert sorted(source.parent.iterdir()) == before
-    (row,) = [line for line in out.splitlines() if "q_proj" in line]
-    assert re.fullmatch(r" +wq\.0 .*-> .*layers/0/attention/q_proj +float32.*", row)
+    (row,) = [line for line in out.splitlines() if "wq" in line]
+    assert re.fullmatch(r" +wq\.0 .*-> layers\.0\.attention\.wq\.weight +float.*", row)
     assert "176,768 bytes" in out
     assert "host memory at most" in out
 

@@ -1,0 +1,118 @@
+"""Unembedding and cross-entropy in one, a few tokens at a time.
+
+The logits of a whole batch are the largest array of a training step: `[B, T, V]` in
+float32, and once more for their gradient. Here only those of a chunk of each row exist
+at any time, forward and backward; the backward pass computes them again.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_losses(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int = 256,
+) -> Float[Array, "B T"]:
+    """-log softmax(x · head) of each target, in nats, float32.
+
+    Sums are float32 whatever the dtype of `x`. At most `[B, chunk, V]` logits exist at
+    a time.
+
+    Args:
+      x: what the transformer gives, behind its last norm.
+      head: the unembedding, or a transposed embedding.
+      targets: the token that follows each; any id in `range(V)` where the loss is not
+        looked at.
+      chunk: tokens of each row that are computed together.
+
+    Raises:
+      ValueError: `chunk` is not positive.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+    return _losses(min(chunk, max(x.shape[1], 1)), x, head, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(chunk: int, x: Array, head: Array, targets: Array) -> Array:
+    return _forward(chunk, x, head, targets)[0]
+
+
+def _forward(
+    chunk: int, x: Array, head: Array, targets: Array
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        rows, wanted = part
+        logits = _logits(rows, head)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        return None, (total - chosen, total)
+
+    _, (losses, totals) = jax.lax.scan(
+        one, None, (_cut(x, chunk), _cut(targets, chunk))
+    )
+    length = x.shape[1]
+    losses, totals = _joined(losses, length), _joined(totals, length)
+    return losses, (x, head, targets, totals)
+
+
+def _backward(
+    chunk: int, kept: tuple[Array, Array, Array, Array], given: Array
+) -> tuple[Array, Array, None]:
+    x, head, targets, totals = kept
+
+    def one(
+        of_head: Array, part: tuple[Array, Array, Array, Array]
+    ) -> tuple[Array, Array]:
+        rows, wanted, total, weight = part
+        of_logits = jnp.exp(_logits(rows, head) - total[..., None])
+        ids = jax.lax.broadcasted_iota(jnp.int32, of_logits.shape, 2)
+        of_logits -= (ids == wanted[..., None]).astype(jnp.float32)
+        of_logits = (of_logits * weight[..., None]).astype(rows.dtype)
+        of_rows = _product("BTV,DV->BTD", of_logits, head).astype(rows.dtype)
+        return of_head + _product("BTD,BTV->DV", rows, of_logits), of_rows
+
+    # Behind the end there is no weight, so that what lies there adds nothing.
+    parts = [_cut(array, chunk) for array in (x, targets, totals, given)]
+    of_head, of_x = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), tuple(parts))
+    return _joined(of_x, x.shape[1]), of_head.astype(head.dtype), None
+
+
+_losses.defvjp(_forward, _backward)
+
+
+def _logits(rows: Array, head: Array) -> Array:
+    return _product("BTD,DV->BTV", rows, head)
+
+
+def _product(axes: str, a: Array, b: Array) -> Array:
+    """In the dtype of the activations, summed in float32; float32 means float32."""
+    exact = a.dtype == jnp.float32
+    return jnp.einsum(
+        axes,
+        a,
+        b.astype(a.dtype),
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _cut(array: Array, chunk: int) -> Array:
+    """`[B, T, ...]` to `[T / chunk, B, chunk, ...]`, filled up with zeros."""
+    batch, length = array.shape[:2]
+    pad = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2)
+    cut = jnp.pad(array, pad).reshape(batch, -1, chunk, *array.shape[2:])
+    return cut.swapaxes(0, 1)
+
+
+def _joined(parts: Array, length: int) -> Array:
+    """The inverse of `_cut`."""
+    number, batch, chunk = parts.shape[:3]
+    joined = parts.swapaxes(0, 1).reshape(batch, number * chunk, *parts.shape[3:])
+    return joined[:, :length]
