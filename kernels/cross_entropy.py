@@ -79,8 +79,9 @@ def _backward(
         return of_head + _product("BTD,BTV->DV", rows, of_logits), of_rows
 
     # Behind the end there is no weight, so that what lies there adds nothing.
-    parts = [_cut(array, chunk) for array in (x, targets, totals, given)]
-    of_head, of_x = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), tuple(parts))
+    rows, wanted = _cut(x, chunk), _cut(targets, chunk)
+    parts = rows, wanted, _cut(totals, chunk), _cut(given, chunk)
+    of_head, of_x = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), parts)
     return _joined(of_x, x.shape[1]), of_head.astype(head.dtype), None
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 
 TINY = LlamaConfig(
     vocab_size=272,
@@ -30,6 +31,23 @@ TINY = LlamaConfig(
     norm_eps=1e-5,
     tied_embeddings=False,
 )
+_WIDE = TINY.replace(embed_dim=64, head_dim=8)
+_LLAMA3 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_seq_len=32,
+)
+EVERY_KIND = {
+    "multi-head": _WIDE,
+    "grouped and tied": _WIDE.replace(num_kv_heads=2, tied_embeddings=True),
+    "wide heads": _WIDE.replace(head_dim=12),
+    "llama 3": _WIDE.replace(rope_theta=5e5, rope_scaling=_LLAMA3, num_kv_heads=4),
+    "linear": _WIDE.replace(rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+}
+"""Every kind of model that other programs run too."""
+every_kind = pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND)
 STORAGES = {
     np.dtype(np.float32): "FloatStorage",
     np.dtype(np.float16): "HalfStorage",

@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign import TINY, write_llama2c_tokenizer
+from foreign import every_kind, write_llama2c_tokenizer
 from models import random_params
 
-from llama_jax.config import RopeScaling
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.gguf import write_gguf
 from llama_jax.conversion.llama2c import read_llama2c
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
@@ -177,27 +177,10 @@ def test_llama_cpp_tells_our_story(
         assert theirs["text"] == story.text
 
 
-LLAMA3 = RopeScaling(
-    kind="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_seq_len=32,
-)
-CHANGES: dict[str, dict[str, Any]] = {
-    "multi-head": {},
-    "grouped and tied": {"num_kv_heads": 2, "tied_embeddings": True},
-    "wide heads": {"head_dim": 12},
-    "llama 3": {"rope_theta": 5e5, "rope_scaling": LLAMA3, "num_kv_heads": 4},
-    "linear": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@every_kind
 def test_llama_cpp_gives_our_logits(
-    tmp_path: pathlib.Path, folder: pathlib.Path, change: dict[str, Any]
+    tmp_path: pathlib.Path, folder: pathlib.Path, config: LlamaConfig
 ) -> None:
-    config = TINY.replace(embed_dim=64, head_dim=8).replace(**change)
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
     tokenizer = Tokenizer(from_llama2c(packed))
     params = random_params(config)

@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign import TINY, write_llama2c_tokenizer
+from foreign import every_kind, write_llama2c_tokenizer
 from models import random_params
 
 from llama_jax.checkpoint import save_params
-from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert, open_source
 from llama_jax.conversion.huggingface import config_to_hugging_face
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
@@ -23,23 +23,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 pytestmark = pytest.mark.slow
-BASE = TINY.replace(embed_dim=64, head_dim=8)
 CLOSE = 1e-4  # absolute, of float32 logits
-
-LLAMA3 = RopeScaling(
-    kind="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_seq_len=32,
-)
-CHANGES: dict[str, dict[str, Any]] = {
-    "multi-head": {},
-    "grouped and tied": {"num_kv_heads": 2, "tied_embeddings": True},
-    "wide heads": {"head_dim": 12},
-    "llama 3": {"rope_theta": 5e5, "rope_scaling": LLAMA3, "num_kv_heads": 4},
-    "linear": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
-}
 
 
 def their_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
@@ -63,11 +47,10 @@ def tokens_of(config: LlamaConfig, length: int = 48) -> np.ndarray:
     return rng.integers(config.vocab_size, size=(2, length))
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@every_kind
 def test_an_exported_folder_gives_our_logits(
-    tmp_path: pathlib.Path, change: dict[str, Any]
+    tmp_path: pathlib.Path, config: LlamaConfig
 ) -> None:
-    config = BASE.replace(**change)
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
     tokenizer = Tokenizer(from_llama2c(packed))
     save_params(tmp_path / "ours", random_params(config), config, tokenizer=tokenizer)
@@ -103,11 +86,10 @@ def test_a_trained_model_gives_the_same_logits_and_token_ids(
             assert theirs(text)["input_ids"] == ours.encode(text, bos=True, eos=False)
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@every_kind
 def test_a_folder_that_transformers_saved_gives_its_logits(
-    tmp_path: pathlib.Path, change: dict[str, Any]
+    tmp_path: pathlib.Path, config: LlamaConfig
 ) -> None:
-    config = BASE.replace(**change)
     fields = config_to_hugging_face(config, "float32", {"bos": 1, "eos": 2})
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
