@@ -49,6 +49,7 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
     options = {
         "source_format": args.source_format,
         "target_format": args.target_format,
+        "ranks": args.ranks,
         "tokenizer": args.tokenizer,
         "dtype": args.dtype,
         "max_seq_len": args.max_seq_len,
@@ -60,7 +61,6 @@ def _convert(args: argparse.Namespace, progress: Progress) -> int:
     done = convert(
         args.src,
         args.dst,
-        ranks=args.ranks,
         max_host_bytes=args.max_host_bytes,
         progress=progress,
         **options,

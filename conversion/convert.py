@@ -12,10 +12,10 @@ from llama_jax.config import LlamaConfig
 from llama_jax.conversion.formats import FormatName, format_of_target, open_source
 from llama_jax.conversion.gguf import GGUFKind, write_gguf
 from llama_jax.conversion.huggingface import write_hugging_face
-from llama_jax.conversion.llama2c import write_llama2c
+from llama_jax.conversion.llama2c import check_config, write_llama2c
 from llama_jax.conversion.llama2c_tokenizer import to_llama2c
 from llama_jax.conversion.memory import anonymous_bytes, watching
-from llama_jax.conversion.meta import write_meta
+from llama_jax.conversion.meta import check_ranks, params_from_config, write_meta
 from llama_jax.conversion.rules import export
 from llama_jax.conversion.source import Export, Source
 from llama_jax.conversion.tables import GGUF, HUGGING_FACE, LLAMA2C, META, ORBAX, Format
@@ -134,6 +134,7 @@ def convert(
         dst,
         source_format=source_format,
         target_format=target_format,
+        ranks=ranks,
         tokenizer=tokenizer,
         dtype=dtype,
         max_seq_len=max_seq_len,
@@ -164,6 +165,7 @@ def plan_conversion(
     *,
     source_format: FormatName | None = None,
     target_format: FormatName | None = None,
+    ranks: int = 1,
     tokenizer: Path | None = None,
     dtype: str | None = None,
     max_seq_len: int | None = None,
@@ -194,6 +196,11 @@ def plan_conversion(
     kind = "float32" if dtype == "q8_0" else dtype or default
     if to == "llama2c" and kind != "float32":
         raise ConfigError(f"llama2.c's format has only float32, not {dtype}")
+    if to == "meta":
+        params_from_config(source.config)
+        check_ranks(source.config, ranks)
+    elif to == "llama2c":
+        check_config(source.config)
     model = Export(source.config, source.leaves(kind), pieces)
     tensors = export(_TABLES[to], model.leaves, source.config)
     held = anonymous_bytes()

@@ -96,15 +96,8 @@ def is_llama2c(path: pathlib.Path) -> bool:
     return path.is_file() and path.suffix == ".bin"
 
 
-def write_llama2c(
-    path: pathlib.Path, model: Export, *, progress: Progress | None = None
-) -> None:
-    """Write a `.bin` in float32, one tensor in memory at a time.
-
-    Raises:
-      ConfigError: the format cannot say what the model is.
-    """
-    config = model.config
+def check_config(config: LlamaConfig) -> None:
+    """Raise a `ConfigError` if the format cannot say what a model is."""
     fixed = {
         "rope_theta": _THETA,
         "norm_eps": _EPS,
@@ -117,6 +110,18 @@ def write_llama2c(
                 f"llama2.c's format cannot say that {name} is "
                 f"{getattr(config, name)!r}: its programs take it to be {value!r}"
             )
+
+
+def write_llama2c(
+    path: pathlib.Path, model: Export, *, progress: Progress | None = None
+) -> None:
+    """Write a `.bin` in float32, one tensor in memory at a time.
+
+    Raises:
+      ConfigError: the format cannot say what the model is.
+    """
+    config = model.config
+    check_config(config)
     sign = 1 if config.tied_embeddings else -1
     header = _HEADER.pack(
         config.embed_dim,

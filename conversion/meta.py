@@ -280,6 +280,17 @@ def params_from_config(config: LlamaConfig) -> dict[str, Any]:
     return fields
 
 
+def check_ranks(config: LlamaConfig, ranks: int) -> None:
+    """Raise a `ConfigError` if a model cannot be divided among so many processes."""
+    for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "embed_dim"):
+        size = getattr(config, name)
+        if not 1 <= ranks <= 100 or size % ranks:
+            raise ConfigError(
+                f"ranks is {ranks}, which does not divide {name} {size}; choose a "
+                "number that does"
+            )
+
+
 def write_meta(
     folder: pathlib.Path,
     model: Export,
@@ -306,13 +317,7 @@ def write_meta(
         tokenizer = model.tokenizer.contents
         if model.tokenizer.file_name != _TOKENIZER:
             tokenizer = model.tokenizer.model_proto
-    for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "embed_dim"):
-        size = getattr(model.config, name)
-        if not 1 <= ranks <= 100 or size % ranks:
-            raise ConfigError(
-                f"ranks is {ranks}, which does not divide {name} {size}; choose a "
-                "number that does"
-            )
+    check_ranks(model.config, ranks)
     tensors = export(META, model.leaves, model.config)
     done = counted(progress, tensors)
     # Every original has them; Meta's later code ignores them.

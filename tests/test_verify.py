@@ -182,6 +182,16 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
     assert "host memory at most" in out
 
 
+@pytest.mark.parametrize("arguments", [["--ranks", "3"], ["--ranks", "0"]])
+def test_a_dry_run_refuses_what_the_conversion_would(
+    source: pathlib.Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    new = source.parent / "new"
+    status, out, err = run(capsys, source, new, "--to", "meta", "--dry-run", *arguments)
+    assert (status, out) == (2, "")
+    assert f"ranks is {arguments[1]}" in err
+
+
 def test_what_would_not_fit_is_refused_beforehand(
     source: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
