@@ -2,7 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from llama_jax.kernels.quantized import QuantizedSlots, dequantize_slots
+
+Slots = Float[Array, "B K S H"] | QuantizedSlots
+Pages = Float[Array, "P K C H"] | QuantizedSlots
+
+
+def precision_of(dtype: DTypeLike) -> jax.lax.Precision:
+    """Float32 means float32 products, not a TPU's roundings to bfloat16."""
+    exact = dtype == jnp.float32
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
 def causal_mask(
@@ -22,20 +33,17 @@ def causal_mask(
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Slots,
+    v: Slots,
     *,
     q_start: Int[Array, " B"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See `llama_jax.kernels.attention`; scores and softmax are float32."""
+    k, v = dequantize_slots(k, q.dtype), dequantize_slots(v, q.dtype)
     batch, queries, heads, width = q.shape
     groups = k.shape[1]
-    precision = (
-        jax.lax.Precision.HIGHEST
-        if q.dtype == jnp.float32
-        else jax.lax.Precision.DEFAULT
-    )
+    precision = precision_of(q.dtype)
     # Queries and their groups in one axis, behind the heads: as plain batched matrix
     # products neither side of which need be transposed. XLA would turn the operands of
     # the shorter `BTKGH,BKSH->BKGTS`, and with one row of queries copy all keys.
@@ -44,7 +52,7 @@ def attention(
     scores = jnp.einsum(
         "BKQH,BKSH->BKQS",
         q_rows,
-        k.astype(q.dtype),
+        k,
         precision=precision,
         preferred_element_type=jnp.float32,
     )
@@ -52,6 +60,24 @@ def attention(
     mask = jnp.repeat(mask, heads // groups, axis=1)[:, None]
     scores = jnp.where(mask, scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v.astype(q.dtype), precision=precision)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, precision=precision)
     out = out.reshape(batch, groups, queries, heads // groups, width).swapaxes(1, 2)
     return out.reshape(batch, queries, heads, width)
+
+
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: Int[Array, "B M"],
+    *,
+    q_start: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """See `llama_jax.kernels.paged_attention`; every row's pages are put together."""
+
+    def rows(pages: Array) -> Array:
+        of_row = jnp.moveaxis(pages[page_table], 1, 2)  # B K M C ...
+        return of_row.reshape(*of_row.shape[:2], -1, *of_row.shape[4:])
+
+    k, v = jax.tree.map(rows, (k_pages, v_pages))
+    return attention(q, k, v, q_start=q_start)

@@ -1,0 +1,266 @@
+"""The backward pass of flash attention for TPUs, all three gradients in one kernel.
+
+Scores are computed again, tile by tile, from q, k and log Σ exp(scores); they are held
+transposed, slots by queries, so that what belongs to a query is a row of lanes:
+
+    p  = exp(k·qᵀ - lse)          dv += p·do
+    dp = v·doᵀ                    dk += ds·q        five products for a tile; a kernel
+    ds = p·(dp - Σ o·do)          dq += dsᵀ·k       for each side would need seven
+
+For one key/value head the grid walks the query heads of its group, the blocks of their
+queries, and the blocks of slots that these see. Where things are:
+
+* VMEM: dk and dv of all slots (`[S, H]` float32 each) until the group is done, so that
+  nothing is added up in HBM, and no head is repeated; dq of the block of queries.
+* HBM: everything else, copied block by block ahead of its use.
+
+S is bounded by VMEM. A longer cache is taken in chunks, each of them a kernel of its
+own whose queries start further back (`q_start` is negative where a chunk lies ahead).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from llama_jax.kernels.flash_tiles import (
+    LOG2_E,
+    Tiles,
+    across,
+    block_bounds,
+    each_strip,
+    kind_of,
+    product,
+    segments_of,
+    tile_list,
+)
+
+Grads = tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]
+
+
+def _backward_kernel(*refs: Any, tiles: Tiles, scale: float, packed: bool) -> None:
+    start, q_of, kv_of, *refs = refs  # type: ignore[assignment]
+    q_bounds, kv_bounds = (refs.pop(0), refs.pop(0)) if packed else (None, None)
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs  # type: ignore[assignment]
+    q_ids, kv_ids = (refs.pop(0), refs.pop(0)) if packed else (None, None)
+    dq_ref, dk_out, dv_out, acc_ref, dk_ref, dv_ref, copies = refs
+    row, kv_head, head, step = (pl.program_id(axis) for axis in range(4))
+    heads, steps = pl.num_programs(2), pl.num_programs(3)
+    i, j = q_of[step], kv_of[step]
+    first_q, first_kv = start[row] + i * tiles.q, j * tiles.kv
+
+    def attend(at: Any, size: int, masked: bool) -> None:
+        """Add what `size` queries from `at` on and the block of slots share."""
+        rows = pl.ds(at, size)
+        slots = pl.ds(pl.multiple_of(first_kv, tiles.kv), tiles.kv)
+        q, do, k, v = q_ref[0, 0, rows], do_ref[0, 0, rows], k_ref[0, 0], v_ref[0, 0]
+        lse, delta = lse_ref[0, 0, :, rows], delta_ref[0, 0, :, rows]
+        scores = product(k, q, 1, 1) * (scale * LOG2_E)
+        p = jnp.exp2(scores - lse)
+        if masked:
+            shape = scores.shape
+            kv_slot = first_kv + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            q_slot = first_q + at + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            seen = kv_slot <= q_slot
+            if packed:
+                seen &= across(kv_ids[0]) == q_ids[0, :, rows]
+            p = jnp.where(seen, p, 0.0)
+        ds = (p * (product(v, do, 1, 1) - delta)).astype(q.dtype)
+        dv_ref[slots] += product(p.astype(do.dtype), do, 1, 0)
+        dk_ref[slots] += product(ds, q, 1, 0)
+        acc_ref[rows] += product(ds, k, 0, 0)
+
+    @pl.when((head == 0) & (step == 0))
+    def begin_group() -> None:
+        dk_ref[...] = jnp.zeros_like(dk_ref)
+        dv_ref[...] = jnp.zeros_like(dv_ref)
+
+    @pl.when((step == 0) | (q_of[jnp.maximum(step - 1, 0)] != i))
+    def begin() -> None:
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    ids = None
+    if packed:
+        ids = block_bounds(q_bounds, row, i), block_bounds(kv_bounds, row, j)
+    tile = kind_of(first_q, tiles.q, first_kv, tiles.kv, tiles.kv, ids)
+
+    @pl.when(tile.whole)
+    def all_of_it() -> None:
+        attend(0, tiles.q, masked=False)
+
+    @pl.when(tile.visible & ~tile.whole)
+    def strip_by_strip() -> None:
+        def take(at: Any, size: int) -> None:
+            kind = kind_of(first_q + at, size, first_kv, tiles.kv, tiles.kv, ids)
+            pl.when(kind.visible)(lambda: attend(at, size, masked=True))
+
+        each_strip(tiles.q, take)
+
+    @pl.when((step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != i))
+    def finish() -> None:
+        dq_ref[0, 0] = (acc_ref[...] * scale).astype(dq_ref.dtype)
+
+    @pl.when((head == heads - 1) & (step == steps - 1))
+    def finish_group() -> None:
+        dk_ref[...] *= scale
+        whole_heads = [
+            pltpu.make_async_copy(ref, out.at[row, kv_head], copies.at[n])
+            for n, (ref, out) in enumerate(((dk_ref, dk_out), (dv_ref, dv_out)))
+        ]
+        for copy in whole_heads:
+            copy.start()
+        for copy in whole_heads:
+            copy.wait()
+
+
+def flash_backward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_start: Int[Array, " B"] | None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    do: Float[Array, "B N T H"],
+    *,
+    tiles: Tiles,
+    chunk: int,
+    interpret: Any = False,
+) -> Grads:
+    """Gradients of q, k and v, all of them float32.
+
+    Args:
+      q: as it was.
+      k: likewise.
+      v: likewise.
+      q_start: likewise.
+      segment_ids: likewise.
+      lse: log Σ exp(scores) of each query.
+      delta: Σ o·do of each query, less what comes back for lse.
+      do: what comes back for the output.
+      tiles: block sizes.
+      chunk: most slots that are taken at a time.
+      interpret: run by the interpreter.
+    """
+    queries, slots = q.shape[2], k.shape[2]
+    tiles = Tiles(min(tiles.q, queries), min(tiles.kv, slots))
+    more_q, more_kv = -queries % tiles.q, -slots % tiles.kv
+    # Zeros behind a ragged end add nothing, whatever their weight is.
+    q, do = (_longer(x, more_q, 2) for x in (q, do))
+    k, v = (_longer(x, more_kv, 2) for x in (k, v))
+    lse, delta = (_longer(x, more_q, 2) for x in (lse, delta))
+    q_ids = kv_ids = None
+    if segment_ids is not None:
+        q_ids = _longer(segment_ids[0], more_q, 1, "edge")
+        kv_ids = _longer(segment_ids[1], more_kv, 1, "edge")
+    chunk = max(chunk // tiles.kv, 1) * tiles.kv
+    run = functools.partial(_chunk_backward, tiles=tiles, interpret=interpret)
+    dq: Any = 0.0
+    dks, dvs = [], []
+    for first in range(0, slots + more_kv, chunk):
+        part = slice(first, first + chunk)
+        start = q_start
+        if first:
+            start = (0 if q_start is None else q_start) - jnp.full(
+                (q.shape[0],), first, jnp.int32
+            )
+        ids = None if q_ids is None else (q_ids, kv_ids[:, part])
+        more, dk, dv = run(
+            q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do
+        )  # fmt: skip
+        dq += more
+        dks.append(dk)
+        dvs.append(dv)
+    dk, dv = (jnp.concatenate(x, axis=2)[:, :, :slots] for x in (dks, dvs))
+    return dq[:, :, :queries], dk, dv
+
+
+def _longer(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
+    if not more:
+        return x
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, more)
+    return jnp.pad(x, pad, mode=mode)
+
+
+def _chunk_backward(
+    q: Any, k: Any, v: Any, q_start: Any, ids: Any, lse: Any, delta: Any, do: Any, *,
+    tiles: Tiles, interpret: Any,
+) -> Any:  # fmt: skip
+    """The gradients that pass through the slots of `k` and `v`, all of them in VMEM."""
+    batch, heads, queries, width = q.shape
+    kv_heads, slots = k.shape[1:3]
+    group = heads // kv_heads
+    q_of, kv_of = tile_list(queries, slots, tiles, causal=q_start is None)
+    start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
+
+    def q_block(b: Any, n: Any, g: Any, step: Any, _: Any, q_of: Any, *__: Any) -> Any:
+        return b, n * group + g, q_of[step], 0
+
+    def row_block(b: Any, n: Any, g: Any, s: Any, _: Any, q_of: Any, *__: Any) -> Any:
+        return b, n * group + g, 0, q_of[s]
+
+    def seen(b: Any, step: Any, start: Any, q_of: Any, kv_of: Any) -> Any:
+        # A block that nobody sees is not read: the last that was is named again.
+        final = start[b] + (q_of[step] + 1) * tiles.q - 1
+        last = jnp.int32(slots // tiles.kv - 1)
+        visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.kv)), 0, last)
+        return jnp.minimum(kv_of[step], visible)
+
+    def kv_block(b: Any, n: Any, g: Any, step: Any, *scalars: Any) -> Any:
+        return b, n, seen(b, step, *scalars[:3]), 0
+
+    scalars = [start.astype(jnp.int32), q_of, kv_of]
+    arrays = [q, k, v, do, lse[:, :, None] * LOG2_E, delta[:, :, None]]
+    q_spec = pl.BlockSpec((1, 1, tiles.q, width), q_block)
+    kv_spec = pl.BlockSpec((1, 1, tiles.kv, width), kv_block)
+    row_spec = pl.BlockSpec((1, 1, 1, tiles.q), row_block)
+    specs = [q_spec, kv_spec, kv_spec, q_spec, row_spec, row_spec]
+    if ids is not None:
+        found = segments_of(*ids, tiles)
+        scalars += [found.q_bounds, found.kv_bounds]
+        arrays += [found.q, found.kv]
+        specs += [
+            pl.BlockSpec(
+                (1, 1, tiles.q), lambda b, n, g, s, _, q_of, *__: (b, 0, q_of[s])
+            ),
+            pl.BlockSpec(
+                (1, 1, tiles.kv), lambda b, n, g, s, *r: (b, 0, seen(b, s, *r[:3]))
+            ),
+        ]
+    in_place = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        functools.partial(
+            _backward_kernel,
+            tiles=tiles,
+            scale=width**-0.5,
+            packed=ids is not None,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, kv_heads, group, len(q_of)),
+            in_specs=specs,
+            out_specs=[q_spec, in_place, in_place],
+            scratch_shapes=[
+                pltpu.VMEM((tiles.q, width), jnp.float32),
+                pltpu.VMEM((slots, width), jnp.float32),
+                pltpu.VMEM((slots, width), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct(k.shape, jnp.float32),
+            jax.ShapeDtypeStruct(v.shape, jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=64 << 20,
+        ),
+        name="flash_backward",
+        interpret=interpret,
+    )(*scalars, *arrays)

@@ -1,0 +1,235 @@
+"""Flash attention for TPUs: scores exist a tile at a time, in VMEM.
+
+The forward pass, for one row of the batch and one query head (arXiv:2205.14135):
+
+               k, v: S slots, a block of `block_kv` at a time
+             ┌───────┬───────┬───────┬───────┐
+      q:     │ whole │ mixed │   ·   │   ·   │     whole: every query sees every slot;
+    T rows,  ├───────┼───────┼───────┼───────┤       one large body without a mask
+    a block  │ whole │ whole │ mixed │   ·   │     mixed: taken apart in strips of
+    of       ├───────┼───────┼───────┼───────┤       `STRIP` rows, which are masked or
+    block_q  │ whole │ whole │ whole │ mixed │       left out
+             └───────┴───────┴───────┴───────┘     ·: neither computed nor read
+
+The grid walks a list of the tiles that any row could need, row of tiles by row of
+tiles. Where things are:
+
+* HBM: q, k, v and the output; blocks come and go by the pipeline's own copies, ahead of
+  their use. A key/value head is read for each query head of its group, never repeated.
+* VMEM: of the row of tiles at hand, the running maximum and the sum of the softmax
+  (`[block_q, 128]`; the sum still apart by lane), and the output before its division
+  (`[block_q, H]` float32).
+* SMEM: the list of tiles, each row's `q_start`, and the smallest and largest segment
+  of every block, which decide without looking at a tile what kind it is.
+* registers: what the compiler makes of a tile. Scores are in units of log 2, since the
+  hardware's exponential has that base.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from llama_jax.kernels.flash_tiles import (
+    LANES,
+    LOG2_E,
+    MASKED,
+    Tiles,
+    across,
+    block_bounds,
+    each_strip,
+    kind_of,
+    product,
+    segments_of,
+    tile_list,
+)
+
+
+def wide(column: Float[Array, "T 128"], width: int) -> Float[Array, "T width"]:
+    """A column, held in every lane, over another number of lanes."""
+    if width <= LANES:
+        return column[:, :width]
+    whole = jnp.concatenate([column] * (width // LANES), axis=1)
+    rest = width % LANES
+    return jnp.concatenate([whole, column[:, :rest]], axis=1) if rest else whole
+
+
+def by_lane(x: Float[Array, "T S"]) -> Float[Array, "T 128"]:
+    """Sums over S, apart by lane: the lanes are added up once, at the end."""
+    if x.shape[1] % LANES:
+        total = jnp.sum(x, axis=1, keepdims=True)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+        return jnp.where(lane == 0, total, 0.0)
+    parts = [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _forward_kernel(
+    *refs: Any, tiles: Tiles, scale: float, slots: int, packed: bool, with_lse: bool
+) -> None:
+    start, q_of, kv_of, *refs = refs  # type: ignore[assignment]
+    q_bounds, kv_bounds = (refs.pop(0), refs.pop(0)) if packed else (None, None)
+    q_ref, k_ref, v_ref, *refs = refs  # type: ignore[assignment]
+    q_ids, kv_ids = (refs.pop(0), refs.pop(0)) if packed else (None, None)
+    o_ref, *refs = refs  # type: ignore[assignment]
+    lse_ref = refs.pop(0) if with_lse else None
+    m_ref, l_ref, acc_ref = refs
+    row, step, steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
+    i, j = q_of[step], kv_of[step]
+    first_kv = j * tiles.kv
+
+    def attend(at: Any, size: int, masked: bool) -> None:
+        """Fold the tile's scores for `size` queries from `at` on into the sums."""
+        rows = pl.ds(at, size)
+        v = v_ref[0, 0]
+        scores = product(q_ref[0, 0, rows], k_ref[0, 0], 1, 1) * (scale * LOG2_E)
+        if masked:
+            shape = scores.shape
+            q_slot = start[row] + i * tiles.q + at
+            q_slot += jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            kv_slot = first_kv + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            seen = kv_slot <= q_slot
+            if packed:
+                seen &= across(q_ids[0, :, rows]) == kv_ids[0]
+            if slots % tiles.kv:
+                # Behind the last slot lies whatever lay there before.
+                seen &= kv_slot < slots
+                slot = first_kv + jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+                v = jnp.where(slot < slots, v, jnp.zeros_like(v))
+            scores = jnp.where(seen, scores, MASKED)
+        before = m_ref[rows]
+        m = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+        kept = jnp.exp2(before - m)
+        weights = jnp.exp2(scores - wide(m, tiles.kv))
+        m_ref[rows] = m
+        l_ref[rows] = l_ref[rows] * kept + by_lane(weights)
+        mixed = product(weights.astype(v.dtype), v, 1, 0)
+        acc_ref[rows] = acc_ref[rows] * wide(kept, mixed.shape[1]) + mixed
+
+    @pl.when((step == 0) | (q_of[jnp.maximum(step - 1, 0)] != i))
+    def begin() -> None:
+        m_ref[...] = jnp.full_like(m_ref, MASKED)
+        l_ref[...] = jnp.zeros_like(l_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    ids = None
+    if packed:
+        ids = block_bounds(q_bounds, row, i), block_bounds(kv_bounds, row, j)
+    first_q = start[row] + i * tiles.q
+    tile = kind_of(first_q, tiles.q, first_kv, tiles.kv, slots, ids)
+
+    @pl.when(tile.whole)
+    def all_of_it() -> None:
+        attend(0, tiles.q, masked=False)
+
+    @pl.when(tile.visible & ~tile.whole)
+    def strip_by_strip() -> None:
+        def take(at: Any, size: int) -> None:
+            kind = kind_of(first_q + at, size, first_kv, tiles.kv, slots, ids)
+            pl.when(kind.visible)(lambda: attend(at, size, masked=True))
+
+        each_strip(tiles.q, take)
+
+    @pl.when((step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != i))
+    def finish() -> None:
+        m = m_ref[...]
+        total = jnp.sum(l_ref[...], axis=1, keepdims=True)
+        total = jnp.broadcast_to(total, m.shape)
+        some = m > MASKED / 2  # else the query saw nothing
+        norm = jnp.where(some, 1 / total, 0.0)
+        o_ref[0, 0] = (acc_ref[...] * wide(norm, acc_ref.shape[1])).astype(o_ref.dtype)
+        if lse_ref is not None:
+            lse = jnp.where(some, (m + jnp.log2(total)) / LOG2_E, -jnp.inf)
+            lse_ref[0, 0] = lse.T[:1]
+
+
+def flash_forward(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_start: Int[Array, " B"] | None,
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    *,
+    tiles: Tiles,
+    with_lse: bool = True,
+    out_dtype: DTypeLike | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"] | None]:
+    """Attention, and log Σ exp(scores) of every query (-inf where it sees nothing)."""
+    batch, heads, queries, width = q.shape
+    kv_heads, slots = k.shape[1:3]
+    tiles = Tiles(min(tiles.q, queries), min(tiles.kv, slots))
+    group = heads // kv_heads
+    q_of, kv_of = tile_list(queries, slots, tiles, causal=q_start is None)
+    start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
+    last = -(-slots // tiles.kv) - 1
+
+    def q_block(b: Any, n: Any, step: Any, start: Any, q_of: Any, *_: Any) -> Any:
+        return b, n, q_of[step], 0
+
+    def row_block(b: Any, n: Any, step: Any, start: Any, q_of: Any, *_: Any) -> Any:
+        return b, n, 0, q_of[step]
+
+    def seen(b: Any, step: Any, start: Any, q_of: Any, kv_of: Any) -> Any:
+        # A block that nobody sees is not read: the last that was is named again.
+        final = start[b] + (q_of[step] + 1) * tiles.q - 1
+        visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.kv)), 0, last)
+        return jnp.minimum(kv_of[step], visible)
+
+    def kv_block(b: Any, n: Any, step: Any, *scalars: Any) -> Any:
+        return b, jax.lax.div(n, jnp.int32(group)), seen(b, step, *scalars[:3]), 0
+
+    scalars = [start.astype(jnp.int32), q_of, kv_of]
+    arrays = [q, k, v]
+    q_spec = pl.BlockSpec((1, 1, tiles.q, width), q_block)
+    kv_spec = pl.BlockSpec((1, 1, tiles.kv, width), kv_block)
+    specs = [q_spec, kv_spec, kv_spec]
+    if segment_ids is not None:
+        ids = segments_of(*segment_ids, tiles)
+        scalars += [ids.q_bounds, ids.kv_bounds]
+        arrays += [ids.q, ids.kv]
+        specs += [
+            pl.BlockSpec(
+                (1, 1, tiles.q), lambda b, n, s, _, q_of, *__: (b, 0, q_of[s])
+            ),
+            pl.BlockSpec(
+                (1, 1, tiles.kv), lambda b, n, s, *r: (b, 0, seen(b, s, *r[:3]))
+            ),
+        ]
+    outs = [jax.ShapeDtypeStruct(q.shape, out_dtype or q.dtype)]
+    out_specs = [q_spec]
+    if with_lse:
+        outs.append(jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32))
+        out_specs.append(pl.BlockSpec((1, 1, 1, tiles.q), row_block))
+    out, *lse = pl.pallas_call(
+        functools.partial(
+            _forward_kernel,
+            tiles=tiles,
+            scale=width**-0.5,
+            slots=slots,
+            packed=segment_ids is not None,
+            with_lse=with_lse,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, heads, len(q_of)),
+            in_specs=specs,
+            out_specs=out_specs,
+            scratch_shapes=[
+                pltpu.VMEM((tiles.q, LANES), jnp.float32),
+                pltpu.VMEM((tiles.q, LANES), jnp.float32),
+                pltpu.VMEM((tiles.q, width), jnp.float32),
+            ],
+        ),
+        out_shape=outs,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+        ),
+        name="flash_forward",
+        interpret=interpret,
+    )(*scalars, *arrays)
+    return out, lse[0][:, :, 0] if lse else None
