@@ -29,49 +29,58 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.flash_tiles import (
     LOG2_E,
+    Place,
     Tiles,
     across,
     block_bounds,
-    each_strip,
-    kind_of,
     product,
     segments_of,
     tile_list,
+    walk,
 )
 
 Grads = tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]
 
 
-def _backward_kernel(*refs: Any, tiles: Tiles, scale: float, packed: bool) -> None:
-    start, q_of, kv_of, *refs = refs  # type: ignore[assignment]
-    q_bounds, kv_bounds = (refs.pop(0), refs.pop(0)) if packed else (None, None)
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs  # type: ignore[assignment]
-    q_ids, kv_ids = (refs.pop(0), refs.pop(0)) if packed else (None, None)
-    dq_ref, dk_out, dv_out, acc_ref, dk_ref, dv_ref, copies = refs
+def _backward_kernel(
+    *arguments: Any, tiles: Tiles, scale: float, slots: int, packed: bool
+) -> None:
+    refs: Any
+    start, q_of, kv_of, *refs = arguments
+    q_bounds, kv_bounds = refs[:2] if packed else (None, None)
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs[2 * packed :]
+    q_ids, kv_ids = refs[:2] if packed else (None, None)
+    dq_ref, dk_out, dv_out, acc_ref, dk_ref, dv_ref, copies = refs[2 * packed :]
     row, kv_head, head, step = (pl.program_id(axis) for axis in range(4))
     heads, steps = pl.num_programs(2), pl.num_programs(3)
     i, j = q_of[step], kv_of[step]
-    first_q, first_kv = start[row] + i * tiles.q, j * tiles.kv
+    segments = None
+    if packed:
+        segments = (
+            block_bounds(q_bounds, row, i),
+            lambda n: block_bounds(kv_bounds, row, j * (tiles.window // tiles.kv) + n),
+        )
+    place = Place(start[row] + i * tiles.q, j * tiles.window, slots, segments)
 
-    def attend(at: Any, size: int, masked: bool) -> None:
-        """Add what `size` queries from `at` on and the block of slots share."""
-        rows = pl.ds(at, size)
-        slots = pl.ds(pl.multiple_of(first_kv, tiles.kv), tiles.kv)
-        q, do, k, v = q_ref[0, 0, rows], do_ref[0, 0, rows], k_ref[0, 0], v_ref[0, 0]
+    def attend(at: Any, size: int, at_kv: Any, masked: bool) -> None:
+        """Add what some queries and a block of slots share."""
+        rows, block = pl.ds(at, size), pl.ds(at_kv, tiles.kv)
+        sums = pl.ds(pl.multiple_of(place.first_kv + at_kv, tiles.kv), tiles.kv)
+        q, do = q_ref[0, 0, rows], do_ref[0, 0, rows]
+        k, v = k_ref[0, 0, block], v_ref[0, 0, block]
         lse, delta = lse_ref[0, 0, :, rows], delta_ref[0, 0, :, rows]
         scores = product(k, q, 1, 1) * (scale * LOG2_E)
         p = jnp.exp2(scores - lse)
         if masked:
-            shape = scores.shape
-            kv_slot = first_kv + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            q_slot = first_q + at + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-            seen = kv_slot <= q_slot
-            if packed:
-                seen &= across(kv_ids[0]) == q_ids[0, :, rows]
+            kv_slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            q_slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            seen = kv_slot - q_slot <= place.first_q + at - place.first_kv - at_kv
+            if q_ids is not None and kv_ids is not None:
+                seen &= across(kv_ids[0, :, block]) == q_ids[0, :, rows]
             p = jnp.where(seen, p, 0.0)
         ds = (p * (product(v, do, 1, 1) - delta)).astype(q.dtype)
-        dv_ref[slots] += product(p.astype(do.dtype), do, 1, 0)
-        dk_ref[slots] += product(ds, q, 1, 0)
+        dv_ref[sums] += product(p.astype(do.dtype), do, 1, 0)
+        dk_ref[sums] += product(ds, q, 1, 0)
         acc_ref[rows] += product(ds, k, 0, 0)
 
     @pl.when((head == 0) & (step == 0))
@@ -83,22 +92,7 @@ def _backward_kernel(*refs: Any, tiles: Tiles, scale: float, packed: bool) -> No
     def begin() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    ids = None
-    if packed:
-        ids = block_bounds(q_bounds, row, i), block_bounds(kv_bounds, row, j)
-    tile = kind_of(first_q, tiles.q, first_kv, tiles.kv, tiles.kv, ids)
-
-    @pl.when(tile.whole)
-    def all_of_it() -> None:
-        attend(0, tiles.q, masked=False)
-
-    @pl.when(tile.visible & ~tile.whole)
-    def strip_by_strip() -> None:
-        def take(at: Any, size: int) -> None:
-            kind = kind_of(first_q + at, size, first_kv, tiles.kv, tiles.kv, ids)
-            pl.when(kind.visible)(lambda: attend(at, size, masked=True))
-
-        each_strip(tiles.q, take)
+    walk(tiles, place, attend)
 
     @pl.when((step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != i))
     def finish() -> None:
@@ -147,17 +141,19 @@ def flash_backward(
       interpret: run by the interpreter.
     """
     queries, slots = q.shape[2], k.shape[2]
-    tiles = Tiles(min(tiles.q, queries), min(tiles.kv, slots))
-    more_q, more_kv = -queries % tiles.q, -slots % tiles.kv
-    # Zeros behind a ragged end add nothing, whatever their weight is.
+    tiles = tiles.within(queries, slots)
+    more_q, more_kv = -queries % tiles.q, -slots % tiles.window
+    # Zeros behind a ragged end add nothing; behind that of k and v they are masked.
     q, do = (_longer(x, more_q, 2) for x in (q, do))
     k, v = (_longer(x, more_kv, 2) for x in (k, v))
     lse, delta = (_longer(x, more_q, 2) for x in (lse, delta))
-    q_ids = kv_ids = None
-    if segment_ids is not None:
-        q_ids = _longer(segment_ids[0], more_q, 1, "edge")
-        kv_ids = _longer(segment_ids[1], more_kv, 1, "edge")
-    chunk = max(chunk // tiles.kv, 1) * tiles.kv
+    q_ids, kv_ids = segment_ids or (None, None)
+    if q_ids is not None and kv_ids is not None:
+        q_ids, kv_ids = (
+            _longer(q_ids, more_q, 1, "edge"),
+            _longer(kv_ids, more_kv, 1, "edge"),
+        )
+    chunk = max(chunk // tiles.window, 1) * tiles.window
     run = functools.partial(_chunk_backward, tiles=tiles, interpret=interpret)
     dq: Any = 0.0
     dks, dvs = [], []
@@ -168,9 +164,10 @@ def flash_backward(
             start = (0 if q_start is None else q_start) - jnp.full(
                 (q.shape[0],), first, jnp.int32
             )
-        ids = None if q_ids is None else (q_ids, kv_ids[:, part])
+        ids = None if kv_ids is None else (q_ids, kv_ids[:, part])
         more, dk, dv = run(
-            q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do
+            q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do,
+            slots=min(chunk, slots - first),
         )  # fmt: skip
         dq += more
         dks.append(dk)
@@ -189,13 +186,16 @@ def _longer(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
 
 def _chunk_backward(
     q: Any, k: Any, v: Any, q_start: Any, ids: Any, lse: Any, delta: Any, do: Any, *,
-    tiles: Tiles, interpret: Any,
+    slots: int, tiles: Tiles, interpret: Any,
 ) -> Any:  # fmt: skip
-    """The gradients that pass through the slots of `k` and `v`, all of them in VMEM."""
+    """The gradients that pass through the slots of `k` and `v`, all of them in VMEM.
+
+    `slots` of them count; those behind, which fill the last block, do not.
+    """
     batch, heads, queries, width = q.shape
-    kv_heads, slots = k.shape[1:3]
+    kv_heads, held = k.shape[1:3]
     group = heads // kv_heads
-    q_of, kv_of = tile_list(queries, slots, tiles, causal=q_start is None)
+    q_of, kv_of = tile_list(queries, held, tiles, causal=q_start is None)
     start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
 
     def q_block(b: Any, n: Any, g: Any, step: Any, _: Any, q_of: Any, *__: Any) -> Any:
@@ -207,7 +207,7 @@ def _chunk_backward(
     def seen(b: Any, step: Any, start: Any, q_of: Any, kv_of: Any) -> Any:
         # A block that nobody sees is not read: the last that was is named again.
         final = start[b] + (q_of[step] + 1) * tiles.q - 1
-        last = jnp.int32(slots // tiles.kv - 1)
+        last = jnp.int32(held // tiles.kv - 1)
         visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.kv)), 0, last)
         return jnp.minimum(kv_of[step], visible)
 
@@ -217,11 +217,11 @@ def _chunk_backward(
     scalars = [start.astype(jnp.int32), q_of, kv_of]
     arrays = [q, k, v, do, lse[:, :, None] * LOG2_E, delta[:, :, None]]
     q_spec = pl.BlockSpec((1, 1, tiles.q, width), q_block)
-    kv_spec = pl.BlockSpec((1, 1, tiles.kv, width), kv_block)
+    kv_spec = pl.BlockSpec((1, 1, tiles.window, width), kv_block)
     row_spec = pl.BlockSpec((1, 1, 1, tiles.q), row_block)
     specs = [q_spec, kv_spec, kv_spec, q_spec, row_spec, row_spec]
     if ids is not None:
-        found = segments_of(*ids, tiles)
+        found = segments_of(ids[0], ids[1], tiles)
         scalars += [found.q_bounds, found.kv_bounds]
         arrays += [found.q, found.kv]
         specs += [
@@ -229,7 +229,7 @@ def _chunk_backward(
                 (1, 1, tiles.q), lambda b, n, g, s, _, q_of, *__: (b, 0, q_of[s])
             ),
             pl.BlockSpec(
-                (1, 1, tiles.kv), lambda b, n, g, s, *r: (b, 0, seen(b, s, *r[:3]))
+                (1, 1, tiles.window), lambda b, n, g, s, *r: (b, 0, seen(b, s, *r[:3]))
             ),
         ]
     in_place = pl.BlockSpec(memory_space=pl.ANY)
@@ -238,6 +238,7 @@ def _chunk_backward(
             _backward_kernel,
             tiles=tiles,
             scale=width**-0.5,
+            slots=slots,
             packed=ids is not None,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -247,8 +248,8 @@ def _chunk_backward(
             out_specs=[q_spec, in_place, in_place],
             scratch_shapes=[
                 pltpu.VMEM((tiles.q, width), jnp.float32),
-                pltpu.VMEM((slots, width), jnp.float32),
-                pltpu.VMEM((slots, width), jnp.float32),
+                pltpu.VMEM((held, width), jnp.float32),
+                pltpu.VMEM((held, width), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),

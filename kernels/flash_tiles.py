@@ -16,16 +16,28 @@ from jaxtyping import Array, Int
 from llama_jax.kernels.reference import precision_of
 
 LANES = 128
-STRIP = 512  # queries of a mixed tile that are taken together
+STRIP = 512  # queries that are taken together where some see only a part
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: its differences are no NaN
 LOG2_E = float(np.log2(np.e))
 
 
 class Tiles(NamedTuple):
-    """Block sizes, in queries and in slots."""
+    """Sizes: of a block of queries, a block of slots, and how many slots are copied.
+
+    A step of the grid takes a block of queries and a window, which is several blocks of
+    slots: a step costs some 300 bundles besides what it computes.
+    """
 
     q: int
     kv: int
+    window: int = 2048
+
+    def within(self, queries: int, slots: int) -> "Tiles":
+        """The sizes for arrays that may be smaller."""
+        kv = min(self.kv, slots)
+        return Tiles(
+            min(self.q, queries), kv, max(min(self.window, slots) // kv, 1) * kv
+        )
 
 
 class Segments(NamedTuple):
@@ -51,13 +63,13 @@ def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 def tile_list(
     queries: int, slots: int, tiles: Tiles, *, causal: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of q and of kv of every tile: those on and under the diagonal, or all."""
-    rows, columns = -(-queries // tiles.q), -(-slots // tiles.kv)
+    """Block of queries and window of every step: on and under the diagonal, or all."""
+    rows, columns = -(-queries // tiles.q), -(-slots // tiles.window)
     found = [
         (i, j)
         for i in range(rows)
         for j in range(columns)
-        if not causal or j * tiles.kv < (i + 1) * tiles.q
+        if not causal or j * tiles.window < (i + 1) * tiles.q
     ]
     q, kv = np.asarray(found, np.int32).T
     return q, kv
@@ -84,29 +96,21 @@ def segments_of(
     )
 
 
-class Kind(NamedTuple):
-    """Of a tile or a strip: whether anything in it is visible, and whether all is."""
+class Place(NamedTuple):
+    """Where a step of the grid is: what decides which parts of it are computed.
 
-    visible: Array
-    whole: Array
-
-
-def kind_of(
-    first_q: Any, queries: int, first_kv: Any, slots: int, total: int, ids: Any = None
-) -> Kind:
-    """The kind of a tile of queries at slots `first_q` on, and slots `first_kv` on.
-
-    `ids` are the bounds of both sides' segments, `total` is S.
+    Attributes:
+      first_q: slot of its first query.
+      first_kv: its first slot.
+      slots: S.
+      segments: bounds of the queries' segments, and a function that gives those of the
+        n-th block of slots; None where rows are not packed.
     """
-    visible = first_kv <= first_q + queries - 1
-    whole = first_kv + slots - 1 <= first_q
-    if total % slots:  # the last block hangs over the edge
-        whole &= first_kv + slots <= total
-    if ids is not None:
-        (q_low, q_high), (kv_low, kv_high) = ids
-        visible &= (kv_low <= q_high) & (q_low <= kv_high)
-        whole &= (q_low == kv_high) & (q_high == kv_low)
-    return Kind(visible, whole)
+
+    first_q: Any
+    first_kv: Any
+    slots: int
+    segments: tuple[Any, Callable[[Any], Any]] | None
 
 
 def block_bounds(ref: Any, row: Any, block: Any) -> tuple[Any, Any]:
@@ -114,15 +118,51 @@ def block_bounds(ref: Any, row: Any, block: Any) -> tuple[Any, Any]:
     return ref[row, 0, block], ref[row, 1, block]
 
 
-def each_strip(queries: int, take: Callable[[Any, int], None]) -> None:
-    """Call with the place and the size of every strip of a block of queries."""
-    if queries == STRIP or queries % STRIP:
-        take(0, queries)
+def walk(
+    tiles: Tiles, place: Place, attend: Callable[[Any, int, Any, bool], None]
+) -> None:
+    """Call `attend` for whatever is visible at a step of the grid.
+
+    Its arguments are the place and number of queries, the place in the window, and
+    whether some of these queries do not see some of that block of slots.
+    """
+
+    def kind_of(at: Any, queries: int, block: Any) -> tuple[Any, Any]:
+        """Whether anything is visible, and whether everything is."""
+        q, kv = place.first_q + at, place.first_kv + block * tiles.kv
+        visible = kv <= q + queries - 1
+        whole = kv + tiles.kv - 1 <= q
+        if place.slots % tiles.window:  # the last window hangs over the edge
+            visible &= kv < place.slots
+            whole &= kv + tiles.kv <= place.slots
+        if place.segments is not None:
+            (q_low, q_high), of_block = place.segments
+            kv_low, kv_high = of_block(block)
+            visible &= (kv_low <= q_high) & (q_low <= kv_high)
+            whole &= (q_low == kv_high) & (q_high == kv_low)
+        return visible, whole
+
+    def take(block: Any, at_kv: Any) -> None:
+        def strip(at: Any, size: int) -> None:
+            visible, _ = kind_of(at, size, block)
+            pl.when(visible)(lambda: attend(at, size, at_kv, True))
+
+        visible, whole = kind_of(0, tiles.q, block)
+        pl.when(whole)(lambda: attend(0, tiles.q, at_kv, False))
+        pl.when(visible & ~whole)(lambda: _each(tiles.q, STRIP, strip))
+
+    _each(tiles.window, tiles.kv, lambda at, _: take(jax.lax.div(at, tiles.kv), at))
+
+
+def _each(total: int, step: int, take: Callable[[Any, int], None]) -> None:
+    """Call with the place and the size of every part, or of all where none fit."""
+    if total == step or total % step:
+        take(0, total)
         return
 
-    @pl.loop(0, queries // STRIP)
+    @pl.loop(0, total // step)
     def _(index: Any) -> None:
-        take(pl.multiple_of(index * STRIP, STRIP), STRIP)
+        take(pl.multiple_of(index * step, step), step)
 
 
 def across(row: Int[Array, "1 T"]) -> Int[Array, "T 1"]:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from llama_jax.attend import attend
 from llama_jax.cache import KVCache, LayerCache, insert
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.kernels import attention
 from llama_jax.linear import linear, matmul_precision
 from llama_jax.params import (
     AXES,
@@ -117,13 +117,14 @@ class Attention(_Module):
                 for slots in (cache.k, cache.v)
             )
             cache = cache._replace(k=k, v=v)
-        out = attention(
+        out = attend(
             q,
             k,
             v,
             q_start=q_start,
             segment_ids=segment_ids,
-            implementation=self.runtime.attention,
+            runtime=self.runtime,
+            mesh=self.mesh,
         )
         out = self.place(out.reshape(batch, queries, -1), "B T NH")
         return linear(out, self.weight("o_proj", "NH D")), cache

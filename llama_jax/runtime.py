@@ -1,9 +1,10 @@
 """`Runtime`: the choices of this run. Every field has a default; none is a fact."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
+from llama_jax.kernels.choice import Implementation
 
 DType = Literal["float32", "bfloat16", "float16"]
 LayerLayout = Literal["unrolled", "stacked"]
@@ -58,7 +59,7 @@ class Runtime:
 
     dtype: DType = "float32"
     param_dtype: DType | None = None
-    attention: Literal["auto", "xla"] = "auto"
+    attention: Implementation = "auto"
     layer_layout: LayerLayout = "unrolled"
     remat: Remat = "none"
     rules: Rules = Rules()
@@ -68,6 +69,7 @@ class Runtime:
         for name, value, allowed in (
             ("dtype", self.dtype, dtypes),
             ("param_dtype", self.param_dtype, (*dtypes, None)),
+            ("attention", self.attention, get_args(Implementation)),
             ("layer_layout", self.layer_layout, ("unrolled", "stacked")),
             ("remat", self.remat, ("none", "block", "dots")),
         ):

@@ -101,7 +101,7 @@ def constrain(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
     """
     if mesh is None:
         return x
-    sharding = NamedSharding(mesh, _divisible(x, axes, rules, mesh))
+    sharding = NamedSharding(mesh, divisible(x, axes, rules, mesh))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
@@ -117,15 +117,16 @@ def keep_layout(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
     if mesh is None:
         return pinned(x)
     # Device by device, since the partitioner of jax 0.7 would gather `x` for it.
-    place = _divisible(x, axes, rules, mesh)
+    place = divisible(x, axes, rules, mesh)
     return jax.shard_map(
         pinned, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
     )(x)
 
 
-def _divisible(x: Array, axes: str, rules: Rules, mesh: Mesh) -> PartitionSpec:
+def divisible(x: Array, axes: str, rules: Rules, mesh: Mesh) -> PartitionSpec:
+    """The placement of an activation; an axis that is not divisible stays whole."""
     wanted = [
-        names if names and x.shape[index] % _size(mesh, names) == 0 else None
+        names if names and x.shape[index] % axes_size(mesh, names) == 0 else None
         for index, names in enumerate(spec(axes, rules.activations))
     ]
     return PartitionSpec(*wanted)
@@ -154,7 +155,7 @@ def param_shardings(
         entries = list(spec(axes, runtime.rules.weights))
         for index, letter in enumerate(axes.split()):
             names = entries[index]
-            ways = _size(mesh, names) if names else 1
+            ways = axes_size(mesh, names) if names else 1
             if ways == 1 or sizes[letter] % ways == 0:
                 continue
             if letter == "V" or (letter == "KH" and sizes[letter] < ways):
@@ -174,13 +175,14 @@ def cache_shardings(
     """The placement of a cache: rows over `data` and `fsdp`, heads over `tensor`."""
     entries: list[Any] = list(spec("B K S H", runtime.rules.activations))
     for index, size in enumerate((batch, config.num_kv_heads)):
-        if entries[index] and size % _size(mesh, entries[index]):
+        if entries[index] and size % axes_size(mesh, entries[index]):
             entries[index] = None
     layer = NamedSharding(mesh, PartitionSpec(*entries))
     layers = (layer,) * config.num_layers
     return KVCache(layers, layers, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
 
 
-def _size(mesh: Mesh, names: str | MeshAxes) -> int:
+def axes_size(mesh: Mesh, names: str | MeshAxes) -> int:
+    """How many parts these axes of a mesh make."""
     names = (names,) if isinstance(names, str) else names
     return math.prod(mesh.shape[name] for name in names)

@@ -43,6 +43,7 @@ ROWS = (
         "rope",
         "cache",
         "sharding",
+        "attend",
     ),
     ("model",),
     (

@@ -20,3 +20,18 @@ ROPE_ROTATION = 2e-5  # a rotation by angles that are rounded to float32, up to 
 # At position 100,000 neighbouring float32 angles lie 2^-7 apart, and a frequency's own
 # rounding is multiplied by the position: up to 2^-8 + 100,000 · 2^-24 = 0.01 radians.
 ROPE_LONG = 1.2e-2
+
+# Decoding's online softmax sums blocks in another order than the reference, in float32;
+# in bfloat16 each rounds its weights (2^-9), before or after it divides by their sum.
+DECODE_FLOAT32 = 2e-6
+DECODE_BFLOAT16 = 2e-2
+
+# GPU kernels against the float32 reference, relative to the largest entry. In float32
+# they sum in another order; below, weights and outputs are rounded to 8 or 11 bits, and
+# a gradient is made of both.
+GPU_KERNEL = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10}
+
+# The TPU's flash and ring attention against the reference in float32, relative to the
+# largest entry. In float32 they sum in another order; in bfloat16 the weights, what
+# comes back for the scores, and the results are each rounded to 8 bits (2^-9).
+FLASH = {"float32": 2e-6, "bfloat16": 2**-7}

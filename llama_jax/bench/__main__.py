@@ -2,16 +2,23 @@
 
 import argparse
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
+from llama_jax.bench import kernels
 from llama_jax.bench.conversion import ConversionReport, measure_conversion
 from llama_jax.bench.decode import DecodeReport, measure_decode
+from llama_jax.bench.kernel_times import lines_of, measure_times
 from llama_jax.bench.machine import Machine, describe
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
+from llama_jax.bench.schedule import CHIPS
 from llama_jax.bench.shapes import DEFAULT, parse_model
 from llama_jax.errors import ConfigError, LlamaJaxError
 from llama_jax.runtime import Runtime
@@ -20,6 +27,8 @@ from llama_jax.runtime import Runtime
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; 0, or 2 where the arguments make no sense."""
     options = _parser().parse_args(arguments)
+    if options.benchmark == "kernels":
+        return _run_kernels(options)
     if options.benchmark == "conversion":
         return _run_conversion(options)
     try:
@@ -76,6 +85,49 @@ def _run_conversion(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_kernels(options: argparse.Namespace) -> int:
+    kinds = [options.only] if options.only else kernels.KINDS
+    try:
+        asked = list(kernels.works(kinds, options.shapes, options.lengths))
+        if unknown := set(options.chips) - set(CHIPS):
+            raise ConfigError(f"--chips: {', '.join(sorted(unknown))} is not known")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    machine = describe()
+    found: dict[str, Any] = {"benchmark": "kernels", **dataclasses.asdict(machine)}
+
+    def say(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)
+
+    say(f"kernels\n  {machine.device}; {machine.host}")
+    say(f"  jax {machine.jax}; {machine.date}")
+    if options.time or jax.default_backend() in ("tpu", "gpu"):
+        found |= measure_times(asked)
+        for line in lines_of(found):
+            say(f"  {line}")
+    else:
+        if importlib.util.find_spec("libtpu") is None:
+            print("the TPU's compiler is needed: pip install libtpu", file=sys.stderr)
+            return 2
+        found["libtpu"] = importlib.metadata.version("libtpu")
+        found["rows"] = []
+        say(f"  bundles of static schedules; libtpu {found['libtpu']}")
+        for chip in options.chips:
+            for shape, work in asked:
+                rows = f", {work.rows} rows" if work.kind == "decode" else ""
+                say(f"\n{chip} {work.kind} {shape}, length {work.length}{rows}")
+                for row, line in kernels.compare(
+                    chip, shape, work, sweep=options.sweep
+                ):
+                    found["rows"] += [row] if row else []
+                    say(f"  {line}")
+    if options.json:
+        print(json.dumps(found))
+    return 0
+
+
 def _show(
     options: argparse.Namespace,
     machine: Machine,
@@ -128,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         bench.add_argument(
             "--json", action="store_true", help="print one JSON object instead"
         )
+    purpose = "attention kernels beside jax's: schedules for TPUs, or times"
+    _kernel_options(benchmarks.add_parser("kernels", help=purpose, description=purpose))
     purpose = "seconds and host memory, beside copying the same bytes"
     bench = benchmarks.add_parser("conversion", help=purpose, description=purpose)
     bench.add_argument(
@@ -155,6 +209,40 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object instead"
     )
     return parser
+
+
+def _kernel_options(parser: argparse.ArgumentParser) -> None:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument(
+        "--chips",
+        type=names,
+        default=["v5e", "v6e"],
+        help=f"of {', '.join(CHIPS)} (default: v5e,v6e)",
+    )
+    parser.add_argument("--only", choices=kernels.KINDS, help="(default: all)")
+    parser.add_argument(
+        "--shapes",
+        type=names,
+        default=["llama2-7b", "llama2-70b"],
+        help="presets, or heads as in N32K8H128 (default: llama2-7b,llama2-70b)",
+    )
+    parser.add_argument("--lengths", type=numbers, help="T, or S of decode")
+    parser.add_argument(
+        "--sweep", action="store_true", help="all tiles; otherwise the best known"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="measure seconds here, as is done anyway where there is an accelerator",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead"
+    )
 
 
 def _conversion_rows(report: ConversionReport) -> dict[str, str]:

@@ -49,3 +49,46 @@ def tpu_topology(name: str) -> list[Any]:
             f"there is no TPU slice {name!r}, or libtpu cannot say ({error}); "
             "write generation and chips, such as v5e:2x2"
         ) from error
+
+
+def gpu_topology(name: str, target_config: str) -> list[Any]:
+    """The devices of a GPU cluster, as placements of arguments like `tpu_topology`'s.
+
+    XLA:GPU compiles for them on any host, down to machine code, Pallas kernels too,
+    but for what calls cuDNN, which needs its library. Triton kernels must be lowered
+    in `jax.sharding.use_abstract_mesh` of a mesh whose `abstract_device` is the GPU.
+
+    Args:
+      name: slices, hosts and GPUs of each, such as `1x1x8`, or `1x2x8` for sixteen.
+      target_config: the GPU, as the text of an XLA `GpuTargetConfigProto`; what
+        `--xla_dump_to` writes as `*.gpu_target_config.pbtxt` where there is such a GPU.
+
+    Raises:
+      ImportError: XLA's GPU plugin is not installed.
+      MeshError: the name or the text says nothing to the plugin.
+    """
+    if not any(map(_is_there, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))):
+        raise ImportError(
+            "compiling for a GPU needs XLA's plugin of jax's own version; pip install "
+            "--no-deps jax-cuda13-plugin jax-cuda13-pjrt (Linux; no CUDA is needed)"
+        )
+    try:
+        described = topologies.get_topology_desc(
+            topology_name="",
+            platform="cuda",
+            topology=name,
+            target_config=target_config,
+        )
+        return list(described.devices)
+    except Exception as error:  # the plugin raises what XLA's status happens to be
+        raise MeshError(
+            f"there are no GPUs {name!r} of this target_config ({error}); write "
+            "slices, hosts and GPUs of each, such as 1x1x8"
+        ) from error
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of what it would be in
+        return False

@@ -1,0 +1,171 @@
+"""The scalar instructions of a TPU kernel's dump, read, and written as Python.
+
+Registers hold unsigned numbers of 32 bits; predicates are 0 or 1.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MASK = 0xFFFFFFFF
+_ALLOCATION_WORDS = 1 << 20
+
+NAME = re.compile(r"%[sp]\d+_[sp]\d+")
+_OP = re.compile(r"(?:(%\w+) = )?([a-z][\w.]*)(.*)", re.DOTALL)
+_PREDICATE = re.compile(r"\((!?)(%p\w+)(?:, ([^)]+))?\)")
+OPERAND = re.compile(r"%[sp]\d+_[sp]\d+|#allocation\d+(?:_spill)?|\$?-?0x[0-9a-f]+|\d+")
+_THREAD = re.compile(r"\[thread:[^]]*\]")
+
+
+class Unknown:
+    """A value that only a TPU could tell, and whatever is computed from it."""
+
+    def _same(self, *_: object) -> "Unknown":
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _same
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _same
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __neg__ = _same
+    __lt__ = __le__ = __gt__ = __ge__ = _same
+    __eq__ = __ne__ = _same  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise ValueError("what is executed depends on a value that is not known")
+
+
+UNKNOWN = Unknown()
+
+
+@dataclasses.dataclass
+class Op:
+    """One scalar instruction: `result = name(operands) if predicate else otherwise`."""
+
+    result: str | None
+    name: str
+    operands: list[str]
+    predicate: str | None
+    negated: bool
+    otherwise: str | None
+    text: str
+
+    @property
+    def reads(self) -> set[str]:
+        """Registers that it needs."""
+        given = [*self.operands, self.predicate or "", self.otherwise or ""]
+        return {name for name in given if NAME.fullmatch(name)}
+
+
+def parse(text: str) -> Op | None:
+    """An instruction as the dump writes it."""
+    match = _OP.fullmatch(text)
+    if match is None:
+        return None
+    result, name, rest = match.groups()
+    guard = _PREDICATE.search(rest)
+    if guard:
+        rest = rest[: guard.start()] + rest[guard.end() :]
+    rest = _THREAD.sub("", rest)
+    return Op(
+        result=result if result and NAME.fullmatch(result) else None,
+        name=name,
+        operands=OPERAND.findall(rest),
+        predicate=guard and guard[2],
+        negated=bool(guard and guard[1]),
+        otherwise=guard and guard[3],
+        text=rest,
+    )
+
+
+def _signed(operand: str) -> str:
+    return f"(({operand} ^ 0x80000000) - 0x80000000)"
+
+
+_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_BINARY = {
+    "sadd": "({} + {}) & 0xFFFFFFFF",
+    "ssub": "({} - {}) & 0xFFFFFFFF",
+    "smul": "({} * {}) & 0xFFFFFFFF",
+    "sand": "{} & {}",
+    "sor": "{} | {}",
+    "sxor": "{} ^ {}",
+    "sshll": "({} << {}) & 0xFFFFFFFF",
+    "sshrl": "{} >> {}",
+    "por": "bool_or({}, {})",
+    "pand": "bool_and({}, {})",
+    "pnand": "1 - bool_and({}, {})",
+    "pnor": "1 - bool_or({}, {})",
+    "pxor": "{} ^ {}",
+}
+
+
+def expression(op: Op, value: Callable[[str], str]) -> str | None:
+    """The instruction as Python on unsigned 32-bit numbers; None if not known."""
+    name, *kind = op.name.split(".")
+    given = [value(operand) for operand in op.operands]
+    if name in ("smov", "int_to_ptr") and len(given) == 1:
+        return given[0]
+    if name == "inlined_call_operand" and "no memory space" in op.text:
+        index = re.search(r"index: (\d+), kind: input", op.text)
+        return f"handed.get({index[1]}, UNKNOWN)" if index else None
+    if name == "scalar_lea":
+        return f"({' + '.join(given)}) & 0xFFFFFFFF"
+    if name == "pneg":
+        return f"1 - {given[0]}"
+    if name == "pmov":
+        return given[0]
+    if name == "scalar_select":
+        return f"choose({', '.join(given)})"
+    if name == "sld":
+        return f"memory.get(({' + '.join(given)}) & 0xFFFFFFFF, UNKNOWN)"
+    if name == "scmp":
+        if "s32" in kind:
+            given = [_signed(operand) for operand in given]
+        return f"compare({given[0]} {_COMPARE[kind[0]]} {given[1]})"
+    if name == "sshra":
+        return f"({_signed(given[0])} >> {given[1]}) & 0xFFFFFFFF"
+    if name in ("smin", "smax"):
+        if "s32" in kind:
+            low, high = (_signed(operand) for operand in given)
+            return f"{name[1:]}({low}, {high}) & 0xFFFFFFFF"
+        return f"{name[1:]}({given[0]}, {given[1]})"
+    if name in _BINARY and len(given) == 2 and kind in ([], ["u32"], ["s32"]):
+        return _BINARY[name].format(*given)
+    return None
+
+
+def address(symbol: str) -> int:
+    """A place for an allocation, apart from all others; spills have their own."""
+    number, spill = re.fullmatch(r"#allocation(\d+)(_spill)?", symbol).groups()  # type: ignore[union-attr]
+    return (2 * int(number) + bool(spill) + 1) * _ALLOCATION_WORDS
+
+
+def _and(left: Any, right: Any) -> Any:
+    known = [x for x in (left, right) if not isinstance(x, Unknown)]
+    return 0 if 0 in known else UNKNOWN if len(known) < 2 else 1
+
+
+def _or(left: Any, right: Any) -> Any:
+    known = [x for x in (left, right) if not isinstance(x, Unknown)]
+    return 1 if 1 in known else UNKNOWN if len(known) < 2 else 0
+
+
+def _choose(condition: Any, yes: Any, no: Any) -> Any:
+    if isinstance(condition, Unknown):
+        return UNKNOWN
+    return yes if condition else no
+
+
+def _compare(outcome: Any) -> Any:
+    return outcome if isinstance(outcome, Unknown) else int(outcome)
+
+
+HELPERS: Mapping[str, Any] = {
+    "UNKNOWN": UNKNOWN,
+    "bool_and": _and,
+    "bool_or": _or,
+    "choose": _choose,
+    "compare": _compare,
+}
+"""What the Python of `expression` calls."""
