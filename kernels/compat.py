@@ -58,3 +58,12 @@ def transposed(ref: Any) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def reciprocal(x: Any, *, approx: bool) -> Any:
+    """1 / x within a TPU kernel: it moved from Pallas to its TPU part."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    module: Any = pltpu if hasattr(pltpu, "reciprocal") else pl
+    return module.reciprocal(x, approx=approx)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from llama_jax.kernels.flash_tiles import (
     LOG2_E,
@@ -74,9 +74,13 @@ def _backward_kernel(
         if masked:
             kv_slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             q_slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            seen = kv_slot - q_slot <= place.first_q + at - place.first_kv - at_kv
+            first = place.first_kv + at_kv
+            seen = kv_slot - q_slot <= place.first_q + at - first
             if q_ids is not None and kv_ids is not None:
                 seen &= across(kv_ids[0, :, block]) == q_ids[0, :, rows]
+            if slots % tiles.window:
+                # Scores of what fills the last block are 0, which lse does not bound.
+                seen &= kv_slot < slots - first
             p = jnp.where(seen, p, 0.0)
         ds = (p * (product(v, do, 1, 1) - delta)).astype(q.dtype)
         dv_ref[sums] += product(p.astype(do.dtype), do, 1, 0)
@@ -100,7 +104,6 @@ def _backward_kernel(
 
     @pl.when((head == heads - 1) & (step == steps - 1))
     def finish_group() -> None:
-        dk_ref[...] *= scale
         whole_heads = [
             pltpu.make_async_copy(ref, out.at[row, kv_head], copies.at[n])
             for n, (ref, out) in enumerate(((dk_ref, dk_out), (dv_ref, dv_out)))
@@ -123,9 +126,10 @@ def flash_backward(
     *,
     tiles: Tiles,
     chunk: int,
+    dq_dtype: DTypeLike = jnp.float32,
     interpret: Any = False,
 ) -> Grads:
-    """Gradients of q, k and v, all of them float32.
+    """Gradients of q, k and v; those of k and v are float32.
 
     Args:
       q: as it was.
@@ -138,6 +142,7 @@ def flash_backward(
       do: what comes back for the output.
       tiles: block sizes.
       chunk: most slots that are taken at a time.
+      dq_dtype: of the gradient of q, which is float32 until it is complete.
       interpret: run by the interpreter.
     """
     queries, slots = q.shape[2], k.shape[2]
@@ -154,7 +159,12 @@ def flash_backward(
             _longer(kv_ids, more_kv, 1, "edge"),
         )
     chunk = max(chunk // tiles.window, 1) * tiles.window
-    run = functools.partial(_chunk_backward, tiles=tiles, interpret=interpret)
+    run = functools.partial(
+        _chunk_backward,
+        tiles=tiles,
+        dq_dtype=dq_dtype if chunk >= slots + more_kv else jnp.float32,
+        interpret=interpret,
+    )
     dq: Any = 0.0
     dks, dvs = [], []
     for first in range(0, slots + more_kv, chunk):
@@ -173,7 +183,8 @@ def flash_backward(
         dks.append(dk)
         dvs.append(dv)
     dk, dv = (jnp.concatenate(x, axis=2)[:, :, :slots] for x in (dks, dvs))
-    return dq[:, :, :queries], dk, dv
+    # What is cast next, XLA scales on the way; the kernel would pass over it once more.
+    return dq[:, :, :queries].astype(dq_dtype), dk * q.shape[3] ** -0.5, dv
 
 
 def _longer(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
@@ -186,7 +197,7 @@ def _longer(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
 
 def _chunk_backward(
     q: Any, k: Any, v: Any, q_start: Any, ids: Any, lse: Any, delta: Any, do: Any, *,
-    slots: int, tiles: Tiles, interpret: Any,
+    slots: int, tiles: Tiles, dq_dtype: Any, interpret: Any,
 ) -> Any:  # fmt: skip
     """The gradients that pass through the slots of `k` and `v`, all of them in VMEM.
 
@@ -207,8 +218,8 @@ def _chunk_backward(
     def seen(b: Any, step: Any, start: Any, q_of: Any, kv_of: Any) -> Any:
         # A block that nobody sees is not read: the last that was is named again.
         final = start[b] + (q_of[step] + 1) * tiles.q - 1
-        last = jnp.int32(held // tiles.kv - 1)
-        visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.kv)), 0, last)
+        last = jnp.int32(held // tiles.window - 1)
+        visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.window)), 0, last)
         return jnp.minimum(kv_of[step], visible)
 
     def kv_block(b: Any, n: Any, g: Any, step: Any, *scalars: Any) -> Any:
@@ -254,7 +265,7 @@ def _chunk_backward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, dq_dtype),
             jax.ShapeDtypeStruct(k.shape, jnp.float32),
             jax.ShapeDtypeStruct(v.shape, jnp.float32),
         ],

@@ -2,13 +2,13 @@
 
 The forward pass, for one row of the batch and one query head (arXiv:2205.14135):
 
-               k, v: S slots, a block of `block_kv` at a time
+               k, v: S slots, a block of `tiles.kv` at a time
              ┌───────┬───────┬───────┬───────┐
       q:     │ whole │ mixed │   ·   │   ·   │     whole: every query sees every slot;
     T rows,  ├───────┼───────┼───────┼───────┤       one large body without a mask
     a block  │ whole │ whole │ mixed │   ·   │     mixed: taken apart in strips of
-    of       ├───────┼───────┼───────┼───────┤       `STRIP` rows, which are masked or
-    block_q  │ whole │ whole │ whole │ mixed │       left out
+    of       ├───────┼───────┼───────┼───────┤       `STRIP` rows, each of them whole,
+    tiles.q  │ whole │ whole │ whole │ mixed │       masked or left out
              └───────┴───────┴───────┴───────┘     ·: neither computed nor read
 
 The grid walks a list of the tiles that any row could need, row of tiles by row of
@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from llama_jax.kernels.compat import reciprocal
 from llama_jax.kernels.flash_tiles import (
     LANES,
     LOG2_E,
@@ -70,7 +71,7 @@ def by_lane(x: Float[Array, "T S"]) -> Float[Array, "T 128"]:
 
 def inverse(x: Array) -> Array:
     """1 / x of normal numbers, in fewer operations than a division."""
-    y = pl.reciprocal(x, approx=True)
+    y = reciprocal(x, approx=True)
     y = y * (2 - x * y)
     return y * (2 - x * y)
 

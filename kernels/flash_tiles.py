@@ -75,9 +75,11 @@ def tile_list(
     return q, kv
 
 
-def bounds(ids: Int[Array, "B T"], block: int) -> Int[Array, "B 2 blocks"]:
-    """Smallest and largest segment of each block."""
-    padded = -ids.shape[1] % block
+def bounds(
+    ids: Int[Array, "B T"], block: int, window: int
+) -> Int[Array, "B 2 blocks"]:
+    """Smallest and largest segment of each block, of as many as fill the windows."""
+    padded = -ids.shape[1] % window
     blocks = jnp.pad(ids, ((0, 0), (0, padded)), mode="edge")
     blocks = blocks.reshape(ids.shape[0], -1, block)
     return jnp.stack([blocks.min(-1), blocks.max(-1)], axis=1)
@@ -91,8 +93,8 @@ def segments_of(
     return Segments(
         q_ids[:, None],
         kv_ids[:, None],
-        bounds(q_ids, tiles.q),
-        bounds(kv_ids, tiles.kv),
+        bounds(q_ids, tiles.q, tiles.q),
+        bounds(kv_ids, tiles.kv, tiles.window),
     )
 
 
@@ -144,8 +146,9 @@ def walk(
 
     def take(block: Any, at_kv: Any) -> None:
         def strip(at: Any, size: int) -> None:
-            visible, _ = kind_of(at, size, block)
-            pl.when(visible)(lambda: attend(at, size, at_kv, True))
+            visible, whole = kind_of(at, size, block)
+            pl.when(whole)(lambda: attend(at, size, at_kv, False))
+            pl.when(visible & ~whole)(lambda: attend(at, size, at_kv, True))
 
         visible, whole = kind_of(0, tiles.q, block)
         pl.when(whole)(lambda: attend(0, tiles.q, at_kv, False))

@@ -91,7 +91,8 @@ def _backward(blocks: Blocks, interpret: Any, kept: Any, d_out: Array) -> Any:
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     grads = flash_backward(
         q, k, v, q_start, ids, lse, delta, d_out,
-        tiles=blocks.backward, chunk=blocks.chunk, interpret=interpret,
+        tiles=blocks.backward, chunk=blocks.chunk, dq_dtype=q.dtype,
+        interpret=interpret,
     )  # fmt: skip
     no_derivative = jax.tree.map(
         lambda x: np.zeros(x.shape, jax.dtypes.float0), (q_start, ids)
