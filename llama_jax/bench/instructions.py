@@ -14,7 +14,10 @@ _ALLOCATION_WORDS = 1 << 20
 NAME = re.compile(r"%[sp]\d+_[sp]\d+")
 _OP = re.compile(r"(?:(%\w+) = )?([a-z][\w.]*)(.*)", re.DOTALL)
 _PREDICATE = re.compile(r"\((!?)(%p\w+)(?:, ([^)]+))?\)")
-OPERAND = re.compile(r"%[sp]\d+_[sp]\d+|#allocation\d+(?:_spill)?|\$?-?0x[0-9a-f]+|\d+")
+OPERAND = re.compile(
+    r"%[sp]\d+_[sp]\d+|#allocation\d+(?:_spill)?(?: \+ \$0x[0-9a-f]+)?"
+    r"|\$?-?0x[0-9a-f]+|\d+"
+)
 _THREAD = re.compile(r"\[thread:[^]]*\]")
 
 
@@ -137,8 +140,10 @@ def expression(op: Op, value: Callable[[str], str]) -> str | None:
 
 def address(symbol: str) -> int:
     """A place for an allocation, apart from all others; spills have their own."""
-    number, spill = re.fullmatch(r"#allocation(\d+)(_spill)?", symbol).groups()  # type: ignore[union-attr]
-    return (2 * int(number) + bool(spill) + 1) * _ALLOCATION_WORDS
+    name, _, offset = symbol.partition(" + $")
+    number, spill = re.fullmatch(r"#allocation(\d+)(_spill)?", name).groups()  # type: ignore[union-attr]
+    base = (2 * int(number) + bool(spill) + 1) * _ALLOCATION_WORDS
+    return base + int(offset or "0", 16)
 
 
 def _and(left: Any, right: Any) -> Any:
