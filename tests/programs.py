@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from llama_jax import decoding
 from llama_jax.config import LlamaConfig
+from llama_jax.kernels import Implementation
 from llama_jax.model import Llama
 from llama_jax.params import param_shapes
 from llama_jax.runtime import DType, Runtime
@@ -86,9 +87,10 @@ def compile_decoding(
     slots: int,
     dtype: DType = "float32",
     device: Any = None,
+    attention: Implementation = "auto",
 ) -> Any:
     """`decoding.decode_step` or `decoding.advance`, compiled from shapes alone."""
-    model = Llama(config, Runtime(dtype=dtype))
+    model = Llama(config, Runtime(dtype=dtype, attention=attention))
     place = None if device is None else SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:

@@ -23,6 +23,7 @@ from llama_jax.completion import text_completion
 from llama_jax.config import LlamaConfig, preset
 from llama_jax.errors import MeshError
 from llama_jax.generation import generate, stream
+from llama_jax.kernels import Implementation
 from llama_jax.model import Llama
 from llama_jax.planning.topology import tpu_topology
 from llama_jax.runtime import Runtime
@@ -178,16 +179,25 @@ def test_a_request_of_a_larger_bucket_compiles_anew(
 @programs
 @batches
 @pytest.mark.parametrize("name", ["llama2-7b", "llama2-70b"])
+@pytest.mark.parametrize("attention", ["xla", "mosaic_tpu"])
 def test_decoding_on_a_tpu_copies_no_weight_and_no_cache(
-    name: str, batch: int, program: str
+    name: str, batch: int, program: str, attention: Implementation
 ) -> None:
     config = preset(name).replace(num_layers=2)
     device = tpu_topology("v5e:2x2")[0]
     compiled = compile_decoding(
-        program, config, batch=batch, slots=2048, dtype="bfloat16", device=device
+        program,
+        config,
+        batch=batch,
+        slots=2048,
+        dtype="bfloat16",
+        device=device,
+        attention=attention,
     )
     check_nothing_is_copied(compiled, config, batch, 2048, itemsize=2)
     assert compiled.memory_analysis().temp_size_in_bytes < 4 << 20
+    kernels = compiled.as_text().count("tpu_custom_call")
+    assert (kernels > 0) == (attention == "mosaic_tpu")
 
 
 @needs_tpu_compiler

@@ -88,7 +88,15 @@ def _run_conversion(options: argparse.Namespace) -> int:
 def _run_kernels(options: argparse.Namespace) -> int:
     kinds = [options.only] if options.only else kernels.KINDS
     try:
-        asked = list(kernels.works(kinds, options.shapes, options.lengths))
+        asked = list(
+            kernels.works(
+                kinds,
+                options.shapes,
+                options.lengths,
+                page=options.page,
+                eight_bits=options.int8,
+            )
+        )
         if unknown := set(options.chips) - set(CHIPS):
             raise ConfigError(f"--chips: {', '.join(sorted(unknown))} is not known")
     except ConfigError as error:
@@ -232,6 +240,12 @@ def _kernel_options(parser: argparse.ArgumentParser) -> None:
         help="presets, or heads as in N32K8H128 (default: llama2-7b,llama2-70b)",
     )
     parser.add_argument("--lengths", type=numbers, help="T, or S of decode")
+    parser.add_argument(
+        "--page", type=int, default=128, help="slots of decode's pages (default: 128)"
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="decode over keys and values in eight bits"
+    )
     parser.add_argument(
         "--sweep", action="store_true", help="all tiles; otherwise the best known"
     )

@@ -44,6 +44,7 @@ from llama_jax.bench.peers import (
 from llama_jax.bench.prefetched import prefetched
 from llama_jax.config import PRESETS
 from llama_jax.errors import ConfigError
+from llama_jax.kernels import QuantizedSlots
 from llama_jax.types import Array
 
 KINDS: tuple[Kind, ...] = ("flash", "backward", "decode")
@@ -154,7 +155,8 @@ def ours(work: Work, *, sweep: bool) -> Iterator[Candidate]:
             )
     else:
         yield Candidate("llama_jax", "cache", lambda: _our_decode(work))
-        yield Candidate("llama_jax paged", "pages of 128", lambda: _our_paged(work))
+        tile = f"pages of {work.page}"
+        yield Candidate("llama_jax paged", tile, lambda: _our_paged(work))
 
 
 def _function(module: str, name: str) -> Any:
@@ -177,27 +179,40 @@ def _our_flash(work: Work, tile: tuple[int, int] | None) -> Built:
 
 def _our_decode(work: Work) -> Built:
     decode = _function("decode_tpu", "decode_attention")
-    n, k, h = work.heads
+    slots, structure = _held(work, work.rows, work.length)
 
-    def attend(q: Array, k: Array, v: Array, q_start: Array) -> Array:
+    def attend(q: Array, q_start: Array, *held: Array) -> Array:
+        k, v = structure.unflatten(held)
         return decode(q, k, v, q_start=q_start)
 
-    q = jax.ShapeDtypeStruct((work.rows, 1, n, h), jnp.bfloat16)
-    kv = jax.ShapeDtypeStruct((work.rows, k, work.length, h), jnp.bfloat16)
-    return Built(attend, [q, kv, kv, _last(work)])
+    return Built(attend, [_queries(work), _last(work), *slots])
 
 
 def _our_paged(work: Work) -> Built:
     paged = _function("paged_tpu", "paged_attention")
-    n, k, h = work.heads
     count, table = pages(work)
+    slots, structure = _held(work, count, work.page)
 
-    def attend(q: Array, k: Array, v: Array, table: Array, q_start: Array) -> Array:
+    def attend(q: Array, q_start: Array, table: Array, *held: Array) -> Array:
+        k, v = structure.unflatten(held)
         return paged(q, k, v, table, q_start=q_start)
 
-    q = jax.ShapeDtypeStruct((work.rows, 1, n, h), jnp.bfloat16)
-    pool = jax.ShapeDtypeStruct((count, k, work.length // table.shape[1], h), q.dtype)
-    return Built(attend, [q, pool, pool, table, _last(work)])
+    return Built(attend, [_queries(work), _last(work), table, *slots])
+
+
+def _queries(work: Work) -> jax.ShapeDtypeStruct:
+    heads = work.heads
+    return jax.ShapeDtypeStruct((work.rows, 1, heads.n, heads.h), jnp.bfloat16)
+
+
+def _held(work: Work, rows: int, slots: int) -> tuple[list[Any], Any]:
+    """Keys and values in a cache or pages: their arrays, and how they belong."""
+    shape = (rows, work.heads.k, slots, work.heads.h)
+    part: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if work.eight_bits:
+        numbers = jax.ShapeDtypeStruct(shape, jnp.int8)
+        part = QuantizedSlots(numbers, jax.ShapeDtypeStruct(shape[:3], jnp.float32))
+    return jax.tree.flatten((part, part))
 
 
 def _last(work: Work) -> np.ndarray:
@@ -212,8 +227,9 @@ def tiles_of(work: Work) -> int:
 
 
 def needed_bytes(work: Work) -> int:
-    """Of the cache that one query per row sees, in bfloat16."""
-    return 2 * 2 * work.rows * work.heads.k * work.length * work.heads.h
+    """Of the cache that one query per row sees; of eight bits with their scales."""
+    of_slot = work.heads.h + 4 if work.eight_bits else 2 * work.heads.h
+    return 2 * work.rows * work.heads.k * work.length * of_slot
 
 
 def heads_of(name: str) -> Heads:
@@ -231,7 +247,12 @@ def heads_of(name: str) -> Heads:
 
 
 def works(
-    kinds: Sequence[Kind], shapes: Sequence[str], lengths: Sequence[int] | None
+    kinds: Sequence[Kind],
+    shapes: Sequence[str],
+    lengths: Sequence[int] | None,
+    *,
+    page: int = 128,
+    eight_bits: bool = False,
 ) -> Iterator[tuple[str, Work]]:
     """What is measured, each with its shape's name; at usual lengths unless told."""
     for kind in kinds:
@@ -239,7 +260,8 @@ def works(
         for name in shapes:
             for length in lengths or usual:
                 for rows in ROWS if kind == "decode" else (1,):
-                    yield name, Work(kind, heads_of(name), length, rows)
+                    heads = heads_of(name)
+                    yield name, Work(kind, heads, length, rows, page, eight_bits)
 
 
 def compare(

@@ -29,19 +29,23 @@ class Heads(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What there is to compute, in bfloat16.
+    """What there is to compute, in bfloat16 but for what is held in eight bits.
 
     Attributes:
       kind: causal attention of whole rows, its gradient, or of one query per row.
       heads: of the model.
       length: T, or S.
       rows: B.
+      page: slots of a page, where kernels read pages.
+      eight_bits: the slots are held so, each with a scale.
     """
 
     kind: Kind
     heads: Heads
     length: int
     rows: int = 1
+    page: int = 128
+    eight_bits: bool = False
 
 
 class Built(NamedTuple):
@@ -80,9 +84,11 @@ _SPLASH_SWEEP = (
 )
 _BACKWARD_SWEEP = ((512, 512), (512, 1024), (1024, 512), (1024, 1024))
 _FLASH_SWEEP = ((512, 512), (512, 1024), (1024, 512), (1024, 1024))
-_PAGE = 128
-_SLOTS = (512,)
-_SLOTS_SWEEP = (256, 512, 1024, 2048)
+# Slots of a block. Larger ones are up to 5 % faster and take minutes to compile.
+_PAGED, _PAGED_SWEEP = (4096,), (1024, 2048, 4096)
+_RAGGED_BYTES = 2**23  # 512 slots of 32 heads' keys and values
+_RAGGED_SLOTS = 1024
+_POOL_BYTES = 2**32  # of keys, and as many of values
 
 
 def peers(work: Work, chip: str, *, sweep: bool) -> Iterator[Candidate]:
@@ -121,13 +127,20 @@ def _backward(work: Work, sweep: bool) -> Iterator[Candidate]:
 
 
 def _decode(work: Work, sweep: bool) -> Iterator[Candidate]:
-    for slots in _SLOTS_SWEEP if sweep else _SLOTS:
-        tile = f"{slots} slots, pages of {_PAGE}"
-        yield Candidate("paged_attention", tile, _paged(work, slots // _PAGE))
-    for slots in _SLOTS_SWEEP if sweep else _SLOTS:
-        tile = f"{slots} slots, pages of {_PAGE}"
-        ragged = _ragged(work, slots // _PAGE)
-        yield Candidate("ragged_paged_attention", tile, ragged)
+    for slots in _PAGED_SWEEP if sweep else _PAGED:
+        slots = min(slots, work.length)
+        yield Candidate("paged_attention", _tile(work, slots), _paged(work, slots))
+    if work.eight_bits:
+        return  # ragged_paged_attention has one scale for all slots
+    best = min(_RAGGED_SLOTS, _RAGGED_BYTES // (4 * work.heads.k * work.heads.h))
+    for slots in (best // 4, best // 2, best) if sweep else (best,):
+        slots = min(slots, work.length)
+        tile = _tile(work, slots)
+        yield Candidate("ragged_paged_attention", tile, _ragged(work, slots))
+
+
+def _tile(work: Work, slots: int) -> str:
+    return f"{slots} slots, pages of {work.page}"
 
 
 def causal_shapes(work: Work) -> list[jax.ShapeDtypeStruct]:
@@ -189,33 +202,48 @@ def _flash(work: Work, block_q: int, block_kv: int) -> Callable[[], Built]:
 
 
 def pages(work: Work) -> tuple[int, np.ndarray]:
-    """How many there are, and each row's, one row's after another's."""
-    per_row = work.length // _PAGE
-    table = np.arange(work.rows * per_row, dtype=np.int32)
-    return work.rows * per_row, table.reshape(work.rows, per_row)
+    """How many there are, and each row's, one row's after another's.
+
+    As many as a chip may have room for: behind the last, rows have the first again.
+    """
+    per_row = work.length // work.page
+    most = _POOL_BYTES // (2 * work.heads.k * work.page * work.heads.h)
+    count = min(work.rows * per_row, most)
+    table = np.arange(work.rows * per_row, dtype=np.int32) % count
+    return count, table.reshape(work.rows, per_row)
 
 
-def _paged(work: Work, pages_per_block: int) -> Callable[[], Built]:
+def _paged(work: Work, slots: int) -> Callable[[], Built]:
     def build() -> Built:
-        from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+        from jax.experimental.pallas.ops.tpu.paged_attention import (
+            paged_attention,
+            quantization_utils,
+        )
 
         n, k, h = work.heads
         count, table = pages(work)
-        pool = jax.ShapeDtypeStruct((k, count, _PAGE, h), jnp.bfloat16)
+        dtype = jnp.int8 if work.eight_bits else jnp.bfloat16
+        pool = jax.ShapeDtypeStruct((k, count, work.page, h), dtype)
+        scales = jax.ShapeDtypeStruct((*pool.shape[:3], 1), jnp.float32)
 
-        def attend(q: Array, k: Array, v: Array, lengths: Array, table: Array) -> Array:
+        def attend(q: Array, lengths: Array, table: Array, *pools: Any) -> Array:
+            held: Any = pools
+            if work.eight_bits:
+                tensor = quantization_utils.QuantizedTensor
+                held = tensor(*pools[:2]), tensor(*pools[2:])
             return paged_attention(
-                q, k, v, lengths, table, pages_per_compute_block=pages_per_block
+                q, *held, lengths, table, pages_per_compute_block=slots // work.page
             )
 
         q = jax.ShapeDtypeStruct((work.rows, n, h), jnp.bfloat16)
         lengths = np.full(work.rows, work.length, np.int32)
-        return Built(attend, [q, pool, pool, lengths, table])
+        pools = [pool, scales] * 2 if work.eight_bits else [pool] * 2
+        return Built(attend, [q, lengths, table, *pools])
 
     return build
 
 
-def _ragged(work: Work, pages_per_block: int) -> Callable[[], Built]:
+def _ragged(work: Work, slots: int) -> Callable[[], Built]:
     def build() -> Built:
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import (
             ragged_paged_attention,
@@ -229,13 +257,13 @@ def _ragged(work: Work, pages_per_block: int) -> Callable[[], Built]:
                 q,
                 pool,
                 *numbers,
-                num_kv_pages_per_block=pages_per_block,
-                num_queries_per_block=min(8, work.rows),
+                num_kv_pages_per_block=slots // work.page,
+                num_queries_per_block=1,  # eight take 40 % longer
                 vmem_limit_bytes=64 << 20,
             )
 
         q = jax.ShapeDtypeStruct((work.rows, n, h), jnp.bfloat16)
-        pool = jax.ShapeDtypeStruct((count, _PAGE, 2 * k, h), jnp.bfloat16)
+        pool = jax.ShapeDtypeStruct((count, work.page, 2 * k, h), jnp.bfloat16)
         lengths = np.full(work.rows, work.length, np.int32)
         first = np.arange(work.rows + 1, dtype=np.int32)
         rows = np.array([work.rows], np.int32)
