@@ -184,6 +184,10 @@ def _unfit(name: Implementation, asked: Asked, device: jax.Device) -> str | None
         capability = getattr(device, "compute_capability", None) or "0.0"
         if float(capability) < 8.0:
             return f"needs compute capability 8.0 (Ampere), this GPU has {capability}"
+        if asked.decoding:
+            return "wants slots before heads, for which the cache would be copied"
+        if asked.queries % 2 or asked.slots % 2:
+            return "has no gradient for odd lengths"
     return None
 
 

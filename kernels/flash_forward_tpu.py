@@ -11,15 +11,15 @@ The forward pass, for one row of the batch and one query head (arXiv:2205.14135)
     tiles.q  │ whole │ whole │ whole │ mixed │       masked or left out
              └───────┴───────┴───────┴───────┘     ·: neither computed nor read
 
-The grid walks a list of the tiles that any row could need, row of tiles by row of
-tiles. Where things are:
+The grid walks a list of what any row could need, row of tiles by row of tiles; a step
+of it takes the tiles of one window, `tiles.window` slots. Where things are:
 
-* HBM: q, k, v and the output; blocks come and go by the pipeline's own copies, ahead of
+* HBM: q, k, v and the output; windows come and go by copies of the pipeline, ahead of
   their use. A key/value head is read for each query head of its group, never repeated.
 * VMEM: of the row of tiles at hand, the running maximum and the sum of the softmax
-  (`[block_q, 128]`; the sum still apart by lane), and the output before its division
-  (`[block_q, H]` float32).
-* SMEM: the list of tiles, each row's `q_start`, and the smallest and largest segment
+  (`[tiles.q, 128]`; the sum still apart by lane), and the output before its division
+  (`[tiles.q, H]` float32).
+* SMEM: the list of windows, each row's `q_start`, and the smallest and largest segment
   of every block, which decide without looking at a tile what kind it is.
 * registers: what the compiler makes of a tile. Scores are in units of log 2, since the
   hardware's exponential has that base.

@@ -75,9 +75,7 @@ def tile_list(
     return q, kv
 
 
-def bounds(
-    ids: Int[Array, "B T"], block: int, window: int
-) -> Int[Array, "B 2 blocks"]:
+def bounds(ids: Int[Array, "B T"], block: int, window: int) -> Int[Array, "B 2 blocks"]:
     """Smallest and largest segment of each block, of as many as fill the windows."""
     padded = -ids.shape[1] % window
     blocks = jnp.pad(ids, ((0, 0), (0, padded)), mode="edge")

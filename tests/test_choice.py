@@ -119,6 +119,28 @@ def test_a_gpu_has_cudnn_from_ampere_on(
     assert str(explain(dtype, device=gpu)) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (
+            {"queries": 1, "cached": True},
+            "wants slots before heads, for which the cache would be copied",
+        ),
+        ({"queries": 7, "slots": 7}, "has no gradient for odd lengths"),
+        ({"queries": 1, "slots": 16, "paged": True}, "does not read pages"),
+        (
+            {"queries": 32, "cached": True, "quantized": True},
+            "does not read eight-bit slots",
+        ),
+    ],
+)
+def test_what_cudnn_does_not_do_well_falls_to_xla(
+    asked: dict[str, Any], reason: str
+) -> None:
+    found = explain(device=device("gpu", compute_capability="9.0"), **asked)
+    assert str(found) == f"xla; not cudnn: {reason}"
+
+
 def test_a_runtime_that_refuses_kernels_is_asked_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
