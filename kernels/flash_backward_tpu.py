@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from llama_jax.kernels.flash_tiles import (
+    LANES,
     LOG2_E,
     Place,
     Tiles,
@@ -53,6 +54,7 @@ def _backward_kernel(
     dq_ref, dk_out, dv_out, acc_ref, dk_ref, dv_ref, copies = refs[2 * packed :]
     row, kv_head, head, step = (pl.program_id(axis) for axis in range(4))
     heads, steps = pl.num_programs(2), pl.num_programs(3)
+    width = q_ref.shape[3]
     i, j = q_of[step], kv_of[step]
     segments = None
     if packed:
@@ -83,8 +85,8 @@ def _backward_kernel(
                 seen &= kv_slot < slots - first
             p = jnp.where(seen, p, 0.0)
         ds = (p * (product(v, do, 1, 1) - delta)).astype(q.dtype)
-        dv_ref[sums] += product(p.astype(do.dtype), do, 1, 0)
-        dk_ref[sums] += product(ds, q, 1, 0)
+        dv_ref[sums, :width] += product(p.astype(do.dtype), do, 1, 0)
+        dk_ref[sums, :width] += product(ds, q, 1, 0)
         acc_ref[rows] += product(ds, k, 0, 0)
 
     @pl.when((head == 0) & (step == 0))
@@ -175,14 +177,19 @@ def flash_backward(
                 (q.shape[0],), first, jnp.int32
             )
         ids = None if kv_ids is None else (q_ids, kv_ids[:, part])
-        more, dk, dv = run(
-            q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do,
-            slots=min(chunk, slots - first),
-        )  # fmt: skip
+        # Under vmap a loop: Pallas cannot add an axis to what a kernel copies itself.
+        of_part = jax.custom_batching.sequential_vmap(
+            functools.partial(run, first=first, slots=min(chunk, slots - first))
+        )
+        more, dk, dv = of_part(
+            q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do
+        )
         dq += more
         dks.append(dk)
         dvs.append(dv)
-    dk, dv = (jnp.concatenate(x, axis=2)[:, :, :slots] for x in (dks, dvs))
+    dk, dv = (
+        jnp.concatenate(x, axis=2)[:, :, :slots, : q.shape[3]] for x in (dks, dvs)
+    )
     # What is cast next, XLA scales on the way; the kernel would pass over it once more.
     return dq[:, :, :queries].astype(dq_dtype), dk * q.shape[3] ** -0.5, dv
 
@@ -197,7 +204,7 @@ def _longer(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
 
 def _chunk_backward(
     q: Any, k: Any, v: Any, q_start: Any, ids: Any, lse: Any, delta: Any, do: Any, *,
-    slots: int, tiles: Tiles, dq_dtype: Any, interpret: Any,
+    first: int, slots: int, tiles: Tiles, dq_dtype: Any, interpret: Any,
 ) -> Any:  # fmt: skip
     """The gradients that pass through the slots of `k` and `v`, all of them in VMEM.
 
@@ -205,6 +212,7 @@ def _chunk_backward(
     """
     batch, heads, queries, width = q.shape
     kv_heads, held = k.shape[1:3]
+    lanes = -(-width // LANES) * LANES  # older compilers copy whole registers only
     group = heads // kv_heads
     q_of, kv_of = tile_list(queries, held, tiles, causal=q_start is None)
     start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
@@ -259,20 +267,20 @@ def _chunk_backward(
             out_specs=[q_spec, in_place, in_place],
             scratch_shapes=[
                 pltpu.VMEM((tiles.q, width), jnp.float32),
-                pltpu.VMEM((held, width), jnp.float32),
-                pltpu.VMEM((held, width), jnp.float32),
+                pltpu.VMEM((held, lanes), jnp.float32),
+                pltpu.VMEM((held, lanes), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, dq_dtype),
-            jax.ShapeDtypeStruct(k.shape, jnp.float32),
-            jax.ShapeDtypeStruct(v.shape, jnp.float32),
+            jax.ShapeDtypeStruct((*k.shape[:3], lanes), jnp.float32),
+            jax.ShapeDtypeStruct((*v.shape[:3], lanes), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=64 << 20,
         ),
-        name="flash_backward",
+        name=f"flash_backward_{first}" if first else "flash_backward",
         interpret=interpret,
     )(*scalars, *arrays)

@@ -155,8 +155,8 @@ def ours(work: Work, *, sweep: bool) -> Iterator[Candidate]:
             )
     else:
         yield Candidate("llama_jax", "cache", lambda: _our_decode(work))
-        tile = f"pages of {work.page}"
-        yield Candidate("llama_jax paged", tile, lambda: _our_paged(work))
+        pages_of = f"pages of {work.page}"
+        yield Candidate("llama_jax paged", pages_of, lambda: _our_paged(work))
 
 
 def _function(module: str, name: str) -> Any:
@@ -210,8 +210,9 @@ def _held(work: Work, rows: int, slots: int) -> tuple[list[Any], Any]:
     shape = (rows, work.heads.k, slots, work.heads.h)
     part: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     if work.eight_bits:
-        numbers = jax.ShapeDtypeStruct(shape, jnp.int8)
-        part = QuantizedSlots(numbers, jax.ShapeDtypeStruct(shape[:3], jnp.float32))
+        numbers: Any = jax.ShapeDtypeStruct(shape, jnp.int8)
+        scales: Any = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+        part = QuantizedSlots(numbers, scales)
     return jax.tree.flatten((part, part))
 
 

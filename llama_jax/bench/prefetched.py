@@ -82,7 +82,7 @@ def _called(equation: Any) -> Any:
         return None
     if name == "pallas_call":
         return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         inner = equation.params.get(key)
         if inner is not None:
             return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
