@@ -30,14 +30,15 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from llama_jax.kernels.flash_tiles import (
     LANES,
     LOG2_E,
-    Place,
     Tiles,
     across,
-    block_bounds,
+    is_last_of_block,
+    place_of,
     product,
     segments_of,
     tile_list,
     walk,
+    window_read,
 )
 
 Grads = tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]
@@ -47,22 +48,15 @@ def _backward_kernel(
     *arguments: Any, tiles: Tiles, scale: float, slots: int, packed: bool
 ) -> None:
     refs: Any
-    start, q_of, kv_of, *refs = arguments
-    q_bounds, kv_bounds = refs[:2] if packed else (None, None)
+    scalars, refs = arguments[:3], arguments[3:]
+    bounds = refs[: 2 * packed]
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs[2 * packed :]
     q_ids, kv_ids = refs[:2] if packed else (None, None)
     dq_ref, dk_out, dv_out, acc_ref, dk_ref, dv_ref, copies = refs[2 * packed :]
     row, kv_head, head, step = (pl.program_id(axis) for axis in range(4))
     heads, steps = pl.num_programs(2), pl.num_programs(3)
     width = q_ref.shape[3]
-    i, j = q_of[step], kv_of[step]
-    segments = None
-    if packed:
-        segments = (
-            block_bounds(q_bounds, row, i),
-            lambda n: block_bounds(kv_bounds, row, j * (tiles.window // tiles.kv) + n),
-        )
-    place = Place(start[row] + i * tiles.q, j * tiles.window, slots, segments)
+    place = place_of(scalars, bounds, step, tiles, slots)
 
     def attend(at: Any, size: int, at_kv: Any, masked: bool) -> None:
         """Add what some queries and a block of slots share."""
@@ -94,15 +88,17 @@ def _backward_kernel(
         dk_ref[...] = jnp.zeros_like(dk_ref)
         dv_ref[...] = jnp.zeros_like(dv_ref)
 
-    @pl.when((step == 0) | (q_of[jnp.maximum(step - 1, 0)] != i))
     def begin() -> None:
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
+    pl.when(step == 0)(begin)
+
     walk(tiles, place, attend)
 
-    @pl.when((step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != i))
+    @pl.when(is_last_of_block(scalars[1], step, steps))
     def finish() -> None:
         dq_ref[0, 0] = (acc_ref[...] * scale).astype(dq_ref.dtype)
+        begin()  # for the next block of queries
 
     @pl.when((head == heads - 1) & (step == steps - 1))
     def finish_group() -> None:
@@ -223,15 +219,10 @@ def _chunk_backward(
     def row_block(b: Any, n: Any, g: Any, s: Any, _: Any, q_of: Any, *__: Any) -> Any:
         return b, n * group + g, 0, q_of[s]
 
-    def seen(b: Any, step: Any, start: Any, q_of: Any, kv_of: Any) -> Any:
-        # A block that nobody sees is not read: the last that was is named again.
-        final = start[b] + (q_of[step] + 1) * tiles.q - 1
-        last = jnp.int32(held // tiles.window - 1)
-        visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.window)), 0, last)
-        return jnp.minimum(kv_of[step], visible)
+    window = functools.partial(window_read, tiles, held)
 
     def kv_block(b: Any, n: Any, g: Any, step: Any, *scalars: Any) -> Any:
-        return b, n, seen(b, step, *scalars[:3]), 0
+        return b, n, window(b, step, *scalars), 0
 
     scalars = [start.astype(jnp.int32), q_of, kv_of]
     arrays = [q, k, v, do, lse[:, :, None] * LOG2_E, delta[:, :, None]]
@@ -248,7 +239,7 @@ def _chunk_backward(
                 (1, 1, tiles.q), lambda b, n, g, s, _, q_of, *__: (b, 0, q_of[s])
             ),
             pl.BlockSpec(
-                (1, 1, tiles.window), lambda b, n, g, s, *r: (b, 0, seen(b, s, *r[:3]))
+                (1, 1, tiles.window), lambda b, n, g, s, *r: (b, 0, window(b, s, *r))
             ),
         ]
     in_place = pl.BlockSpec(memory_space=pl.ANY)

@@ -39,14 +39,15 @@ from llama_jax.kernels.flash_tiles import (
     LANES,
     LOG2_E,
     MASKED,
-    Place,
     Tiles,
     across,
-    block_bounds,
+    is_last_of_block,
+    place_of,
     product,
     segments_of,
     tile_list,
     walk,
+    window_read,
 )
 
 
@@ -80,20 +81,13 @@ def _forward_kernel(
     *arguments: Any, tiles: Tiles, scale: float, slots: int, packed: bool, lse: bool
 ) -> None:
     refs: Any
-    start, q_of, kv_of, *refs = arguments
-    q_bounds, kv_bounds = refs[:2] if packed else (None, None)
+    scalars, refs = arguments[:3], arguments[3:]
+    bounds = refs[: 2 * packed]
     q_ref, k_ref, v_ref, *refs = refs[2 * packed :]
     q_ids, kv_ids = refs[:2] if packed else (None, None)
     o_ref, *lse_ref, m_ref, l_ref, acc_ref = refs[2 * packed :]
-    row, step, steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
-    i, j = q_of[step], kv_of[step]
-    segments = None
-    if packed:
-        segments = (
-            block_bounds(q_bounds, row, i),
-            lambda n: block_bounds(kv_bounds, row, j * (tiles.window // tiles.kv) + n),
-        )
-    place = Place(start[row] + i * tiles.q, j * tiles.window, slots, segments)
+    step, steps = pl.program_id(2), pl.num_programs(2)
+    place = place_of(scalars, bounds, step, tiles, slots)
 
     def attend(at: Any, size: int, at_kv: Any, masked: bool) -> None:
         """Fold the scores of some queries and a block of slots into the sums."""
@@ -131,7 +125,7 @@ def _forward_kernel(
     pl.when(step == 0)(begin)
     walk(tiles, place, attend)
 
-    @pl.when((step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != i))
+    @pl.when(is_last_of_block(scalars[1], step, steps))
     def finish() -> None:
         m = m_ref[...]
         total = jnp.sum(l_ref[...], axis=1, keepdims=True)
@@ -164,7 +158,6 @@ def flash_forward(
     group = heads // kv_heads
     q_of, kv_of = tile_list(queries, slots, tiles, causal=q_start is None)
     start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
-    last = -(-slots // tiles.window) - 1
 
     def q_block(b: Any, n: Any, step: Any, start: Any, q_of: Any, *_: Any) -> Any:
         return b, n, q_of[step], 0
@@ -172,14 +165,10 @@ def flash_forward(
     def row_block(b: Any, n: Any, step: Any, start: Any, q_of: Any, *_: Any) -> Any:
         return b, n, 0, q_of[step]
 
-    def seen(b: Any, step: Any, start: Any, q_of: Any, kv_of: Any) -> Any:
-        # A block that nobody sees is not read: the last that was is named again.
-        final = start[b] + (q_of[step] + 1) * tiles.q - 1
-        visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.window)), 0, last)
-        return jnp.minimum(kv_of[step], visible)
+    window = functools.partial(window_read, tiles, slots)
 
     def kv_block(b: Any, n: Any, step: Any, *scalars: Any) -> Any:
-        return b, jax.lax.div(n, jnp.int32(group)), seen(b, step, *scalars[:3]), 0
+        return b, jax.lax.div(n, jnp.int32(group)), window(b, step, *scalars), 0
 
     scalars = [start.astype(jnp.int32), q_of, kv_of]
     arrays = [q, k, v]
@@ -195,7 +184,7 @@ def flash_forward(
                 (1, 1, tiles.q), lambda b, n, s, _, q_of, *__: (b, 0, q_of[s])
             ),
             pl.BlockSpec(
-                (1, 1, tiles.window), lambda b, n, s, *r: (b, 0, seen(b, s, *r[:3]))
+                (1, 1, tiles.window), lambda b, n, s, *r: (b, 0, window(b, s, *r))
             ),
         ]
     outs = [jax.ShapeDtypeStruct(q.shape, out_dtype or q.dtype)]

@@ -118,6 +118,35 @@ def block_bounds(ref: Any, row: Any, block: Any) -> tuple[Any, Any]:
     return ref[row, 0, block], ref[row, 1, block]
 
 
+def place_of(scalars: Any, bounds: Any, step: Any, tiles: Tiles, slots: int) -> Place:
+    """Where a step is, from what lies in SMEM; the first axis of the grid is B."""
+    (start, q_of, kv_of), row = scalars, pl.program_id(0)
+    i, j = q_of[step], kv_of[step]
+    segments = None
+    if bounds:
+        of_q, of_kv = bounds
+        first = j * (tiles.window // tiles.kv)
+        segments = (
+            block_bounds(of_q, row, i),
+            lambda n: block_bounds(of_kv, row, first + n),
+        )
+    return Place(start[row] + i * tiles.q, j * tiles.window, slots, segments)
+
+
+def is_last_of_block(q_of: Any, step: Any, steps: Any) -> Any:
+    """Whether the next step is of another block of queries."""
+    return (step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != q_of[step])
+
+
+def window_read(tiles: Tiles, slots: int, row: Any, step: Any, *scalars: Any) -> Any:
+    """Which window a step copies; one that nobody sees is not: the last is kept."""
+    start, q_of, kv_of = scalars[:3]
+    final = start[row] + (q_of[step] + 1) * tiles.q - 1
+    last = jnp.int32(-(-slots // tiles.window) - 1)
+    visible = jnp.clip(jax.lax.div(final, jnp.int32(tiles.window)), 0, last)
+    return jnp.minimum(kv_of[step], visible)
+
+
 def walk(
     tiles: Tiles, place: Place, attend: Callable[[Any, int, Any, bool], None]
 ) -> None:
