@@ -251,9 +251,11 @@ def test_stock_colab_falls_back_with_the_remedy() -> None:
         "from llama_jax.planning.topology import tpu_topology\n"
         "print(explain(device=tpu_topology('v5e:2x2')[0]))\n"
     )
+    # This process may have told jax where another libtpu is.
+    environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": REFUSING},
+        env=environment | {"PYTHONPATH": REFUSING},
         capture_output=True,
         text=True,
         timeout=240,

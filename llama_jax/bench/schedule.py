@@ -366,7 +366,10 @@ def _read_usage(text: str) -> tuple[list[str], list[int], list[list[int]]]:
         elif re.fullmatch(r"[\d ]*\d[\d ]*", line):
             rows.append([int(number) for number in line.split()])
     if not kinds or not rows or any(len(row) != len(kinds) for row in rows):
-        raise ValueError("a utilization of a form that is not known")
+        raise ValueError(
+            "this libtpu writes its schedules in a form that is not known; pip install "
+            "--upgrade libtpu (0.0.52 is known)"
+        )
     return kinds, rows[0], rows[1:]
 
 
