@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from llama_jax import kernels
 from llama_jax.attend import attend
 from llama_jax.cache import KVCache, LayerCache, insert
 from llama_jax.config import LlamaConfig
@@ -243,6 +244,23 @@ class Llama(_Module):
     """The language model: next-token logits, and the cache where one came in."""
 
     @nn.compact
+    def _read(
+        self,
+        tokens: Tokens,
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Hidden, Array, KVCache | None]:
+        """The last stream, the unembedding, and the cache where one came in."""
+        x, cache, embedding = self.part(Transformer, "transformer")(
+            tokens, positions=positions, segment_ids=segment_ids, cache=cache
+        )
+        if self.config.tied_embeddings:
+            head = embedding.T
+        else:
+            head = self.weight("lm_head", "D V")
+        return x, head, cache
+
     def __call__(
         self,
         tokens: Tokens,
@@ -270,20 +288,30 @@ class Llama(_Module):
         Returns:
           The logits, and the cache with the new tokens in it (`None` without one).
         """
-        x, cache, embedding = self.part(Transformer, "transformer")(
-            tokens, positions=positions, segment_ids=segment_ids, cache=cache
-        )
+        x, head, cache = self._read(tokens, positions, segment_ids, cache)
         if cache is not None:
             grown = tokens.shape[1] if lengths is None else lengths
             cache = cache._replace(length=cache.length + grown)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
-        if self.config.tied_embeddings:
-            head = embedding.T
-        else:
-            head = self.weight("lm_head", "D V")
         logits = linear(x, head, out_dtype=jnp.float32)
         return self.place(logits, "B T V"), cache
+
+    def losses(
+        self,
+        tokens: Tokens,
+        targets: Tokens,
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T"]:
+        """-log p of each target (nats, float32), the logits never being there at once.
+
+        `apply(model, params, tokens, targets, method="losses")`. Arguments as of a
+        call; targets are the tokens that follow, any id where the loss is not wanted.
+        """
+        x, head, _ = self._read(tokens, positions, segment_ids)
+        return kernels.token_losses(x, self.place(head, "D V"), targets)
 
 
 class ScalarModel(_Module):

@@ -1,0 +1,1 @@
+"""From files of text and dialogs to batches of token ids."""
