@@ -31,3 +31,19 @@ class UnsafePromptError(PromptError):
 
 class MeshError(LlamaJaxError):
     """A device mesh that does not exist here or does not divide the model."""
+
+
+class DataError(LlamaJaxError):
+    """Training data that cannot be read, or that nothing can be learnt from.
+
+    Attributes:
+      reason: one word for it, under which such records are counted.
+    """
+
+    def __init__(self, message: str, *, reason: str = "malformed") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ProcessError(LlamaJaxError):
+    """A process of a run over several that is missing, gone, or was started wrongly."""

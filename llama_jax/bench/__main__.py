@@ -8,20 +8,25 @@ import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from llama_jax.bench import kernels
 from llama_jax.bench.conversion import ConversionReport, measure_conversion
+from llama_jax.bench.data import DataReport, measure_data
 from llama_jax.bench.decode import DecodeReport, measure_decode
 from llama_jax.bench.kernel_times import lines_of, measure_times
 from llama_jax.bench.machine import Machine, describe
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
 from llama_jax.bench.schedule import CHIPS
 from llama_jax.bench.shapes import DEFAULT, parse_model
+from llama_jax.data.encode import DATA_FORMATS
+from llama_jax.data.stream import Packing
 from llama_jax.errors import ConfigError, LlamaJaxError
+from llama_jax.loading import bundled
 from llama_jax.runtime import Runtime
+from llama_jax.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_kernels(options)
     if options.benchmark == "conversion":
         return _run_conversion(options)
+    if options.benchmark == "data":
+        return _run_data(options)
     try:
         for name in ("batch", "prompt_length", "steps"):
             if getattr(options, name) < 1:
@@ -82,6 +89,36 @@ def _run_conversion(options: argparse.Namespace) -> int:
         "to": options.to,
     }
     _show(options, describe(), asked, report, _conversion_rows(report))
+    return 0
+
+
+def _run_data(options: argparse.Namespace) -> int:
+    asked = {
+        "files": " ".join(options.files) or "made up",
+        "format": options.format,
+        "batch": options.batch,
+        "length": options.length,
+        "packing": options.packing,
+        "workers": options.workers,
+    }
+    try:
+        tokenizer = Tokenizer.from_file(
+            options.tokenizer or bundled() / "tokenizer.model"
+        )
+        report = measure_data(
+            options.files,
+            tokenizer,
+            format=options.format,
+            batch_size=options.batch,
+            length=options.length,
+            packing=options.packing,
+            workers=options.workers,
+        )
+    except (LlamaJaxError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    options.model = asked["files"]
+    _show(options, describe(), asked, report, _data_rows(report))
     return 0
 
 
@@ -190,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
         )
     purpose = "attention kernels beside jax's: schedules for TPUs, or times"
     _kernel_options(benchmarks.add_parser("kernels", help=purpose, description=purpose))
+    purpose = "tokens/s of reading, tokenizing and packing"
+    _data_options(benchmarks.add_parser("data", help=purpose, description=purpose))
     purpose = "seconds and host memory, beside copying the same bytes"
     bench = benchmarks.add_parser("conversion", help=purpose, description=purpose)
     bench.add_argument(
@@ -217,6 +256,31 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object instead"
     )
     return parser
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", help="(default: text that is made up)")
+    parser.add_argument("--tokenizer", help="(default: the bundled model's)")
+    parser.add_argument(
+        "--format",
+        choices=DATA_FORMATS,
+        default="text",
+        help="(default: text)",
+        metavar="NAME",
+    )
+    for name, default, meaning in (
+        ("batch", 16, "rows"),
+        ("length", 256, "slots of a row"),
+        ("workers", 1, "threads"),
+    ):
+        help = f"{meaning} (default: {default})"
+        parser.add_argument(f"--{name}", type=int, default=default, help=help)
+    parser.add_argument(
+        "--packing", choices=get_args(Packing), default="pack", help="(default: pack)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead"
+    )
 
 
 def _kernel_options(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +335,18 @@ def _conversion_rows(report: ConversionReport) -> dict[str, str]:
         "host memory at most": f"{report.peak_bytes / 1e6:,.0f} MB (mapped files and "
         "page cache not counted)",
         "predicted": f"{report.predicted_bytes / 1e6:,.0f} MB",
+    }
+
+
+def _data_rows(report: DataReport) -> dict[str, str]:
+    return {
+        "records": f"{report.records:,}",
+        "tokens": f"{report.tokens:,} ({report.fill_rate:.1%} of the slots)",
+        "opening": f"{report.open_seconds:.2f} s",
+        "loader": f"{report.tokens_per_s:,.0f} tokens/s",
+        "reading alone": f"{report.read_tokens_per_s:,.0f} tokens/s",
+        "tokenizing alone": f"{report.encode_tokens_per_s:,.0f} tokens/s",
+        "packing alone": f"{report.pack_tokens_per_s:,.0f} tokens/s",
     }
 
 

@@ -1,0 +1,160 @@
+"""Data: tokens per second of the loader alone, and of its parts one after another."""
+
+import dataclasses
+import pathlib
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llama_jax.data.batch import Example, assemble, pack
+from llama_jax.data.encode import Encoder
+from llama_jax.data.files import Corpus, Path
+from llama_jax.data.loader import Loader
+from llama_jax.data.records import parse
+from llama_jax.data.stream import Packing
+from llama_jax.errors import DataError
+from llama_jax.tokenizer import Tokenizer
+
+_WORDS = 40_000  # made up, of the bundled model's kind of text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """Batches made as fast as they can be, for one epoch or as long as was asked.
+
+    Attributes:
+      records: read.
+      tokens: in the batches.
+      fill_rate: which part of the slots has a token.
+      open_seconds: to find where each record is.
+      seconds: from the first batch asked for to the last.
+      tokens_per_s: of these.
+      read_tokens_per_s: of reading and parsing alone.
+      encode_tokens_per_s: of tokenizing alone.
+      pack_tokens_per_s: of packing and filling arrays alone.
+    """
+
+    records: int
+    tokens: int
+    fill_rate: float
+    open_seconds: float
+    seconds: float
+    tokens_per_s: float
+    read_tokens_per_s: float
+    encode_tokens_per_s: float
+    pack_tokens_per_s: float
+
+
+def measure_data(
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    format: str,
+    batch_size: int,
+    length: int,
+    packing: Packing = "pack",
+    workers: int = 1,
+    most_tokens: int = 3_000_000,
+) -> DataReport:
+    """Load batches of one epoch, but of no more than some tokens.
+
+    Args:
+      files: of any kind; where there is none, text is made up.
+      tokenizer: the model's.
+      format: of the records.
+      batch_size: B.
+      length: T.
+      packing: how rows are filled.
+      workers: threads.
+      most_tokens: enough to measure.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        files = files or [_made_up(pathlib.Path(name) / "words.txt")]
+        start = time.perf_counter()
+        loader = Loader(
+            files,
+            tokenizer,
+            format=format,
+            batch_size=batch_size,
+            length=length,
+            packing=packing,
+            epochs=1,
+            on_bad="drop",
+            workers=workers,
+        )
+        opened = time.perf_counter()
+        with loader:
+            for _ in loader:
+                if loader.statistics.tokens >= most_tokens:
+                    break
+        seconds = time.perf_counter() - opened
+        found = loader.statistics
+        encoder = Encoder(tokenizer=tokenizer, format=format, length=length)
+        stages = _stages(files, encoder, batch_size, packing, found.records)
+    return DataReport(
+        records=found.records,
+        tokens=found.tokens,
+        fill_rate=found.fill_rate,
+        open_seconds=opened - start,
+        seconds=seconds,
+        tokens_per_s=found.tokens / seconds,
+        **stages,
+    )
+
+
+def _stages(
+    files: Sequence[Path], encoder: Encoder, B: int, packing: Packing, most: int
+) -> dict[str, float]:
+    corpus = Corpus(files)
+    prefer_text = encoder.format in ("text", "infilling")
+
+    def parsed(number: int) -> list:
+        try:
+            return [parse(corpus.read(number), prefer_text=prefer_text)]
+        except DataError:
+            return []
+
+    def encoded(record: object) -> list[Example]:
+        try:
+            return encoder.encode(record).examples  # type: ignore[arg-type]
+        except DataError:
+            return []
+
+    def batches() -> None:
+        rows = [[example] for example in examples]
+        if packing != "pad":
+            split = packing == "split"
+            rows = list(pack(examples, encoder.length, split=split))
+        for at in range(0, len(rows), B):
+            assemble(rows[at : at + B], encoder.length)
+
+    numbers = range(min(most, len(corpus)))
+    records, reading = _timed(lambda: [r for n in numbers for r in parsed(n)])
+    examples, encoding = _timed(lambda: [e for r in records for e in encoded(r)])
+    _, packed = _timed(batches)
+    tokens = sum(example.size for example in examples)
+    return {
+        "read_tokens_per_s": tokens / reading,
+        "encode_tokens_per_s": tokens / encoding,
+        "pack_tokens_per_s": tokens / packed,
+    }
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    done = work()
+    return done, time.perf_counter() - start
+
+
+def _made_up(path: pathlib.Path) -> pathlib.Path:
+    """Documents of words that nobody knows, always the same."""
+    draw = random.Random(0)
+    letters = "etaoinshrdlucmfwyp"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(2000)]
+    with path.open("w") as file:
+        for _ in range(_WORDS // 100):
+            text = " ".join(draw.choices(words, k=draw.randint(50, 200)))
+            file.write(f"{text}.\n<|endoftext|>\n")
+    return path
