@@ -6,6 +6,7 @@ at any time, forward and backward; the backward pass computes them again.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ def token_losses(
     targets: Int[Array, "B T"],
     *,
     chunk: int = 256,
+    axis_name: Any = None,
 ) -> Float[Array, "B T"]:
     """-log softmax(x · head) of each target, in nats, float32.
 
@@ -30,28 +32,37 @@ def token_losses(
       targets: the token that follows each; any id in `range(V)` where the loss is not
         looked at.
       chunk: tokens of each row that are computed together.
+      axis_name: within `jax.shard_map`, the mesh axis that V is cut over: the head is
+        then this device's part of it; ids, losses and `x` are of the whole.
 
     Raises:
       ValueError: `chunk` is not positive.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    return _losses(min(chunk, max(x.shape[1], 1)), x, head, targets)
+    size = min(chunk, max(x.shape[1], 1))
+    return _losses(size, axis_name, x, head, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(chunk: int, x: Array, head: Array, targets: Array) -> Array:
-    return _forward(chunk, x, head, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _losses(chunk: int, axis: Any, x: Array, head: Array, targets: Array) -> Array:
+    return _forward(chunk, axis, x, head, targets)[0]
 
 
 def _forward(
-    chunk: int, x: Array, head: Array, targets: Array
+    chunk: int, axis: Any, x: Array, head: Array, targets: Array
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    targets = targets - _first_id(head, axis)
+
     def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         rows, wanted = part
         logits = _logits(rows, head)
         total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        chosen = jnp.sum(jnp.where(_is(wanted, logits), logits, 0.0), axis=-1)
+        if axis is not None:
+            most = jax.lax.pmax(total, axis)
+            total = most + jnp.log(jax.lax.psum(jnp.exp(total - most), axis))
+            chosen = jax.lax.psum(chosen, axis)
         return None, (total - chosen, total)
 
     _, (losses, totals) = jax.lax.scan(
@@ -63,17 +74,20 @@ def _forward(
 
 
 def _backward(
-    chunk: int, kept: tuple[Array, Array, Array, Array], given: Array
+    chunk: int, axis: Any, kept: tuple[Array, Array, Array, Array], given: Array
 ) -> tuple[Array, Array, None]:
     x, head, targets, totals = kept
+    if axis is not None:
+        # `shard_map` gives each device of the axis its part of what comes back, and
+        # adds up what they say of `x`.
+        given = jax.lax.psum(given, axis)
 
     def one(
         of_head: Array, part: tuple[Array, Array, Array, Array]
     ) -> tuple[Array, Array]:
         rows, wanted, total, weight = part
         of_logits = jnp.exp(_logits(rows, head) - total[..., None])
-        ids = jax.lax.broadcasted_iota(jnp.int32, of_logits.shape, 2)
-        of_logits -= (ids == wanted[..., None]).astype(jnp.float32)
+        of_logits -= _is(wanted, of_logits).astype(jnp.float32)
         of_logits = (of_logits * weight[..., None]).astype(rows.dtype)
         of_rows = _product("BTV,DV->BTD", of_logits, head).astype(rows.dtype)
         return of_head + _product("BTD,BTV->DV", rows, of_logits), of_rows
@@ -86,6 +100,17 @@ def _backward(
 
 
 _losses.defvjp(_forward, _backward)
+
+
+def _first_id(head: Array, axis: Any) -> Array | int:
+    """The id of the first column of this device's part of the head."""
+    return 0 if axis is None else jax.lax.axis_index(axis) * head.shape[1]
+
+
+def _is(wanted: Array, logits: Array) -> Array:
+    """Which logit is the wanted one's, if any is."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return ids == wanted[..., None]
 
 
 def _logits(rows: Array, head: Array) -> Array:

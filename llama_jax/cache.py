@@ -5,6 +5,7 @@ slots ≤ p, so what lies beyond a row's length (padding, a finished neighbour's
 writes) needs no mask of its own: it is overwritten before anything can see it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,14 @@ class LayerCache(NamedTuple):
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
     length: Int[Array, " B"]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NewCache:
+    """Where a cache is given: begin one of so many slots with these tokens."""
+
+    num_slots: int
 
 
 def init_cache(

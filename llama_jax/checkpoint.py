@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
+from llama_jax.gathering import gathered
 from llama_jax.leaves import (
     LAYERS,
     LazyLeaf,
@@ -65,6 +66,9 @@ def save_params(
 ) -> None:
     """Write a model checkpoint; it appears at `path` complete, or not at all.
 
+    Of several processes all must call this; process 0 writes, and the others return
+    when it is done.
+
     Args:
       path: of the folder; must not exist, or be empty.
       params: tree of arrays or of `LazyLeaf`s, in either layout, nested or flat.
@@ -78,6 +82,18 @@ def save_params(
     """
     leaves = lazy_leaves(params)
     check_leaves(leaves, config, head=head, where="the parameters")
+    with gathered(leaves) as whole:
+        if whole is not None:
+            _write_checkpoint(path, whole, config, tokenizer, progress)
+
+
+def _write_checkpoint(
+    path: Path,
+    leaves: Mapping[str, LazyLeaf],
+    config: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    progress: Progress | None,
+) -> None:
     with new_folder(path) as folder:
         write_leaves(folder / _PARAMS, leaves, progress)
         described = {"format": _FORMAT, "format_version": _VERSION}

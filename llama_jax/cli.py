@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, get_args
 
+from llama_jax import distributed
 from llama_jax.checkpoint import Loaded
-from llama_jax.errors import LlamaJaxError
+from llama_jax.errors import LlamaJaxError, ProcessError
 from llama_jax.loading import default_runtime, load
 from llama_jax.runtime import DType
 from llama_jax.sharding import make_mesh, parse_mesh
@@ -48,6 +50,57 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a run over several processes; `start_processes` reads them."""
+    group = parser.add_argument_group(
+        "several processes",
+        "Each is started with the same arguments and a number of its own. On a TPU pod "
+        "and under srun they find each other without these flags. Needs --mesh.",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens, as the others see it",
+    )
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="how many there are"
+    )
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="which this one is, from 0"
+    )
+
+
+def start_processes(args: argparse.Namespace) -> bool:
+    """Find the other processes, if there are any; only process 0 prints from then on.
+
+    To be called before anything of JAX's. What commands write goes to `sys.stdout` and
+    `sys.stderr`, which lead nowhere in all processes but 0. Errors are seen of all.
+
+    Returns:
+      Whether there are others.
+    """
+    several = distributed.initialize(
+        args.coordinator, args.num_processes, args.process_id, environ=os.environ
+    )
+    if not several:
+        return False
+    if args.mesh is None:
+        raise ProcessError(
+            "several processes need --mesh, which says how they share the model, as "
+            "in --mesh fsdp=-1"
+        )
+    sys.stdout.flush()
+    if distributed.is_main():
+        # Libraries in C++ write to standard output, which is for results.
+        results = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = os.fdopen(results, "w", encoding="utf-8", errors="replace")
+    else:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return True
+
+
 def load_from(args: argparse.Namespace) -> Loaded:
     """The model that the flags of `add_model_arguments` name."""
     runtime = default_runtime()
@@ -85,9 +138,19 @@ def run(
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        status = _say_and_end(f"error: {error}", error, 2)
+    except KeyboardInterrupt as error:
+        status = _say_and_end("interrupted", error, 130)
+    except Exception as error:
+        if distributed.place()[1] > 1:
+            sys.stderr = sys.__stderr__  # where the traceback is seen
+            traceback.print_exc()
+            distributed.fail(error)
+        raise
     sys.exit(status)
+
+
+def _say_and_end(text: str, error: BaseException, status: int) -> int:
+    print(text, file=sys.__stderr__ if distributed.place()[1] > 1 else sys.stderr)
+    distributed.fail(error, status)
+    return status

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import KVCache, grow, init_cache
+from llama_jax.cache import KVCache, NewCache
 from llama_jax.model import Llama, apply
 from llama_jax.sampling import (
     SamplingRows,
@@ -22,7 +22,6 @@ from llama_jax.sampling import (
     sample_token,
     token_logprobs,
 )
-from llama_jax.sharding import cache_shardings
 from llama_jax.types import Array, Bool, Float, Int, Lengths, Logits, Params, Tokens
 
 MAX_STEPS = 32
@@ -63,23 +62,14 @@ def _read_prompts(
     *,
     every_logit: bool = False,
 ) -> tuple[Float[Array, "B P V"], KVCache]:
-    batch, width = tokens.shape
-    # The prompts attend over a cache of their own width, not over slots that are yet
-    # to be filled; it grows afterwards.
-    cache = init_cache(model.config, batch, width, model.runtime.dtype)
-    logits, cache = apply(
+    return apply(  # type: ignore[no-any-return]
         model,
         params,
         tokens,
-        cache=cache,
+        cache=NewCache(num_slots),
         lengths=lengths,
         logits_at=None if every_logit else lengths[:, None] - 1,
     )
-    cache = grow(cache, num_slots)
-    if model.mesh is not None:
-        places = cache_shardings(model.config, model.runtime, model.mesh, batch)
-        cache = jax.lax.with_sharding_constraint(cache, places)
-    return logits, cache
 
 
 def _decode(

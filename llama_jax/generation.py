@@ -1,18 +1,19 @@
 """The host side of generation: token ids in, completions out.
 
 `stream` yields what is new after every few decoding steps; `generate` collects it.
+Over several processes, each gives the same prompts and gets the same completions.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import decoding
 from llama_jax.checkpoint import Loaded
+from llama_jax.distributed import to_host
 from llama_jax.errors import ConfigError, PromptError
 from llama_jax.sampling import Sampling, TokenLogprobs, sampling_rows
 from llama_jax.stopping import StopScanner
@@ -178,11 +179,11 @@ def stream(
         score_prompt=score_prompt,
     )
     if echo:
-        prompt_scores = jax.device_get(scores)
+        prompt_scores = to_host(scores)
         for row in rows:
             yield row.echo(prompt_scores)
     while True:
-        news = jax.device_get(written)
+        news = to_host(written)
         for row in rows:
             if delta := row.take(news.tokens, news.logprobs, logprobs is not None):
                 yield delta

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
+from llama_jax.distributed import place, to_host
 from llama_jax.errors import CheckpointError, LlamaJaxError
 from llama_jax.params import (
     Head,
@@ -215,7 +216,14 @@ def write_leaves(
             handler = ocp.PyTreeCheckpointHandler(
                 use_ocdbt=False, use_compression=False, type_handler_registry=registry
             )
-            with ocp.Checkpointer(handler) as checkpointer:
+            # Of several processes one writes (`gathering`), and waits for no other.
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=place()[0],
+                active_processes={place()[0]} if place()[1] > 1 else None,
+            )
+            with ocp.Checkpointer(
+                handler, multiprocessing_options=alone
+            ) as checkpointer:
                 checkpointer.save(folder.absolute(), args=tree)
         _sync(folder)
     except LlamaJaxError:
@@ -281,7 +289,7 @@ def _lazy(leaf: Any, layer: int | None = None) -> LazyLeaf:
     shape = tuple(leaf.shape if layer is None else leaf.shape[1:])
 
     def read() -> np.ndarray:
-        return np.asarray(leaf if layer is None else leaf[layer])
+        return np.asarray(to_host(leaf if layer is None else leaf[layer]))
 
     return LazyLeaf(shape, np.dtype(leaf.dtype), read)
 

@@ -1,12 +1,23 @@
 """`linear`: the one function that consumes a projection's weight."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from llama_jax.types import Array, Float
+from llama_jax.weights import (
+    Adapted,
+    Int8,
+    Quantized,
+    Weight,
+    dequantize,
+    group_size,
+    values_in,
+)
 
 
 def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
@@ -18,14 +29,24 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
 
 def linear(
     x: Float[Array, "*batch I"],
-    w: Float[Array, "I O"],
+    w: Weight,
     *,
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch O"]:
     """`x @ w` in the dtype of `x`, summed in float32 by every device that can.
 
-    `out_dtype` asks for the sum itself, unrounded (the logits want that).
+    Args:
+      x: rows.
+      w: [I, O]; quantized and adapted ones are multiplied with as they are held.
+        Gradients flow to `x`, to plain weights and to adapters, never to bits.
+      out_dtype: asks for the sum itself, unrounded (the logits want that).
     """
+    if isinstance(w, Adapted):
+        low = linear(linear(x, w.a) * w.scaling, w.b, out_dtype=out_dtype)
+        return linear(x, w.base, out_dtype=out_dtype) + low
+    if isinstance(w, Quantized):
+        dtype = jnp.dtype(x.dtype)
+        return _quantized(x, w, dtype, jnp.dtype(out_dtype or dtype))
     w = w.astype(x.dtype)
     inputs = w.shape[0]
     if x.size != inputs or inputs % _CPU_BLOCKS:
@@ -62,3 +83,104 @@ def _product_in_blocks(x: Array, w: Array, out_dtype: DTypeLike | None) -> Array
     )
     summed = jnp.sum(parts, axis=0).astype(out_dtype or x.dtype)
     return summed.reshape(*x.shape[:-1], w.shape[1])
+
+
+_FEW_ROWS = 64
+"""From here on a product takes so long that widening its weight does not show."""
+
+_CPU_CHUNK = 32
+"""Inputs whose bits are widened at a time; 16 to 128 do nearly as well."""
+
+
+# It has a gradient of its own, for which the bits are kept. Left to itself, autodiff
+# would keep the whole weight that they became.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _quantized(x: Array, w: Quantized, dtype: Any, out_dtype: Any) -> Array:
+    x, w = _in_turn(x, w)
+    if x.size > _FEW_ROWS * w.shape[0] or not _chunk(w):
+        return _forward(x, w).astype(out_dtype)
+    out = jax.lax.platform_dependent(x, w, cpu=_forward_in_chunks, default=_forward)
+    return out.astype(out_dtype)
+
+
+def _quantized_and_kept(
+    x: Array, w: Quantized, dtype: Any, out_dtype: Any
+) -> tuple[Array, Quantized]:
+    return _quantized(x, w, dtype, out_dtype), w
+
+
+def _gradient(
+    dtype: Any, out_dtype: Any, w: Quantized, given: Array
+) -> tuple[Array, None]:
+    given, w = _in_turn(given, w)
+    if isinstance(w, Int8):
+        factor = jnp.ones((), jnp.float32)
+        if dtype == jnp.float16:  # in which a gradient times a scale would be lost
+            factor = jnp.max(w.scales) + jnp.finfo(jnp.float32).tiny
+        scaled = given.astype(jnp.float32) * (w.scales / factor)
+        whole = values_in(w, dtype)
+    else:
+        scaled, whole, factor = given, dequantize(w, dtype), jnp.ones(())
+    of_x = jax.lax.dot_general(
+        scaled.astype(dtype),
+        whole,
+        (((given.ndim - 1,), (1,)), ((), ())),
+        precision=matmul_precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return (of_x * factor).astype(dtype), None
+
+
+_quantized.defvjp(_quantized_and_kept, _gradient)
+
+
+def _in_turn(x: Array, w: Quantized) -> Any:
+    """Both, the weight not before the rows: XLA:CPU would widen all layers' at once."""
+
+    def wait(*both: Any) -> Any:
+        return jax.lax.optimization_barrier(both)
+
+    return jax.lax.platform_dependent(x, w, cpu=wait, default=lambda *both: both)
+
+
+def _forward(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
+    """The product in float32."""
+    if isinstance(w, Int8):
+        return _product(x, values_in(w, x.dtype), jnp.float32) * w.scales
+    return _product(x, dequantize(w, x.dtype), jnp.float32)
+
+
+def _forward_in_chunks(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
+    """The same for few rows: some inputs after another, widened within the cache.
+
+    XLA:CPU does not fuse a product with what widens its weight, and would write it out
+    whole: a row takes 60 ms instead of 16 for 4096 × 11008 numbers in eight bits.
+    """
+    inputs, outputs = w.shape
+    chunk = _chunk(w)
+    rows = x.astype(jnp.float32).reshape(-1, inputs // chunk, chunk).swapaxes(0, 1)
+    chunks = w.values.reshape(-1, chunk, outputs)
+    scales = None
+    if not isinstance(w, Int8):
+        scales = w.scales.reshape(chunks.shape[0], -1, outputs)
+
+    def add(total: Array, piece: Any) -> tuple[Array, None]:
+        row, values, scales = piece
+        part = dataclasses.replace(w, values=values, scales=scales)
+        if scales is None:
+            return total + _product(row, values_in(part, row.dtype), None), None
+        return total + _product(row, dequantize(part, row.dtype), None), None
+
+    empty = jnp.zeros((rows.shape[1], outputs), jnp.float32)
+    total, _ = jax.lax.scan(add, empty, (rows, chunks, scales))
+    if isinstance(w, Int8):
+        total = total * w.scales
+    return total.reshape(*x.shape[:-1], outputs)
+
+
+def _chunk(w: Quantized) -> int:
+    """Inputs of a chunk, whole groups; 0 where there is none that is worth its loop."""
+    inputs = w.shape[0]
+    group = 1 if isinstance(w, Int8) else inputs // w.scales.shape[0]
+    chunk = group * group_size(inputs // group, max(_CPU_CHUNK // group, 1))
+    return chunk if 8 <= chunk < inputs else 0

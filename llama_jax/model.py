@@ -5,16 +5,17 @@ parameters with `self.param` and are applied to plain nested dicts.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
-from llama_jax import kernels
-from llama_jax.attend import attend
-from llama_jax.cache import KVCache, LayerCache, insert
+from llama_jax import slots
+from llama_jax.attend import attend, ring_order
+from llama_jax.cache import KVCache, LayerCache, NewCache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.linear import linear, matmul_precision
@@ -31,7 +32,7 @@ from llama_jax.params import (
 )
 from llama_jax.rope import RopeTables, apply_rope, rope_tables
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import constrain, keep_layout, param_shardings
+from llama_jax.sharding import constrain, param_shardings, weight_spec
 from llama_jax.types import (
     Array,
     Float,
@@ -42,6 +43,8 @@ from llama_jax.types import (
     PRNGKeyArray,
     Tokens,
 )
+from llama_jax.unembed import token_losses
+from llama_jax.weights import Adapted, Quantized
 
 
 class _Module(nn.Module):
@@ -51,12 +54,33 @@ class _Module(nn.Module):
     runtime: Runtime
     mesh: Mesh | None = None
 
-    def weight(self, name: str, axes: str) -> Array:
-        """A weight, whose first numbers its row of `AXES` decides."""
-        std = init_std("/".join((*self.path, name)), self.config)
+    def weight(self, name: str, axes: str) -> Any:
+        """A weight, whose first numbers its row of `AXES` decides.
+
+        One that is quantized or adapted is given as it is held: `linear` takes it.
+        """
+        path, shape = "/".join((*self.path, name)), weight_shape(self.config, axes)
+        if self.has_variable("params", name):
+            given: Any = self.get_variable("params", name)
+            if isinstance(given, Quantized | Adapted):
+                if given.shape != shape:
+                    raise ConfigError(
+                        f"{path}: has the shape {list(given.shape)}, but the "
+                        f"configuration makes it {list(shape)}; do the two belong "
+                        "together?"
+                    )
+                return given
         dtype = jnp.dtype(self.runtime.weight_dtype)
-        init = functools.partial(_draw, std=std)
-        return self.param(name, init, weight_shape(self.config, axes), dtype)
+        init = functools.partial(_draw, std=init_std(path, self.config))
+        weight = self.param(name, init, shape, dtype)
+        if self.mesh is None or "/layers/" not in path or len(shape) == 1:
+            return weight
+        # Where it lies, in the dtype of products: so that is what is put together for
+        # one, and the gradient is brought there before anything else is done with it.
+        spot = weight_spec(axes, self.config, self.runtime.rules, self.mesh)
+        return jax.lax.with_sharding_constraint(
+            weight.astype(self.runtime.dtype), NamedSharding(self.mesh, spot)
+        )
 
     def part(self, module: Any, name: str | None = None, **fields: Any) -> Any:
         """A submodule with the same facts, choices and devices."""
@@ -88,7 +112,7 @@ class Attention(_Module):
         x: Hidden,
         rope: RopeTables,
         segment_ids: Int[Array, "B T"] | None,
-        cache: LayerCache | None,
+        cache: LayerCache | NewCache | None,
     ) -> tuple[Hidden, LayerCache | None]:
         config = self.config
         batch, queries, _ = x.shape
@@ -101,27 +125,24 @@ class Attention(_Module):
             # Else the TPU compiler pulls the split into heads into the product, and
             # lays the weights out anew for it on every step.
             q, k, v = jax.lax.optimization_barrier((q, k, v))
-        q, k, v = q.reshape(heads), k.reshape(kv_heads), v.reshape(kv_heads)
-        q = self.place(apply_rope(q, rope), "B T N H")
-        k = self.place(apply_rope(k, rope), "B T K H").swapaxes(1, 2)
-        v = self.place(v, "B T K H").swapaxes(1, 2)
-        q_start = None
-        if cache is not None:
+        q = self.place(q.reshape(heads), "B T N H")
+        k = self.place(k.reshape(kv_heads), "B T K H")
+        v = self.place(v.reshape(kv_heads), "B T K H").swapaxes(1, 2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)
+        of_mesh: Any = {"rules": self.runtime.rules, "mesh": self.mesh}
+        q_start, in_place = None, (k, v)
+        if isinstance(cache, NewCache):
+            order = ring_order(queries, **of_mesh)
+            kept = [x if order is None else x[:, :, np.argsort(order)] for x in (k, v)]
+            dtype = self.runtime.dtype
+            cache = slots.begin(*kept, cache.num_slots, dtype=dtype, **of_mesh)
+        elif cache is not None:
             q_start = cache.length
-            cache = insert(cache, k, v)
-            # The layout that the cache has anyway, said aloud. Left to itself the TPU
-            # compiler turns slots before heads for the time of a decoding loop: the
-            # cache is copied on the way in and out, and held twice. The CPU compiler
-            # copies it on every step, to repeat the insertion within its reader.
-            k, v = (
-                keep_layout(slots, "B K S H", self.runtime.rules, self.mesh)
-                for slots in (cache.k, cache.v)
-            )
-            cache = cache._replace(k=k, v=v)
+            cache = slots.write(cache, k, v, **of_mesh)
+            in_place = cache.k, cache.v
         out = attend(
             q,
-            k,
-            v,
+            *in_place,
             q_start=q_start,
             segment_ids=segment_ids,
             runtime=self.runtime,
@@ -151,13 +172,14 @@ class Block(_Module):
         x: Hidden,
         rope: RopeTables,
         segment_ids: Int[Array, "B T"] | None,
-        cache: LayerCache | None,
+        cache: LayerCache | NewCache | None,
     ) -> tuple[Hidden, LayerCache | None]:
-        normed = self.part(RMSNorm, "attention_norm")(x)
+        normed = self.place(self.part(RMSNorm, "attention_norm")(x), "B T D")
         out, cache = self.part(Attention, "attention")(normed, rope, segment_ids, cache)
-        x = x + out
-        x = x + self.part(FeedForward, "mlp")(self.part(RMSNorm, "mlp_norm")(x))
-        return self.place(x, "B T D"), cache
+        x = self.place(x + out, "B TS D")
+        normed = self.place(self.part(RMSNorm, "mlp_norm")(x), "B T D")
+        x = x + self.part(FeedForward, "mlp")(normed)
+        return self.place(x, "B TS D"), cache
 
 
 class UnrolledLayers(_Module):
@@ -171,20 +193,42 @@ class UnrolledLayers(_Module):
         x: Hidden,
         rope: RopeTables,
         segment_ids: Int[Array, "B T"] | None,
-        cache: KVCache | None,
+        cache: KVCache | NewCache | None,
     ) -> tuple[Hidden, KVCache | None]:
         layers = []
         for index in range(self.config.num_layers):
-            layer = None
-            if cache is not None:
+            layer: Any = cache
+            if isinstance(cache, KVCache):
                 layer = LayerCache(cache.k[index], cache.v[index], cache.length)
             block = self.part(self.block, str(index))
             x, layer = block(x, rope, segment_ids, layer)
             layers.append(layer)
-        if cache is not None:
-            k, v = (tuple(getattr(layer, name) for layer in layers) for name in "kv")
-            cache = cache._replace(k=k, v=v)
-        return x, cache
+        if cache is None:
+            return x, None
+        k, v = (tuple(getattr(layer, name) for layer in layers) for name in "kv")
+        return x, KVCache(k, v, layers[0].length)
+
+
+class Stream(NamedTuple):
+    """What a transformer gives.
+
+    Attributes:
+      x: the last block's stream, normed.
+      cache: where one came in, or was to be begun; its length is still the old one.
+      embedding: which some models' output head is.
+      order: the places of the sequence as `x` has them; None where they are in order.
+    """
+
+    x: Hidden
+    cache: KVCache | None
+    embedding: Array
+    order: np.ndarray | None
+
+    def in_order(self, of_tokens: Array) -> Array:
+        """Something of each token, in the order of the sequence."""
+        if self.order is None:
+            return of_tokens
+        return of_tokens[:, np.argsort(self.order)]
 
 
 class Transformer(_Module):
@@ -197,22 +241,28 @@ class Transformer(_Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Hidden, KVCache | None, Array]:
+        cache: KVCache | NewCache | None = None,
+    ) -> Stream:
         embedding = self.weight("embedding", "V D")
+        config, rules, mesh = self.config, self.runtime.rules, self.mesh
+        order = None
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            if cache is not None:
+            if isinstance(cache, KVCache):
                 positions = cache.length[:, None] + positions
-        x = self.place(embedding[tokens].astype(self.runtime.dtype), "B T D")
-        config = self.config
+        if not isinstance(cache, KVCache):
+            order = ring_order(tokens.shape[1], rules, mesh)
+        if order is not None:
+            tokens, positions = tokens[:, order], positions[:, order]
+            segment_ids = None if segment_ids is None else segment_ids[:, order]
+        x = self.place(embedding[tokens].astype(self.runtime.dtype), "B TS D")
         rope = rope_tables(
             positions, config.head_dim, config.rope_theta, config.rope_scaling
         )
         block = self._remat(Block)
         if self.runtime.layer_layout == "unrolled":
             layers = self.part(UnrolledLayers, "layers", block=block)
-            x, cache = layers(x, rope, segment_ids, cache)
+            x, kept = layers(x, rope, segment_ids, cache)
         else:
             if cache is not None:
                 raise ConfigError(
@@ -226,8 +276,9 @@ class Transformer(_Module):
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.config.num_layers,
             )
-            x, _ = self.part(scan, "layers")(x, rope, segment_ids, None)
-        return self.part(RMSNorm, "final_norm")(x), cache, embedding
+            x, kept = self.part(scan, "layers")(x, rope, segment_ids, None)
+        x = self.part(RMSNorm, "final_norm")(x)
+        return Stream(self.place(x, "B T D"), kept, embedding, order)
 
     def _remat(self, block: Any) -> Any:
         """The block, or one that keeps less for the backward pass."""
@@ -245,21 +296,15 @@ class Llama(_Module):
 
     @nn.compact
     def _read(
-        self,
-        tokens: Tokens,
-        positions: Int[Array, "B T"] | None,
-        segment_ids: Int[Array, "B T"] | None,
-        cache: KVCache | None = None,
-    ) -> tuple[Hidden, Array, KVCache | None]:
-        """The last stream, the unembedding, and the cache where one came in."""
-        x, cache, embedding = self.part(Transformer, "transformer")(
+        self, tokens: Tokens, positions: Any, segment_ids: Any, cache: Any = None
+    ) -> tuple[Stream, Array]:
+        """The last stream, and the unembedding."""
+        stream = self.part(Transformer, "transformer")(
             tokens, positions=positions, segment_ids=segment_ids, cache=cache
         )
         if self.config.tied_embeddings:
-            head = embedding.T
-        else:
-            head = self.weight("lm_head", "D V")
-        return x, head, cache
+            return stream, stream.embedding.T
+        return stream, self.weight("lm_head", "D V")
 
     def __call__(
         self,
@@ -267,7 +312,7 @@ class Llama(_Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | NewCache | None = None,
         lengths: Int[Array, " B"] | None = None,
         logits_at: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B P V"], KVCache | None]:
@@ -279,7 +324,7 @@ class Llama(_Module):
             length, or from 0.
           segment_ids: of packed rows; not together with a cache.
           cache: what came before; the new keys and values are written behind it. It
-            must have room: `length + T ≤ S`.
+            must have room: `length + T ≤ S`. Or how large a cache to begin with them.
           lengths: how many of each row's tokens are real: what the cache's length
             grows by; T where not given.
           logits_at: the queries whose logits are wanted, as indices into T; all where
@@ -288,14 +333,19 @@ class Llama(_Module):
         Returns:
           The logits, and the cache with the new tokens in it (`None` without one).
         """
-        x, head, cache = self._read(tokens, positions, segment_ids, cache)
-        if cache is not None:
+        stream, head = self._read(tokens, positions, segment_ids, cache)
+        kept = stream.cache
+        if kept is not None:
             grown = tokens.shape[1] if lengths is None else lengths
-            cache = cache._replace(length=cache.length + grown)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+            kept = kept._replace(length=kept.length + grown)
+        if logits_at is None:
+            x = stream.in_order(stream.x)
+        else:
+            if stream.order is not None:
+                logits_at = jnp.asarray(np.argsort(stream.order))[logits_at]
+            x = jnp.take_along_axis(stream.x, logits_at[..., None], axis=1)
         logits = linear(x, head, out_dtype=jnp.float32)
-        return self.place(logits, "B T V"), cache
+        return self.place(logits, "B T V"), kept
 
     def losses(
         self,
@@ -310,8 +360,13 @@ class Llama(_Module):
         `apply(model, params, tokens, targets, method="losses")`. Arguments as of a
         call; targets are the tokens that follow, any id where the loss is not wanted.
         """
-        x, head, _ = self._read(tokens, positions, segment_ids)
-        return kernels.token_losses(x, self.place(head, "D V"), targets)
+        stream, head = self._read(tokens, positions, segment_ids)
+        if stream.order is not None:
+            targets = targets[:, stream.order]
+        found = token_losses(
+            stream.x, head, targets, rules=self.runtime.rules, mesh=self.mesh
+        )
+        return stream.in_order(found)
 
 
 class ScalarModel(_Module):
@@ -328,13 +383,13 @@ class ScalarModel(_Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T"]:
-        x, _, _ = self.part(Transformer, "transformer")(
+        stream = self.part(Transformer, "transformer")(
             tokens, positions=positions, segment_ids=segment_ids
         )
         head = self.weight("scalar_head", "D").astype(jnp.float32)
-        return jnp.matmul(
-            x.astype(jnp.float32), head, precision=matmul_precision(jnp.float32)
-        )
+        x = stream.x.astype(jnp.float32)
+        scalars = jnp.matmul(x, head, precision=matmul_precision(jnp.float32))
+        return stream.in_order(scalars)
 
 
 def init_params(

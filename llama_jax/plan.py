@@ -1,6 +1,7 @@
 """`python -m llama_jax.plan`: whether a model fits, how fast it could be, on what.
 
-By formula, in a second, before anything is downloaded or rented.
+By formula, in a second, before anything is downloaded or rented; and with `--compile`
+by the real compiler, which needs no chips either.
 """
 
 import argparse
@@ -8,13 +9,16 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
+
+import jax
 
 from llama_jax import cli
 from llama_jax.bench.shapes import DEFAULT, parse_model
 from llama_jax.checkpoint import is_checkpoint, read_config
 from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.errors import ConfigError
+from llama_jax.planning.answer import Compiled
 from llama_jax.planning.hardware import (
     CHIPS,
     Topology,
@@ -23,7 +27,7 @@ from llama_jax.planning.hardware import (
 )
 from llama_jax.planning.memory import Quantization, Task, Workload
 from llama_jax.planning.report import MOST_SEQ, describe, lines, table, table_lines
-from llama_jax.planning.search import advice, search
+from llama_jax.planning.search import Plan, advice, ranked, search
 from llama_jax.runtime import DType, Remat
 from llama_jax.sharding import parse_mesh
 
@@ -38,19 +42,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_model(args.model, args.seq)
     topology = parse_topology(args.topology) if args.topology else local_topology()
     work = workload(args, config, topology)
-    found = search(
-        work,
-        topology,
-        batch=args.batch,
-        remat=args.remat,
-        mesh=parse_mesh(args.mesh) if args.mesh else None,
-    )
-    hint = None if found.fits else advice(work, topology, batch=args.batch)
-    if args.json:
-        print(json.dumps(describe(args.model, found, hint)))
+    choices: dict[str, Any] = {
+        "batch": args.batch,
+        "remat": args.remat,
+        "mesh": parse_mesh(args.mesh) if args.mesh else None,
+    }
+    tried: list[tuple[Plan, Compiled]] = []
+    if args.compile:
+        tried = compiled_plans(args, work, topology, choices)
+        found = tried[-1][0]
+        fits = tried[-1][1].fits
     else:
-        print("\n".join(lines(args.model, found, hint)))
+        found = search(work, topology, **choices)
+        fits = found.fits
+    hint = None if fits else advice(work, topology, batch=args.batch)
+    if args.json:
+        print(json.dumps(describe(args.model, found, hint, tried)))
+    else:
+        print("\n".join(lines(args.model, found, hint, tried)))
     return 0
+
+
+def compiled_plans(
+    args: argparse.Namespace,
+    work: Workload,
+    topology: Topology,
+    choices: dict[str, Any],
+) -> list[tuple[Plan, Compiled]]:
+    """The best plan by formula and the compiler's answer; others if it does not fit.
+
+    Raises:
+      MeshError: the compiler is not installed, or knows no such chips.
+    """
+    # Formulas are to answer in a second, without all that the programs import.
+    from llama_jax.planning.compiling import compile_first_that_fits, devices_of
+
+    config = None
+    if args.gpu_target_config:
+        config = pathlib.Path(args.gpu_target_config).read_text("utf-8")
+    devices: Sequence[Any] = jax.devices()
+    if args.topology:
+        devices = devices_of(topology, gpu_config=config)
+    return compile_first_that_fits(ranked(work, topology, **choices), devices)
 
 
 def read_model(text: str, seq: int | None) -> LlamaConfig:
@@ -90,8 +123,9 @@ def workload(
         raise ConfigError(
             "--quantize none: --task qlora is that on whole weights: lora"
         )
-    if args.task == "decode" and args.remat:
-        raise ConfigError("--remat: --task decode has no backward pass")
+    trains = args.task not in ("prefill", "decode")
+    if args.remat and not trains:
+        raise ConfigError(f"--remat: --task {args.task} has no backward pass")
     return Workload(
         config=config,
         task=args.task,
@@ -101,8 +135,9 @@ def workload(
         param_dtype=args.param_dtype,
         quantize=quantize,
         rank=args.lora_rank,
-        remat=args.remat or ("block" if args.task != "decode" else "none"),
+        remat=args.remat or ("block" if trains else "none"),
         flash=topology.chip.flash,
+        gpu=topology.chip.links == "host" and bool(topology.chip.flops),
     )
 
 
@@ -115,7 +150,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "given are searched for.",
         epilog="Sizes are in GB (10^9 bytes) and of each chip. Times follow from the "
         "makers' peak rates: no program is faster, and none has been run. Decoding "
-        "counts a step, not the reading of prompts.",
+        "counts a step, not the reading of prompts (--task prefill).",
     )
     group = parser.add_argument_group("what runs")
     group.add_argument(
@@ -128,8 +163,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--task",
         choices=get_args(Task),
         default="decode",
-        help="train all weights, train adapters (on quantized weights: qlora), or "
-        "write a token for each row (default: %(default)s)",
+        help="train all weights, train adapters (on quantized weights: qlora), read "
+        "prompts, or write a token for each row (default: %(default)s)",
     )
     group.add_argument(
         "--batch",
@@ -141,8 +176,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seq",
         type=cli.positive,
         metavar="T",
-        help="tokens of a row: of training, or slots of the cache (default: the "
-        f"model's longest, at most {MOST_SEQ})",
+        help="tokens of a row: of training or of a prompt, or slots of the cache "
+        f"(default: the model's longest, at most {MOST_SEQ})",
     )
     group.add_argument(
         "--dtype",
@@ -190,6 +225,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how the chips are used, as in data=1,fsdp=-1,tensor=4; -1 takes what is "
         "left (default: the best)",
     )
+    group = parser.add_argument_group("how it is answered")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="ask the real compiler too, which takes minutes and none of the chips; "
+        "for TPUs `pip install libtpu`, for GPUs XLA's CUDA plugin (of what is "
+        "searched for it tries the best plans by formula)",
+    )
+    group.add_argument(
+        "--gpu-target-config",
+        metavar="FILE",
+        help="a GPU as the text of an XLA GpuTargetConfigProto, in place of what is "
+        "known of the topology's",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--table",
@@ -200,7 +249,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--json",
         action="store_true",
         help="one JSON object: fits, bytes_per_chip by kind, limit_bytes, mesh, "
-        "step_seconds_bound, tokens_per_second_bound, and what was chosen",
+        "step_seconds_bound, tokens_per_second_bound, compiled, and what was chosen",
     )
     return parser.parse_args(argv)
 

@@ -19,7 +19,9 @@ class Rules:
     """Which mesh axes each axis letter is split over.
 
     Weights and activations have tables of their own, because D is split over `fsdp`
-    in a weight and must not be in an activation whose B already is.
+    in a weight and must not be in an activation whose B already is. Of activations, TS
+    is T of the stream between blocks, which norms read and remat keeps: whoever shares
+    the heads of a block's tokens shares the tokens there.
     """
 
     weights: tuple[tuple[str, MeshAxes], ...] = (
@@ -32,6 +34,8 @@ class Rules:
     activations: tuple[tuple[str, MeshAxes], ...] = (
         ("B", ("data", "fsdp")),
         ("T", ("sequence",)),
+        ("TS", ("sequence", "tensor")),
+        ("S", ("sequence",)),
         ("N", ("tensor",)),
         ("K", ("tensor",)),
         ("NH", ("tensor",)),

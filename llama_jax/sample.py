@@ -20,6 +20,7 @@ from llama_jax.chat import Conversation
 from llama_jax.checkpoint import Loaded
 from llama_jax.completion import infilling_stop_ids
 from llama_jax.display import Clock, print_json, print_text
+from llama_jax.distributed import agreed
 from llama_jax.errors import PromptError
 from llama_jax.generation import stream
 from llama_jax.prompts import (
@@ -40,6 +41,7 @@ STORY = "Once upon a time"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     args = parse(argv)
+    several = cli.start_processes(args)
     clock = Clock()
     sampling = Sampling(
         temperature=args.temperature,
@@ -49,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         repetition_penalty=args.repetition_penalty,
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
-        seed=secrets.randbits(32) if args.seed is None else args.seed,
+        seed=agreed(secrets.randbits(32)) if args.seed is None else args.seed,
     )
+    if several and (args.prompt_file == "-" or not can_begin(args)):
+        raise PromptError(
+            "several processes have no common standard input; give --prompt or the "
+            "name of a --prompt-file that all of them can read"
+        )
     request = read_prompt(args)
     loaded = cli.load_from(args)
     clock.loaded()
@@ -113,6 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "story. Ctrl-C stops.",
     )
     cli.add_model_arguments(parser)
+    cli.add_process_arguments(parser)
     group = parser.add_argument_group("what to write")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--prompt", metavar="TEXT", help="text to continue, or a message")
@@ -201,7 +209,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--infill takes neither --chat nor --system nor --format")
     if args.suffix_first and not args.infill:
         parser.error("--suffix-first belongs to --infill")
-    if args.json and is_dialog(args) and read_prompt(args, check=True) is None:
+    if args.json and not can_begin(args):
         parser.error("--json with --chat needs --prompt or --prompt-file")
     return args
 
@@ -209,6 +217,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def is_dialog(args: argparse.Namespace) -> bool:
     """Whether the prompt is a message to answer, not a text to continue."""
     return bool(args.chat or args.format or args.system is not None)
+
+
+def can_begin(args: argparse.Namespace) -> bool:
+    """Whether there is something to write without asking for it."""
+    return not is_dialog(args) or read_prompt(args, check=True) is not None
 
 
 def read_prompt(args: argparse.Namespace, *, check: bool = False) -> str | None:

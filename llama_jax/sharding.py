@@ -1,5 +1,6 @@
 """Where arrays lie on a mesh: axis letters, read through the rules of a `Runtime`."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
-from llama_jax.params import Head, axes_of, leaf_paths, unflatten
+from llama_jax.params import (
+    Head,
+    axes_of,
+    axis_sizes,
+    flatten,
+    leaf_paths,
+    unflatten,
+)
 from llama_jax.runtime import MESH_AXES, MeshAxes, Rules, Runtime
-from llama_jax.types import Array, Mesh
+from llama_jax.types import Array, Mesh, Params
+from llama_jax.weights import Adapted, Quantized
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -89,19 +98,18 @@ def make_mesh(
 def spec(axes: str, rules: tuple[tuple[str, MeshAxes], ...]) -> PartitionSpec:
     """The placement of an array whose axes are these letters: `"D NH"` and so on."""
     table = dict(rules)
-    names = [table.get(letter) for letter in axes.split()]
-    return PartitionSpec(*(n[0] if n and len(n) == 1 else n for n in names))
+    return PartitionSpec(*(_entry(table.get(letter) or ()) for letter in axes.split()))
 
 
 def constrain(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
     """`x`, placed by its letters; unchanged where there is no mesh.
 
     A dimension that its mesh axes do not divide (a batch of one, a single query)
-    is replicated: that is a fact of the request, not a mistake.
+    is whole: that is a fact of the request, not a mistake.
     """
     if mesh is None:
         return x
-    sharding = NamedSharding(mesh, divisible(x, axes, rules, mesh))
+    sharding = NamedSharding(mesh, divisible(x.shape, axes, rules, mesh))
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
@@ -117,19 +125,40 @@ def keep_layout(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
     if mesh is None:
         return pinned(x)
     # Device by device, since the partitioner of jax 0.7 would gather `x` for it.
-    place = divisible(x, axes, rules, mesh)
+    place = divisible(x.shape, axes, rules, mesh)
     return jax.shard_map(
         pinned, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
     )(x)
 
 
-def divisible(x: Array, axes: str, rules: Rules, mesh: Mesh) -> PartitionSpec:
-    """The placement of an activation; an axis that is not divisible stays whole."""
-    wanted = [
-        names if names and x.shape[index] % axes_size(mesh, names) == 0 else None
-        for index, names in enumerate(spec(axes, rules.activations))
-    ]
-    return PartitionSpec(*wanted)
+def divisible(
+    shape: Sequence[int], axes: str, rules: Rules, mesh: Mesh
+) -> PartitionSpec:
+    """The placement of an activation of this shape.
+
+    Where the mesh axes of a letter do not divide its size together, the last of them
+    are left out. Where K is not divided, S takes its axes: then each device has some
+    slots of all heads.
+    """
+    letters = axes.split()
+    sizes = dict(zip(letters, shape, strict=True))
+    table = dict(rules.activations)
+    cut = {one: _dividing(sizes[one], table.get(one) or (), mesh) for one in letters}
+    if {"K", "S"} <= sizes.keys():
+        left = tuple(axis for axis in table.get("K") or () if axis not in cut["K"])
+        cut["S"] = _dividing(sizes["S"], (*(table.get("S") or ()), *left), mesh)
+    return PartitionSpec(*(_entry(cut[letter]) for letter in letters))
+
+
+def _dividing(size: int, names: MeshAxes, mesh: Mesh) -> MeshAxes:
+    """As many of these mesh axes as divide a size together, the first ones first."""
+    while names and size % axes_size(mesh, names):
+        names = names[:-1]
+    return names
+
+
+def _entry(names: MeshAxes) -> str | MeshAxes | None:
+    return names[0] if len(names) == 1 else names or None
 
 
 def param_shardings(
@@ -137,47 +166,112 @@ def param_shardings(
 ) -> dict[str, Any]:
     """The tree of `NamedSharding`s of a model's weights on a mesh.
 
-    K heads fewer than the `tensor` axis are replicated (in whole).
+    Heads are split whole, but for K heads fewer than the `tensor` axis: those weights
+    are cut within heads, whose parts are put together behind the product. Vectors are
+    whole everywhere: gathering one takes longer than holding it.
 
     Raises:
       MeshError: a mesh axis does not divide the axis of a weight that it splits.
     """
-    sizes = {
-        "V": config.vocab_size,
-        "D": config.embed_dim,
-        "NH": config.num_heads,  # heads are split whole
-        "KH": config.num_kv_heads,
-        "F": config.mlp_dim,
-    }
     flat = {}
     for path in leaf_paths(config, runtime.layer_layout, head):
-        axes = axes_of(path)
-        entries = list(spec(axes, runtime.rules.weights))
-        for index, letter in enumerate(axes.split()):
-            names = entries[index]
-            ways = axes_size(mesh, names) if names else 1
-            if ways == 1 or sizes[letter] % ways == 0:
-                continue
-            if letter == "V" or (letter == "KH" and sizes[letter] < ways):
-                entries[index] = None
-                continue
-            raise MeshError(
-                f"{path}: axis {letter} of {sizes[letter]} is not divisible by mesh "
-                f"axis {names} of {ways}; change --mesh"
-            )
-        flat[path] = NamedSharding(mesh, PartitionSpec(*entries))
+        try:
+            place = weight_spec(axes_of(path), config, runtime.rules, mesh)
+        except MeshError as error:
+            raise MeshError(f"{path}: {error}") from None
+        flat[path] = NamedSharding(mesh, place)
     return unflatten(flat)
 
 
+def weight_spec(
+    axes: str, config: LlamaConfig, rules: Rules, mesh: Mesh
+) -> PartitionSpec:
+    """The placement of a weight whose axes are these letters.
+
+    Raises:
+      MeshError: a mesh axis does not divide the axis of the weight that it splits.
+    """
+    if axes in ("D", "L D"):
+        return PartitionSpec(*(None for _ in axes.split()))
+    heads = {"NH": config.num_heads, "KH": config.num_kv_heads}
+    entries = list(spec(axes, rules.weights))
+    for index, letter in enumerate(axes.split()):
+        names, width = entries[index], axis_sizes(config)[letter]
+        ways = axes_size(mesh, names) if names else 1
+        size = heads.get(letter, width)
+        within = letter == "KH" and size < ways
+        if ways == 1 or size % ways == 0 or (within and width % ways == 0):
+            continue
+        if letter != "V" and not within:
+            raise MeshError(
+                f"axis {letter} of {size} is not divisible by mesh axis {names} of "
+                f"{ways}; change --mesh"
+            )
+        entries[index] = None
+    return PartitionSpec(*entries)
+
+
+def weight_shardings(
+    tree: Params,
+    config: LlamaConfig,
+    runtime: Runtime,
+    mesh: Mesh,
+    *,
+    head: Head = "lm_head",
+) -> dict[str, Any]:
+    """The same tree with a `NamedSharding` for each array of it.
+
+    For trees with quantized or adapted weights, and for trees of adapters. Bits lie as
+    the weight would (`param_shardings`), scales along outputs as it does, and along
+    groups of inputs where they can be split alike; an adapter's a [I, R] as I, its b
+    [R, O] as O.
+
+    Args:
+      tree: of arrays or of their shapes, in the runtime's layout.
+      config: of the model.
+      runtime: its layout and its rules count.
+      mesh: the devices.
+      head: what the tree has behind the transformer.
+
+    Raises:
+      MeshError: a mesh axis does not divide the axis of a weight that it splits.
+    """
+    places = flatten(param_shardings(config, runtime, mesh, head=head))
+
+    def place(*entries: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    def placed(path: str, leaf: Any) -> Any:
+        weight, _, name = path.rpartition("/")
+        if weight in places:  # of an adapter's a or b
+            *layers, inputs, outputs = places[weight].spec
+            return place(*layers, *((inputs, None) if name == "a" else (None, outputs)))
+        if isinstance(leaf, Adapted):
+            a, b = placed(f"{path}/a", leaf.a), placed(f"{path}/b", leaf.b)
+            base = placed(path, leaf.base)
+            return dataclasses.replace(leaf, base=base, a=a, b=b)
+        if not isinstance(leaf, Quantized):
+            return places[path]
+        *layers, inputs, outputs = places[path].spec
+        scales = place(*layers, outputs)
+        if leaf.scales.ndim == len(leaf.shape):
+            ways = axes_size(mesh, inputs) if inputs else 1
+            alike = leaf.scales.shape[-2] % ways == 0
+            scales = place(*layers, inputs if alike else None, outputs)
+        return dataclasses.replace(leaf, values=places[path], scales=scales)
+
+    return unflatten({path: placed(path, leaf) for path, leaf in flatten(tree).items()})
+
+
 def cache_shardings(
-    config: LlamaConfig, runtime: Runtime, mesh: Mesh, batch: int
+    config: LlamaConfig, runtime: Runtime, mesh: Mesh, batch: int, num_slots: int
 ) -> KVCache:
-    """The placement of a cache: rows over `data` and `fsdp`, heads over `tensor`."""
-    entries: list[Any] = list(spec("B K S H", runtime.rules.activations))
-    for index, size in enumerate((batch, config.num_kv_heads)):
-        if entries[index] and size % axes_size(mesh, entries[index]):
-            entries[index] = None
-    layer = NamedSharding(mesh, PartitionSpec(*entries))
+    """The placement of a cache: rows over `data` and `fsdp`, heads over `tensor`.
+
+    Slots lie over `sequence`, and over `tensor` too where it does not divide K.
+    """
+    shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
+    layer = NamedSharding(mesh, divisible(shape, "B K S H", runtime.rules, mesh))
     layers = (layer,) * config.num_layers
     return KVCache(layers, layers, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
 

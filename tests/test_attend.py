@@ -60,7 +60,7 @@ def inputs(rows: int, heads: int, kv_heads: int, slots: int = 16) -> list[Any]:
         ("data=2,tensor=4", (8, 4), [(4, 16, 2, 8), (4, 1, 16, 8)]),
         ("data=2,tensor=4", (8, 2), [(4, 16, 2, 8), (4, 1, 16, 8)]),  # K is shared
         ("data=2,tensor=4", (12, 3), [(4, 16, 12, 8), (4, 3, 16, 8)]),  # cannot be cut
-        ("fsdp=2,sequence=2,tensor=2", (4, 2), [(4, 16, 2, 8), (4, 1, 16, 8)]),
+        ("data=2,fsdp=2,tensor=2", (4, 2), [(2, 16, 2, 8), (2, 1, 16, 8)]),
     ],
     ids=str,
 )

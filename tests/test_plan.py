@@ -104,7 +104,7 @@ def test_a_cache_is_counted_as_it_lies(text: str, batch: int) -> None:
     cache = init_cache(TINY, batch, 32, jnp.float32)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert footprint(decode, ONE).cache == whole
-    placed = jax.device_put(cache, cache_shardings(TINY, Runtime(), mesh, batch))
+    placed = jax.device_put(cache, cache_shardings(TINY, Runtime(), mesh, batch, 32))
     part = sum(
         leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed)
     )
@@ -249,16 +249,19 @@ def test_operations_of_a_forward_pass_are_xlas() -> None:
     )
 
 
-def test_operations_of_a_train_step_are_three_times_those_and_remats() -> None:
+def test_operations_of_a_train_step_are_three_times_those_and_what_is_repeated() -> (
+    None
+):
     config = parse_model("L3,D512,N8,K4,F1408,V512", 128)
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     forward = roofline.forward_flops(config, 2, 128, causal=False)
-    for remat, wanted in (("none", 3 * forward), ("block", None)):
-        # Unrolled: of a loop's body XLA counts one turn.
+    head = 2 * 2 * 128 * 512 * 512  # the loss's backward pass computes logits again
+    for remat, wanted in (("none", 3 * forward + head), ("block", None)):
+        # Unrolled: of a loop's body XLA counts one turn, which the loss has here.
         model = Llama(config, Runtime(attention="xla", remat=remat))  # type: ignore[arg-type]
 
         def loss(params: Any, tokens: Any, model: Llama = model) -> Any:
-            return jnp.sum(jax.nn.logsumexp(apply(model, params, tokens)[0], axis=-1))
+            return jnp.sum(apply(model, params, tokens, tokens, method="losses"))
 
         lowered = jax.jit(jax.grad(loss)).lower(param_shapes(config), tokens)
         found = lowered.compile().cost_analysis()
@@ -285,7 +288,8 @@ def test_operations_agree_with_the_benchmarks() -> None:
 def test_chips_share_the_operations_that_a_mesh_divides() -> None:
     asked = work(batch=8, remat="none")
     alone = roofline.chip_flops(asked, ONE)
-    assert alone == roofline.train_flops(GROUPED, 8, 64)
+    logits = 2 * 8 * 64 * 512 * 2048  # computed again
+    assert alone == roofline.train_flops(GROUPED, 8, 64) + logits
     mesh = {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 4}
     assert roofline.chip_flops(asked, mesh) == alone / 32
     # A row for eight chips is computed by each of them.
@@ -528,24 +532,28 @@ def test_the_table_has_every_preset_and_place(
 
 # By the compiler's word.
 
-# Temporaries that libtpu 0.0.52 allotted (`memory_analysis`) for AdamW's step with the
-# flash kernel and the chunked loss, bfloat16 on float32 weights, remat of blocks; they
-# hold the gradients and what is kept too. A compile takes two to five minutes.
+# What libtpu 0.0.52 allotted (`memory_analysis`: temporaries, which hold the gradients
+# and what is kept too, and arguments) for AdamW's step, bfloat16 on float32 weights,
+# remat of blocks; where `tensor` cuts the stream between blocks, and where not.
+# A compile takes one to five minutes.
 ALLOTTED = (
-    ("llama2-7b", 4, "fsdp=8", 2_040_414_208),
-    ("llama2-7b", 8, "fsdp=8", 2_782_494_720),
-    ("llama2-70b", 2, "fsdp=8,tensor=2", 2_666_315_776),
+    ("llama2-7b", 4, 8, "fsdp=8", 2_040_414_208, 0.01),
+    ("llama2-7b", 8, 8, "fsdp=8", 2_782_494_720, 0.01),
+    ("llama2-70b", 4, 256, "fsdp=16,tensor=16", 7_660_994_560, 0.1),
+    ("llama2-70b", 2, 16, "fsdp=4,tensor=4", 3_923_918_848, 0.1),
 )
 
 
-@pytest.mark.parametrize(("name", "layers", "mesh", "allotted"), ALLOTTED)
+@pytest.mark.parametrize(
+    ("name", "layers", "batch", "mesh", "allotted", "near"), ALLOTTED
+)
 def test_trainings_temporaries_are_near_what_the_compiler_allotted(
-    name: str, layers: int, mesh: str, allotted: int
+    name: str, layers: int, batch: int, mesh: str, allotted: int, near: float
 ) -> None:
     config = preset(name).replace(num_layers=layers)
-    held = footprint(work(config, batch=8, seq=4096), parse_mesh(mesh))
+    held = footprint(work(config, batch=batch, seq=4096), parse_mesh(mesh))
     found = held.gradients + held.activations + held.temporaries
-    assert found == pytest.approx(allotted, rel=COMPILER)
+    assert found == pytest.approx(allotted, rel=near)
 
 
 @needs_tpu_compiler

@@ -8,7 +8,7 @@ they say is exact. The rest is a count of tensors:
 in `param_dtype`. Of each layer the backward pass finds, per token (d, n, k, f: a
 chip's part of D, N·H, K·H, F; in `dtype` where nothing is said):
 
-    block   d                      the block's input, from which all is computed again
+    block   d (of the stream)      the block's input, from which all is computed again
     dots    2 d + n + 2 k + 2 f    also what the projections gave: q, k, v, o, gate and
                                    up; not down, whose result is the next block's input
     none    2 d + 2 n + 2 k + 6 f  both normed streams, q, k, v, what attention gave,
@@ -18,82 +18,50 @@ chip's part of D, N·H, K·H, F; in `dtype` where nothing is said):
 and with `none`, each weight once more in `dtype` where it is held in another. They are
 the residuals that differentiating the model leaves; tests compare.
 
-*Decoding* counts a step, whose temporaries are few; reading a long prompt takes more.
+*Decoding* counts a step, whose temporaries are few; *prefill* reads prompts, which
+takes more.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
-from llama_jax.config import LlamaConfig
-from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, param_shapes
-from llama_jax.runtime import MESH_AXES, DType, Remat, Rules, Runtime
-from llama_jax.sharding import cache_shardings, param_shardings
-from llama_jax.types import Mesh
+from llama_jax.planning.workload import (
+    INT4_GROUP,
+    LAYERS,
+    Parts,
+    Quantization,
+    Shard,
+    Task,
+    Workload,
+    abstract_mesh,
+    parts,
+    runtime_of,
+    shard_bytes,
+    shards,
+    sizes_of,
+)
+from llama_jax.runtime import Remat, Rules
+from llama_jax.sharding import cache_shardings
 
-Task = Literal["train", "lora", "qlora", "decode"]
-Quantization = Literal["none", "int8", "int4"]
+__all__ = [
+    "INT4_GROUP",
+    "Footprint",
+    "Quantization",
+    "Shard",
+    "Task",
+    "Workload",
+    "footprint",
+    "parts",
+    "shard_bytes",
+    "shards",
+    "sizes_of",
+]
 
 LOSS_CHUNK = 256
 """Tokens of each row whose logits exist at a time (`kernels.token_losses`)."""
-
-INT4_GROUP = 64
-"""Weights that share a scale in four bits: a block of QLoRA (arXiv:2305.14314)."""
-
-_LAYERS = "transformer/layers/"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is run, wherever it is.
-
-    Attributes:
-      config: of the model.
-      task: "train" all weights; "lora" and "qlora" adapters of `rank` for each of a
-        layer's seven projections, on weights that stay; "decode" a token for each row.
-      batch: B, rows of the whole mesh.
-      seq: tokens of a row; slots of its cache.
-      dtype: of activations, of weights that are not trained, and of the cache.
-      param_dtype: of weights that are trained, their gradients and their moments.
-      quantize: how projections of the layers are held that are not trained: "int8"
-        with a float32 scale for each column, "int4" with one in `dtype` for each
-        `INT4_GROUP` weights. Embedding, norms and head stay in `dtype`.
-      remat: what the backward pass computes again.
-      rank: R of adapters.
-      flash: attention runs without the matrix of its weights.
-      rules: how axis letters map to mesh axes.
-    """
-
-    config: LlamaConfig
-    task: Task
-    batch: int
-    seq: int
-    dtype: DType = "bfloat16"
-    param_dtype: DType = "float32"
-    quantize: Quantization = "none"
-    remat: Remat = "block"
-    rank: int = 16
-    flash: bool = True
-    rules: Rules = dataclasses.field(default_factory=Rules)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number in `dtype`."""
-        return jnp.dtype(self.dtype).itemsize
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is a backward pass."""
-        return self.task != "decode"
-
-    def replace(self, **changes: object) -> "Workload":
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 class Footprint(NamedTuple):
@@ -112,25 +80,6 @@ class Footprint(NamedTuple):
         return sum(self)
 
 
-class Shard(NamedTuple):
-    """A chip's part of one kind of weight, all layers together.
-
-    Attributes:
-      shape: of the part; L in front of a layer's weight.
-      gathered: numbers of it once its D is whole again, as products need it.
-      adapters: numbers of its adapter per unit of rank; 0 for what has none.
-    """
-
-    shape: tuple[int, ...]
-    gathered: int
-    adapters: int
-
-    @property
-    def size(self) -> int:
-        """Numbers of the part."""
-        return math.prod(self.shape)
-
-
 def footprint(work: Workload, mesh: Mapping[str, int]) -> Footprint:
     """What each chip holds at most while the work runs.
 
@@ -144,7 +93,9 @@ def footprint(work: Workload, mesh: Mapping[str, int]) -> Footprint:
     weights, trained = weight_bytes(work, mesh), trained_numbers(work, mesh)
     width = jnp.dtype(work.param_dtype).itemsize
     if not work.trains:
-        return Footprint(weights, 0, 0, 0, cache_bytes(work, mesh), _step(work, mesh))
+        once = _prompt if work.task == "prefill" else _step
+        held = cache_bytes(work, mesh)
+        return Footprint(weights, 0, 0, 0, held, once(work, mesh))
     return Footprint(
         weights=weights,
         optimizer=2 * trained * width,
@@ -171,28 +122,20 @@ def trained_numbers(work: Workload, mesh: Mapping[str, int]) -> int:
     found = shards(work.config, work.rules, sizes_of(mesh)).values()
     if work.task == "train":
         return sum(shard.size for shard in found)
-    if work.task == "decode":
+    if not work.trains:
         return 0
     return sum(work.rank * shard.adapters for shard in found)
-
-
-def shard_bytes(work: Workload, path: str, shard: Shard, numbers: int) -> int:
-    """What so many numbers of a kind of weight take, with their scales."""
-    if work.task == "train":
-        return numbers * jnp.dtype(work.param_dtype).itemsize
-    if work.quantize == "none" or not shard.adapters:
-        return numbers * work.itemsize
-    if work.quantize == "int8":
-        # A scale for each column of each layer; a part of D has them all.
-        return numbers + 4 * shard.shape[0] * shard.shape[2]
-    return math.ceil(numbers / 2) + math.ceil(numbers / INT4_GROUP) * work.itemsize
 
 
 def cache_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     """Bytes of a chip's part of the cache: keys, values and lengths."""
     config = work.config
     placed = cache_shardings(
-        config.replace(num_layers=1), _runtime(work.rules), _mesh(mesh), work.batch
+        config.replace(num_layers=1),
+        runtime_of(work.rules),
+        abstract_mesh(mesh),
+        work.batch,
+        work.seq,
     )
     shape = (work.batch, config.num_kv_heads, work.seq, config.head_dim)
     layer = math.prod(placed.k[0].shard_shape(shape))  # type: ignore[attr-defined]
@@ -204,52 +147,19 @@ def kept_bytes(work: Workload, mesh: Mapping[str, int], remat: Remat) -> int:
     part = parts(work, mesh)
     d, n, k, f = part.d, part.n, part.k, part.f
     if remat == "block":
-        return part.tokens * d * work.itemsize
+        return part.stream * d * work.itemsize
     if remat == "dots":
-        return part.tokens * (2 * d + n + 2 * k + 2 * f) * work.itemsize
-    numbers = (2 * d + 2 * n + 2 * k + 6 * f) * work.itemsize + 4 * d * 4
+        numbers = part.stream * 2 * d + part.tokens * (n + 2 * k + 2 * f)
+        return numbers * work.itemsize
+    numbers = (2 * d + 2 * n + 2 * k + 6 * f) * work.itemsize
     heads = n // work.config.head_dim
     if work.flash:
         numbers += heads * 4
     else:
         numbers += heads * work.seq * (work.itemsize + 4)
-    return part.tokens * numbers + copy_bytes(work, mesh) // work.config.num_layers
-
-
-class Parts(NamedTuple):
-    """A chip's part of an activation: rows times tokens, and its widths."""
-
-    rows: int
-    tokens: int
-    d: int
-    n: int
-    k: int
-    f: int
-    v: int
-
-
-def parts(work: Workload, mesh: Mapping[str, int], queries: int | None = None) -> Parts:
-    """How activations of so many tokens in each row (all, if not told) are split.
-
-    As by `sharding.constrain`: what a mesh does not divide is whole on every chip.
-    """
-    config, rules = work.config, dict(work.rules.activations)
-    sizes = dict(zip(MESH_AXES, sizes_of(mesh), strict=True))
-
-    def part(letter: str, size: int) -> int:
-        ways = math.prod(sizes[axis] for axis in rules.get(letter) or ())
-        return size if size % ways else size // ways
-
-    rows = part("B", work.batch)
-    return Parts(
-        rows=rows,
-        tokens=rows * part("T", work.seq if queries is None else queries),
-        d=part("D", config.embed_dim),
-        n=part("N", config.num_heads) * config.head_dim,
-        k=part("K", config.num_kv_heads) * config.head_dim,
-        f=part("F", config.mlp_dim),
-        v=part("V", config.vocab_size),
-    )
+    norms = part.stream * 4 * d * 4
+    copies = copy_bytes(work, mesh) // work.config.num_layers
+    return part.tokens * numbers + norms + copies
 
 
 def layer_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
@@ -262,7 +172,7 @@ def layer_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     return sum(
         shard_bytes(held, path, shard, shard.gathered) // work.config.num_layers
         for path, shard in found.items()
-        if path.startswith(_LAYERS)
+        if path.startswith(LAYERS)
     )
 
 
@@ -275,7 +185,7 @@ def copy_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     if work.task != "train" or work.dtype == work.param_dtype:
         return 0
     found = shards(work.config, work.rules, sizes_of(mesh))
-    inside = (shard.size for path, shard in found.items() if path.startswith(_LAYERS))
+    inside = (shard.size for path, shard in found.items() if path.startswith(LAYERS))
     return sum(inside) * work.itemsize
 
 
@@ -299,8 +209,8 @@ def _backward(work: Workload, mesh: Mapping[str, int]) -> int:
     of all but products, adapters and GPUs have not been compared.
     """
     part, width = parts(work, mesh), work.itemsize
-    block = part.tokens * 2 * (part.d + part.f) * width
-    if is_gathered(mesh, work.rules):
+    block = _block_backward(work, part) * width
+    if is_gathered(mesh, work.rules) and (work.gpu or part.stream == part.tokens):
         block += layer_bytes(work, mesh)
     if not work.flash and work.remat != "none":
         heads = part.n // work.config.head_dim
@@ -311,66 +221,77 @@ def _backward(work: Workload, mesh: Mapping[str, int]) -> int:
     loss = head * width + part.tokens * 2 * part.d * width
     loss += 2 * part.rows * min(LOSS_CHUNK, work.seq) * part.v * 4
     held = copy_bytes(work, mesh) if work.remat != "none" else 0
+    if work.gpu and is_gathered(mesh, work.rules):
+        held += _turned_bytes(work, mesh)
     if work.task == "train":
         held += 4 * head
     return held + max(block, loss)
 
 
+def _turned_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Weights that a GPU's compiler turns around before it loops over the layers.
+
+    Those whose last axis is D: it gathers along the first axis only. What is cast is
+    turned with it, and counted by `copy_bytes`.
+    """
+    if copy_bytes(work, mesh):
+        return 0
+    found = shards(work.config, work.rules, sizes_of(mesh))
+    return sum(
+        shard_bytes(work, path, shard, shard.size)
+        for path, shard in found.items()
+        if path.endswith(("/o_proj", "/down_proj"))
+    )
+
+
+def _block_backward(work: Workload, part: Parts) -> int:
+    """Numbers of activations that the backward pass of a block has at once, at most.
+
+    Where `tensor` cuts the stream, tokens are put together for the products: the
+    normed input of both halves, the gradient of the block, and two of these once more
+    as the gradients of weights want them laid out; what SwiGLU is made of, with the
+    gradient of each; and q, attention's output, the gradients of both, and one more in
+    another layout. Weights travel part by part meanwhile, and are never whole.
+
+    On GPUs nothing is computed again for want of memory: the stream, the normed input
+    and the gradient of each; q, keys or values, attention's output and its gradient;
+    gate, up, their product and two gradients.
+    """
+    if work.gpu:
+        return part.tokens * (4 * part.d + 5 * part.f + 4 * part.n)
+    if part.stream == part.tokens:
+        return part.tokens * 2 * (part.d + part.f)
+    return part.tokens * (5 * part.d + 6 * part.f + 5 * part.n)
+
+
+def _prompt(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Temporaries of reading a prompt.
+
+    The stream with what is added to it, the normed input of the feed-forward half, put
+    together where `tensor` cuts the stream, and what SwiGLU multiplies; without flash
+    attention the weights of tokens, and those that had to be gathered.
+    """
+    part, width = parts(work, mesh), work.itemsize
+    block = part.stream * 2 * part.d + part.tokens * (part.d + 2 * part.f)
+    held = block * width + part.rows * part.v * 4
+    if is_gathered(mesh, work.rules):
+        held += 2 * layer_bytes(work, mesh)
+    if not work.flash:
+        heads = part.n // work.config.head_dim
+        held += part.tokens * heads * work.seq * (width + 4)
+    return held
+
+
 def _step(work: Workload, mesh: Mapping[str, int]) -> int:
     """Temporaries of a decoding step.
 
-    Logits and what sampling makes of them in float32, the widest activation, and
-    weights that had to be gathered.
+    Logits and what sampling makes of them in float32, the widest activation, weights
+    that had to be gathered, and what is there of each row and id on every chip: a bias
+    and a count in four bytes, and whether it is in the prompt in one.
     """
     part = parts(work, mesh, queries=1)
-    step = 3 * part.rows * part.v * 4 + part.tokens * 2 * part.f * work.itemsize
+    step = 9 * work.batch * work.config.vocab_size
+    step += 3 * part.rows * part.v * 4 + part.tokens * 2 * part.f * work.itemsize
     if is_gathered(mesh, work.rules):
         step += 2 * layer_bytes(work, mesh)
     return step
-
-
-def sizes_of(mesh: Mapping[str, int]) -> tuple[int, ...]:
-    """The sizes of all axes, in their order."""
-    return tuple(mesh.get(axis, 1) for axis in MESH_AXES)
-
-
-@functools.lru_cache(maxsize=4096)
-def shards(
-    config: LlamaConfig, rules: Rules, sizes: tuple[int, ...]
-) -> dict[str, Shard]:
-    """A chip's part of every kind of weight, by path, layers stacked.
-
-    Args:
-      config: of the model.
-      rules: how axis letters map to mesh axes.
-      sizes: of the mesh, in the order of `MESH_AXES`.
-
-    Raises:
-      MeshError: a mesh axis does not divide the axis of a weight that it splits.
-    """
-    mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    places = flatten(param_shardings(config, _runtime(rules), _mesh(mesh)))
-    shapes = flatten(param_shapes(config, "stacked"))
-    whole = axis_sizes(config)
-    found = {}
-    for path in leaf_paths(config, "stacked"):
-        shape = places[path].shard_shape(shapes[path].shape)
-        letters = axes_of(path).split()
-        gathered = math.prod(
-            whole["D"] if letter == "D" else size
-            for letter, size in zip(letters, shape, strict=True)
-        )
-        # An adapter is [I, R] and [R, O], split as I and O are.
-        projection = path.startswith(_LAYERS) and len(shape) == 3
-        adapters = shape[0] * (shape[1] + shape[2]) if projection else 0
-        found[path] = Shard(shape, gathered, adapters)
-    return found
-
-
-def _runtime(rules: Rules) -> Runtime:
-    return Runtime(layer_layout="stacked", rules=rules)
-
-
-def _mesh(mesh: Mapping[str, int]) -> Mesh:
-    # Placements ask a mesh for its sizes only, so that one without devices will do.
-    return cast(Mesh, AbstractMesh(sizes_of(mesh), MESH_AXES))

@@ -1,9 +1,11 @@
 """A plan, and what fits where, as text for reading and as objects for JSON."""
 
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any
 
 from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.params import count_params, param_shapes
+from llama_jax.planning.answer import Compiled
 from llama_jax.planning.hardware import Topology, parse_topology
 from llama_jax.planning.memory import Quantization, Workload
 from llama_jax.planning.search import Plan, fits_somehow
@@ -21,13 +23,30 @@ COMMON = (
 )
 """What `--table` looks at: a word on where it is met, and the topology."""
 
+MOST_COLLECTIVES = 12
+"""Lines on what chips exchange; JSON has all."""
+
 MOST_SEQ = 4096
 """Tokens of a row where nobody says, unless the model's longest is less."""
 
 
-def describe(model: str, found: Plan, hint: str | None) -> dict[str, Any]:
-    """A plan as an object for JSON; seconds and rates are null where not known."""
+Tried = Sequence[tuple[Plan, Compiled]]
+"""Plans with the compiler's answers; the last one is what is reported."""
+
+
+def describe(
+    model: str, found: Plan, hint: str | None, tried: Tried = ()
+) -> dict[str, Any]:
+    """A plan as an object for JSON; seconds and rates are null where not known.
+
+    Args:
+      model: its name.
+      found: the plan.
+      hint: what to change where nothing fits.
+      tried: what a compiler was asked, if one was; the last answer is of this plan.
+    """
     work, bound = found.work, found.bound
+    fits = tried[-1][1].fits if tried else found.fits
     return {
         "model": model,
         "params": count_params(param_shapes(work.config, "stacked")),
@@ -41,7 +60,8 @@ def describe(model: str, found: Plan, hint: str | None) -> dict[str, Any]:
         "param_dtype": work.param_dtype if work.trains else work.dtype,
         "quantize": work.quantize,
         "remat": work.remat if work.trains else None,
-        "fits": found.fits,
+        "fits": fits,
+        "fits_by_formula": found.fits,
         "bytes_per_chip": found.held._asdict(),
         "total_bytes_per_chip": found.held.total,
         "limit_bytes": found.limit_bytes,
@@ -58,7 +78,7 @@ def describe(model: str, found: Plan, hint: str | None) -> dict[str, Any]:
         "mfu_bound": mfu(found, bound.seconds),
         "limited_by": bound.limited_by,
         "advice": hint,
-        "compiled": None,
+        "compiled": describe_compiled(tried) if tried else None,
     }
 
 
@@ -71,20 +91,65 @@ def mfu(found: Plan, seconds: float | None) -> float | None:
     return found.bound.model_flops / (found.topology.chips * peak * seconds)
 
 
-def lines(model: str, found: Plan, hint: str | None) -> list[str]:
-    """A plan for reading."""
+def describe_compiled(tried: Tried) -> dict[str, Any]:
+    """The compiler's last answer as an object for JSON, and how others fell out."""
+    found, answer = tried[-1]
+    return {
+        "seconds": answer.seconds,
+        "attention": answer.attention,
+        "kernels": answer.kernels,
+        "fits": answer.fits,
+        "bytes_per_chip": answer.held._asdict() if answer.held else None,
+        "total_bytes_per_chip": answer.total,
+        "limit_bytes": answer.limit,
+        "out_of_memory": answer.out_of_memory,
+        "formula_over_compiler": _ratio(found, answer),
+        "collectives": [
+            {
+                "kind": one.kind,
+                "axes": one.axes,
+                "dtype": one.dtype,
+                "count": one.times,
+                "bytes": one.nbytes,
+            }
+            for one in answer.collectives
+        ],
+        "product_flops_per_chip": answer.product_flops,
+        "compute_seconds": answer.compute_seconds,
+        "collective_seconds": answer.collective_seconds,
+        "mfu_overlap": answer.mfu(found, overlap=True),
+        "mfu_no_overlap": answer.mfu(found, overlap=False),
+        "tried": [
+            {
+                "mesh": dict(plan.mesh),
+                "batch": plan.work.batch,
+                "remat": plan.work.remat if plan.work.trains else None,
+                "fits": other.fits,
+                "total_bytes_per_chip": other.total,
+                "out_of_memory": other.out_of_memory,
+            }
+            for plan, other in tried
+        ],
+    }
+
+
+def _ratio(found: Plan, answer: Compiled) -> float | None:
+    return found.held.total / answer.total if answer.total else None
+
+
+def lines(model: str, found: Plan, hint: str | None, tried: Tried = ()) -> list[str]:
+    """A plan for reading; arguments as of `describe`."""
     work, bound, chip = found.work, found.bound, found.topology.chip
     how = [f"batch {work.batch}", f"{work.seq:,} tokens", work.dtype]
-    if work.task != "decode":
+    if work.trains:
         how.append(f"remat {work.remat}")
     if work.quantize != "none":
         how.append(work.quantize)
-    mesh = ",".join(f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
     chips = found.topology.chips
     said = [
         f"{model}: {work.task} on {found.topology} "
         f"({chips} chip{'s' if chips > 1 else ''})",
-        f"  {', '.join(how)}; mesh {mesh or 'data=1'}",
+        f"  {', '.join(how)}; mesh {_mesh(found)}",
         "",
         f"  {'fits' if found.fits else 'DOES NOT FIT'}: "
         f"{_gb(found.held.total)} of {_gb(found.limit_bytes)} GB on each chip",
@@ -118,8 +183,71 @@ def lines(model: str, found: Plan, hint: str | None) -> list[str]:
         ]
     if hint:
         said += ["", f"  {hint}."]
+    if tried:
+        return [*said, "", *compiled_lines(tried)]
     said += ["", "  By formula: no compiler was asked, no overlap or speed measured."]
     return said
+
+
+def compiled_lines(tried: Tried) -> list[str]:
+    """Formula and compiler side by side, and what the program sends and multiplies."""
+    found, answer = tried[-1]
+    said = []
+    for plan, other in tried[:-1]:
+        said.append(
+            f"  compiled first, and too large: batch {plan.work.batch}, mesh "
+            f"{_mesh(plan)}: {other.out_of_memory or _gb(other.total or 0) + ' GB'}"
+        )
+    verdict = "it fits" if answer.fits else "IT DOES NOT FIT"
+    said.append(
+        f"  compiled in {answer.seconds:,.0f} s (attention {answer.attention}): "
+        f"{verdict}"
+    )
+    if answer.out_of_memory:
+        said.append(f"    {answer.out_of_memory}")
+    if answer.held is None:
+        return said
+    held, asked = found.held, answer.held
+    rest = held.gradients + held.activations + held.temporaries
+    cached = held.cache if asked.cache else 0
+    rows: list[tuple[str, int | None, int]] = [
+        ("weights", held.weights, asked.weights),
+        ("optimizer", held.optimizer, asked.optimizer),
+        ("cache", cached, asked.cache),
+        ("all else", rest + held.cache - cached, sum(asked[3:])),
+        ("total", held.total, answer.total or 0),
+    ]
+    said.append(f"    {'GB of a chip':<14}{'formula':>10}{'compiler':>10}{'ratio':>8}")
+    for name, by_formula, by_compiler in rows:
+        if by_formula or by_compiler:
+            ratio = f"{(by_formula or 0) / by_compiler:.3f}" if by_compiler else ""
+            said.append(
+                f"    {name:<14}{_gb(by_formula or 0):>10}{_gb(by_compiler):>10}"
+                f"{ratio:>8}"
+            )
+    most = [one for one in answer.collectives if one.nbytes >= 1e4][:MOST_COLLECTIVES]
+    if most:
+        said.append("    each chip receives in a step")
+    for one in most:
+        said.append(
+            f"      {_gb(one.nbytes):>9} GB in {one.times:,.0f} "
+            f"{one.kind} of {one.dtype} over {one.axes}"
+        )
+    if answer.compute_seconds is not None and answer.collective_seconds is not None:
+        times = (
+            f"    products {_seconds(answer.compute_seconds)}, links "
+            f"{_seconds(answer.collective_seconds)}"
+        )
+        overlap, apart = (answer.mfu(found, overlap=both) for both in (True, False))
+        if overlap is not None and apart is not None:
+            times += f": {overlap:.0%} of the peak if they overlap, {apart:.0%} if not"
+        said.append(times)
+    return said
+
+
+def _mesh(found: Plan) -> str:
+    used = (f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
+    return ",".join(used) or "data=1"
 
 
 def table(seq: int | None) -> list[dict[str, Any]]:
@@ -148,9 +276,11 @@ def _what_fits(config: LlamaConfig, topology: Topology, seq: int | None) -> Any:
         seq=seq or min(config.max_seq_len, MOST_SEQ),
         dtype=topology.chip.dtype,
         flash=topology.chip.flash,
+        gpu=topology.chip.links == "host",
     )
     decode: str | None = None
-    for kind in get_args(Quantization):
+    kinds: tuple[Quantization, ...] = ("none", "int8", "int4")
+    for kind in kinds:
         if fits_somehow(work.replace(quantize=kind), topology):
             decode = topology.chip.dtype if kind == "none" else kind
             break

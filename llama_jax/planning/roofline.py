@@ -108,6 +108,12 @@ def train_flops(config: LlamaConfig, batch: int, seq: int) -> float:
     return 3 * forward_flops(config, batch, seq)
 
 
+def prefill_flops(config: LlamaConfig, batch: int, seq: int) -> float:
+    """Operations of reading prompts of `seq` tokens, with the logits of their last."""
+    head = config.embed_dim * config.vocab_size
+    return forward_flops(config, batch, seq) - 2.0 * batch * (seq - 1) * head
+
+
 def decode_flops(config: LlamaConfig, batch: int, slots: int) -> float:
     """Operations of a token in each row, behind `slots` - 1 others."""
     weights = _product_weights(config)
@@ -142,6 +148,9 @@ def bound(
         if work.task != "train":  # weights that stay have no gradient
             model -= forward_flops(work.config, work.batch, work.seq)
         tokens = work.batch * work.seq
+    elif work.task == "prefill":
+        model = prefill_flops(work.config, work.batch, work.seq)
+        tokens = work.batch * work.seq
     else:
         model = decode_flops(work.config, work.batch, work.seq)
         tokens = work.batch
@@ -166,21 +175,33 @@ def chip_flops(work: Workload, mesh: Mapping[str, int]) -> float:
     What a mesh does not divide (key heads, a batch of one) every chip computes.
     """
     config, found = work.config, shards(work.config, work.rules, sizes_of(mesh))
-    part = parts(work, mesh, queries=None if work.trains else 1)
+    part = parts(work, mesh, queries=work.queries)
     layers = 2.0 * part.tokens * sum(map(_product_numbers, *_items(found, True)))
-    head = 2.0 * part.tokens * sum(map(_product_numbers, *_items(found, False)))
+    # Of a prompt the last token's logits are wanted.
+    asked = part.tokens if work.trains else part.rows
+    head = 2.0 * asked * sum(map(_product_numbers, *_items(found, False)))
     if config.tied_embeddings:
-        head = 2.0 * part.tokens * found["transformer/embedding"].gathered
-    slots = (work.seq + 1) / 2 if work.trains else work.seq
-    split = part.n / (config.num_heads * config.head_dim)
-    attention = split * _attention_flops(config, part.tokens, slots)
+        head = 2.0 * asked * found["transformer/embedding"].gathered
+    attention = chip_attention_flops(work, mesh)
     if not work.trains:
         return layers + head + attention
-    # Forwards, and the gradients of activations and (where they learn) of weights. Of
-    # attention both operands are activations.
+    # Forwards, and the gradients of activations and (where they learn) of weights. The
+    # backward pass of the loss computes the logits again.
     passes = 3 if work.task == "train" else 2
-    again = {"none": 0.0, "dots": attention, "block": layers + attention}[work.remat]
-    return passes * (layers + head) + 3 * attention + again
+    again = layers if work.remat == "block" else 0.0
+    return passes * layers + (passes + 1) * head + attention + again
+
+
+def chip_attention_flops(work: Workload, mesh: Mapping[str, int]) -> float:
+    """Those of `chip_flops` that are attention's, whose operands are activations.
+
+    Backwards they are twice as many as forwards; any remat computes them again.
+    """
+    part, config = parts(work, mesh, queries=work.queries), work.config
+    slots = work.seq if work.task == "decode" else (work.seq + 1) / 2
+    split = part.n / (config.num_heads * config.head_dim)
+    once = split * _attention_flops(config, part.tokens, slots)
+    return once * ((3 + (work.remat != "none")) if work.trains else 1)
 
 
 def hbm_bytes(work: Workload, mesh: Mapping[str, int], held: Footprint) -> float:
@@ -229,7 +250,7 @@ def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, flo
     config, width = work.config, work.itemsize
     sizes = dict(zip(MESH_AXES, sizes_of(mesh), strict=True))
     found = shards(config, work.rules, sizes_of(mesh))
-    part = parts(work, mesh, queries=None if work.trains else 1)
+    part = parts(work, mesh, queries=work.queries)
 
     def others(axis: str) -> float:
         return (sizes[axis] - 1) / sizes[axis]
@@ -246,7 +267,9 @@ def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, flo
     # Of the second forward pass o_proj's sum is needed, down_proj's is not.
     sums = config.num_layers * (4 if work.trains else 2) + 1
     sums += config.num_layers if again else 0
-    kv_passes = (3 + (work.remat != "none")) if work.trains else 0
+    kv_passes = 0 if work.task == "decode" else 1
+    if work.trains:
+        kv_passes = 3 + (work.remat != "none")
     kv = config.num_layers * part.tokens * sizes["sequence"] * 2 * part.k * width
     stream = part.tokens * part.d * width
     return {

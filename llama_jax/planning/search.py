@@ -136,7 +136,7 @@ def remats(work: Workload) -> Sequence[Remat]:
 def batches(work: Workload) -> list[int]:
     """Batches to try, largest first."""
     most = MOST_ROWS
-    if work.trains:
+    if work.task != "decode":
         most = max(MOST_TRAINED_TOKENS // work.seq, 1)
     return [1 << n for n in reversed(range(most.bit_length()))]
 
@@ -186,6 +186,39 @@ def search(
     return best or nearest
 
 
+def ranked(
+    work: Workload,
+    topology: Topology,
+    *,
+    batch: int | None = None,
+    remat: Remat | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> list[Plan]:
+    """All plans that fit, best first; the nearest to fitting where none does.
+
+    Args:
+      work: as of `search`, and all that follows.
+      topology: the chips.
+      batch: rows of the whole mesh, if there is no choice.
+      remat: if there is no choice.
+      mesh: sizes by axis, if there is no choice.
+
+    Raises:
+      MeshError: as `search`.
+    """
+    best = search(work, topology, batch=batch, remat=remat, mesh=mesh)
+    if not best.fits:
+        return [best]
+    tried = meshes(work.config, work.rules, topology.chips) if mesh is None else [mesh]
+    plans = [
+        plan(work.replace(batch=count, remat=kept), topology, sizes)
+        for sizes in tried
+        for kept in (remats(work) if remat is None else [remat])
+        for count in (batches(work) if batch is None else [batch])
+    ]
+    return sorted((p for p in plans if p.fits), key=lambda found: found.rank)
+
+
 def fits_somehow(work: Workload, topology: Topology) -> bool:
     """Whether any mesh and remat fit, at the smallest batch that fills the mesh."""
     for mesh in meshes(work.config, work.rules, topology.chips):
@@ -206,9 +239,10 @@ def advice(work: Workload, topology: Topology, *, batch: int | None = None) -> s
     """
     rows = batch or 1
     changes: list[tuple[str, Workload]] = []
-    if work.task == "decode":
+    if not work.trains:
         stages = ("none", "int8", "int4")
-        for kind in stages[stages.index(work.quantize) + 1 :]:
+        narrower = {"none": 1, "int8": 2}.get(work.quantize, 3)
+        for kind in stages[narrower:]:
             changes.append((f"--quantize {kind}", work.replace(quantize=kind)))
     if work.task == "train":
         changes.append(("--task lora", work.replace(task="lora")))

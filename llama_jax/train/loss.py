@@ -21,7 +21,7 @@ class LossSums(NamedTuple):
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
-    metrics: Mapping[str, Float[Array, ""]] = {}  # noqa: RUF012  (never written to)
+    metrics: Mapping[str, Float[Array, ""]] = {}
 
 
 Loss = Callable[[Any, Any, Any], LossSums]

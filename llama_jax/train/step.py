@@ -37,7 +37,7 @@ class StepMetrics(NamedTuple):
 
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
-"""(state, frozen leaves, batch) to the next state, with metrics; jitted, state donated."""
+"""(state, frozen leaves, batch) to the next state and metrics; the state is donated."""
 
 
 def make_train_step(
@@ -67,7 +67,7 @@ def _step(
     sums, grads = _summed(loss, accumulate, state.params, frozen, batch)
     # A batch without targets has no gradient, and no loss: 0 / 0 is skipped below.
     grads = jax.tree.map(lambda g: (g / sums.weight).astype(g.dtype), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.total / sums.weight) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
