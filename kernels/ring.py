@@ -52,6 +52,32 @@ def zigzag_order(length: int, devices: int) -> np.ndarray:
     return np.concatenate([np.concatenate(pair) for pair in pairs])
 
 
+def in_order(x: Array, axis_name: Any, *, axis: int) -> Array:
+    """A device's part of a sequence, from that of its `zigzag_order`.
+
+    Of its two chunks one has an even number: both go to where their numbers belong.
+
+    Args:
+      x: within `jax.shard_map`, any array of places.
+      axis_name: the mesh axis that the sequence is split over.
+      axis: of `x` that the places lie along.
+    """
+    devices = jax.lax.axis_size(axis_name)
+    ranks = range(devices)
+    pairs = [sorted((d, 2 * devices - 1 - d), key=lambda c: c % 2) for d in ranks]
+    front, back = jnp.split(x, 2, axis=axis)
+    is_even = jax.lax.axis_index(axis_name) % 2 == 0
+    chunks = (
+        jnp.where(is_even, front, back),
+        jnp.where(is_even, back, front),
+    )
+    sent = [
+        jax.lax.ppermute(chunk, axis_name, [(d, pairs[d][odd] // 2) for d in ranks])
+        for odd, chunk in enumerate(chunks)
+    ]
+    return jnp.concatenate(sent, axis=axis)
+
+
 def ring_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],

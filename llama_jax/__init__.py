@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     from llama_jax.config import (
         preset as preset,
     )
+    from llama_jax.data.batch import (
+        Batch as Batch,
+    )
+    from llama_jax.data.loader import (
+        Loader as Loader,
+    )
     from llama_jax.decoding import (
         decode_step as decode_step,
     )
@@ -62,11 +68,26 @@ if TYPE_CHECKING:
     from llama_jax.generation import (
         stream as stream,
     )
+    from llama_jax.init import (
+        init_params as init_params,
+    )
     from llama_jax.loading import (
         default_runtime as default_runtime,
     )
     from llama_jax.loading import (
         load as load,
+    )
+    from llama_jax.lora import (
+        Lora as Lora,
+    )
+    from llama_jax.lora import (
+        adapt as adapt,
+    )
+    from llama_jax.lora import (
+        init_lora as init_lora,
+    )
+    from llama_jax.lora import (
+        merge as merge,
     )
     from llama_jax.model import (
         Llama as Llama,
@@ -76,9 +97,6 @@ if TYPE_CHECKING:
     )
     from llama_jax.model import (
         apply as apply,
-    )
-    from llama_jax.model import (
-        init_params as init_params,
     )
     from llama_jax.params import (
         AXES as AXES,
@@ -91,6 +109,9 @@ if TYPE_CHECKING:
     )
     from llama_jax.prompts import (
         infilling_prompt as infilling_prompt,
+    )
+    from llama_jax.quantize import (
+        quantize_params as quantize_params,
     )
     from llama_jax.runtime import (
         Rules as Rules,
@@ -110,6 +131,24 @@ if TYPE_CHECKING:
     from llama_jax.tokenizer import (
         Tokenizer as Tokenizer,
     )
+    from llama_jax.train.loss import (
+        next_token_loss as next_token_loss,
+    )
+    from llama_jax.train.optimizer import (
+        make_optimizer as make_optimizer,
+    )
+    from llama_jax.train.optimizer import (
+        make_schedule as make_schedule,
+    )
+    from llama_jax.train.state import (
+        TrainState as TrainState,
+    )
+    from llama_jax.train.state import (
+        init_state as init_state,
+    )
+    from llama_jax.train.step import (
+        make_train_step as make_train_step,
+    )
 
 # Where the public names live. They come when they are asked for: a process that only
 # tokenizes need not load JAX, and `import llama_jax` costs nothing.
@@ -122,13 +161,22 @@ _HOMES = {
     "errors": ("LlamaJaxError",),
     "generation": ("Completion", "Delta", "generate", "stream"),
     "loading": ("default_runtime", "load"),
-    "model": ("Llama", "ScalarModel", "apply", "init_params"),
+    "init": ("init_params",),
+    "model": ("Llama", "ScalarModel", "apply"),
     "params": ("AXES",),
     "prompts": ("completion_prompt", "get_format", "infilling_prompt"),
     "runtime": ("Rules", "Runtime"),
     "sampling": ("Sampling",),
     "sharding": ("make_mesh", "parse_mesh"),
     "tokenizer": ("Tokenizer",),
+    "data.batch": ("Batch",),
+    "data.loader": ("Loader",),
+    "lora": ("Lora", "adapt", "init_lora", "merge"),
+    "quantize": ("quantize_params",),
+    "train.loss": ("next_token_loss",),
+    "train.optimizer": ("make_optimizer", "make_schedule"),
+    "train.state": ("TrainState", "init_state"),
+    "train.step": ("make_train_step",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 
 from llama_jax import kernels
 from llama_jax.errors import ConfigError
+from llama_jax.kernels import ring
 from llama_jax.kernels.blocks import passes_of
-from llama_jax.kernels.ring import ring_attention, zigzag_order
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import axes_size, divisible
 from llama_jax.slots import AXES as SLOTS
@@ -92,7 +92,29 @@ def ring_order(length: int, rules: Rules, mesh: Mesh | None) -> np.ndarray | Non
     devices = 1 if mesh is None else axes_size(mesh, axes)
     if devices == 1 or length % (2 * devices):
         return None
-    return zigzag_order(length, devices)
+    return ring.zigzag_order(length, devices)
+
+
+def in_order(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
+    """What a mesh holds in `ring_order`, as the sequence has it; else as it is.
+
+    Args:
+      x: something of each token.
+      axes: its letters, T among them.
+      rules: how letters map to mesh axes.
+      mesh: whose devices.
+    """
+    along = axes.split().index("T")
+    if mesh is None or ring_order(x.shape[along], rules, mesh) is None:
+        return x
+    place = divisible(x.shape, axes, rules, mesh)
+    return jax.shard_map(
+        functools.partial(ring.in_order, axis_name=place[along], axis=along),
+        mesh=mesh,
+        in_specs=place,
+        out_specs=place,
+        check_vma=False,
+    )(x)
 
 
 def _of_parts(name: str, runtime: Runtime) -> Name:
@@ -115,7 +137,7 @@ def _around_the_ring(
     heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
 
     def on_device(q: Array, k: Array, v: Array, ids: Any) -> Array:
-        return ring_attention(
+        return ring.ring_attention(
             q,
             mine(k),
             mine(v),

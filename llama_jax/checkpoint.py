@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +35,14 @@ from llama_jax.leaves import (
 from llama_jax.model import Llama
 from llama_jax.params import Head, axes_of, flatten, leaf_paths, unflatten, weight_shape
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import param_shardings
+from llama_jax.sharding import param_shardings, weight_shardings
 from llama_jax.tokenizer import FILE_NAMES, Tokenizer
 from llama_jax.types import Array, Mesh, Params
 from llama_jax.writing import new_folder
 
 Path = str | os.PathLike[str]
+Quantize = Callable[[str, Array], Any]
+"""(path, weight or a layer of one) to what is held in its place."""
 
 _FORMAT, _VERSION = "llama_jax", 1
 _CONFIG, _PARAMS = "config.json", "params"
@@ -122,9 +124,21 @@ def load_params(
       CheckpointError: a leaf is missing, damaged or not the config's.
       MeshError: the mesh does not divide the model.
     """
+    leaves = open_params(path, config, head=head)
+    return place_params(leaves, config, runtime=runtime, mesh=mesh, head=head)
+
+
+def open_params(
+    path: Path, config: LlamaConfig, *, head: Head = "lm_head"
+) -> dict[str, LazyLeaf]:
+    """The weights of a checkpoint, one for each layer, to be read when wanted.
+
+    Raises:
+      CheckpointError: a leaf is missing, damaged or not the config's.
+    """
     leaves = open_leaves(pathlib.Path(path) / _PARAMS)
     check_leaves(leaves, config, head=head, where=path)
-    return place_params(leaves, config, runtime=runtime, mesh=mesh, head=head)
+    return leaves
 
 
 def place_params(
@@ -134,11 +148,20 @@ def place_params(
     runtime: Runtime,
     mesh: Mesh | None = None,
     head: Head = "lm_head",
+    quantize: Quantize | None = None,
 ) -> dict[str, Any]:
     """The leaves as arrays in the runtime's dtype and layout, on the mesh's devices.
 
     Each is read, cast and put in its place before the next one is read. On CPU a
     mapped leaf that needs no cast is used where it lies, not copied.
+
+    Args:
+      leaves: all of the model's, one for each layer and weight.
+      config: of the model.
+      runtime: its dtype, layout and rules count.
+      mesh: devices; where there is none, the default one.
+      head: what the tree has behind the transformer.
+      quantize: what becomes of each as soon as it is in its place, given its path.
     """
     dtype = jnp.dtype(runtime.weight_dtype)
     shardings: Mapping[str, Any] = {}
@@ -149,19 +172,32 @@ def place_params(
         sharding = shardings.get(path)
         axes = axes_of(path)
         if not axes.startswith("L "):
-            flat[path] = _place(leaves[path], dtype, sharding)
+            leaf = _place(leaves[path], dtype, sharding)
+            flat[path] = quantize(path, leaf) if quantize else leaf
             continue
         weight = path.removeprefix(LAYERS)
         shape = weight_shape(config, axes)
-        stacked = jnp.zeros(shape, dtype, device=sharding)
+        stacked: Any = None
         row = None
         if sharding is not None:
             spec = PartitionSpec(*sharding.spec[1:])
             row = NamedSharding(sharding.mesh, spec)
         for layer in range(config.num_layers):
             leaf = _place(leaves[f"{LAYERS}{layer}/{weight}"], dtype, row)
-            stacked = _set_layer(stacked, leaf, layer)
+            if quantize is not None:
+                leaf = quantize(path, leaf)
+            if stacked is None and isinstance(leaf, jax.Array):
+                stacked = jnp.zeros(shape, dtype, device=sharding)
+            elif stacked is None:
+                stacked = _empty_layers(leaf, config.num_layers)
+            stacked = jax.tree.map(
+                functools.partial(_set_layer, layer=layer), stacked, leaf
+            )
         flat[path] = stacked
+    if mesh is not None and quantize is not None:
+        # Its scales lie where the compiler put them.
+        places = weight_shardings(unflatten(flat), config, runtime, mesh, head=head)
+        flat = flatten(jax.tree.map(jax.device_put, unflatten(flat), places))
     return unflatten(flat)
 
 
@@ -268,6 +304,19 @@ def _place(leaf: LazyLeaf, dtype: Any, sharding: NamedSharding | None) -> Array:
     return jax.make_array_from_callback(
         leaf.shape, sharding, lambda index: array[index].astype(dtype, copy=False)
     )
+
+
+def _empty_layers(layer: Any, count: int) -> Any:
+    """Room for so many layers of a leaf of several arrays."""
+
+    def room(array: Array) -> Array:
+        place = None
+        if isinstance(array.sharding, NamedSharding):
+            spec = PartitionSpec(None, *array.sharding.spec)
+            place = NamedSharding(array.sharding.mesh, spec)
+        return jnp.zeros((count, *array.shape), array.dtype, device=place)
+
+    return jax.tree.map(room, layer)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -151,6 +151,8 @@ def run(
 
 
 def _say_and_end(text: str, error: BaseException, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     print(text, file=sys.__stderr__ if distributed.place()[1] > 1 else sys.stderr)
     distributed.fail(error, status)
     return status

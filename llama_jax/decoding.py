@@ -62,7 +62,7 @@ def _read_prompts(
     *,
     every_logit: bool = False,
 ) -> tuple[Float[Array, "B P V"], KVCache]:
-    return apply(  # type: ignore[no-any-return]
+    logits, cache = apply(
         model,
         params,
         tokens,
@@ -70,6 +70,7 @@ def _read_prompts(
         lengths=lengths,
         logits_at=None if every_logit else lengths[:, None] - 1,
     )
+    return logits, cache
 
 
 def _decode(

@@ -47,3 +47,7 @@ class DataError(LlamaJaxError):
 
 class ProcessError(LlamaJaxError):
     """A process of a run over several that is missing, gone, or was started wrongly."""
+
+
+class TrainError(LlamaJaxError):
+    """A training run that cannot begin, go on or be resumed as it was asked to."""

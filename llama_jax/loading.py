@@ -1,27 +1,52 @@
 """`load`: a model, its weights and its tokenizer from a folder, ours or foreign."""
 
+import functools
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax.checkpoint import (
     Loaded,
     is_checkpoint,
-    load_params,
+    open_params,
     place_params,
     read_config,
     read_tokenizer,
 )
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, TokenizerError
+from llama_jax.leaves import LazyLeaf
+from llama_jax.lora import Lora, adapt
 from llama_jax.model import Llama
+from llama_jax.params import stack_layers
+from llama_jax.quantize import check_kind, quantize_leaf
 from llama_jax.runtime import Runtime
+from llama_jax.sharding import weight_shardings
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.types import Mesh
+from llama_jax.weights import Kind
 
 Path = str | os.PathLike[str]
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "assets"
+
+
+class Opened(NamedTuple):
+    """A model that was found, of whose weights none was read.
+
+    Attributes:
+      config: what it is.
+      tokenizer: that came with it, or was given.
+      leaves: its weights, one for each layer, to be read when they are wanted.
+    """
+
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    leaves: Mapping[str, LazyLeaf]
 
 
 def load(
@@ -31,6 +56,8 @@ def load(
     mesh: Mesh | None = None,
     tokenizer: Path | Tokenizer | None = None,
     max_seq_len: int | None = None,
+    quantize: Kind | None = None,
+    adapter: Path | None = None,
 ) -> Loaded:
     """Load a checkpoint of ours, or any that `llama_jax.conversion` can read.
 
@@ -44,6 +71,10 @@ def load(
       tokenizer: or the file of one, in place of the checkpoint's own.
       max_seq_len: in place of the checkpoint's own; Meta's need it where their sizes
         are not those of a published model.
+      quantize: hold the layers' projections in eight or four bits; each is quantized
+        before the next one is read.
+      adapter: a folder of LoRA adapters that stay beside the weights (ours and those
+        of `peft`).
 
     Raises:
       CheckpointError: there is no checkpoint, or a damaged one.
@@ -51,20 +82,37 @@ def load(
       TokenizerError: there is no tokenizer, or it has more pieces than the model ids.
       MeshError: the mesh does not divide the model.
     """
-    path = bundled() if path is None else pathlib.Path(path)
+    opened = open_model(path, tokenizer=tokenizer, max_seq_len=max_seq_len)
     runtime = default_runtime() if runtime is None else runtime
+    params = read_weights(opened, runtime=runtime, mesh=mesh, quantize=quantize)
+    model = Llama(opened.config, runtime, mesh)
+    if adapter is not None:
+        adapters, lora = read_adapters(adapter, model)
+        params = adapt(params, adapters, lora.scaling)
+    return Loaded(model, params, opened.tokenizer)
+
+
+def open_model(
+    path: Path | None = None,
+    *,
+    tokenizer: Path | Tokenizer | None = None,
+    max_seq_len: int | None = None,
+) -> Opened:
+    """Find and check a model; arguments and errors are those of `load`."""
+    path = bundled() if path is None else pathlib.Path(path)
     if not path.exists():
         raise CheckpointError(
             f"{path}: there is no such folder; give one with a model (a converted one, "
             "or one that `python -m llama_jax.conversion` can read)"
         )
+    leaves: Mapping[str, LazyLeaf]
     if is_checkpoint(path):
         config = read_config(path)
         if max_seq_len is not None:
             config = config.replace(max_seq_len=max_seq_len)
         pieces = _tokenizer(path, tokenizer)
         pieces.check_fits(config.vocab_size)
-        params = load_params(path, config, runtime=runtime, mesh=mesh)
+        leaves = open_params(path, config)
     else:
         # Costs start-up time and is rarely needed.
         from llama_jax import conversion
@@ -77,8 +125,50 @@ def load(
             pieces = _tokenizer(path, tokenizer)
         pieces.check_fits(config.vocab_size)
         leaves = source.leaves()
-        params = place_params(leaves, config, runtime=runtime, mesh=mesh)
-    return Loaded(Llama(config, runtime, mesh), params, pieces)
+    return Opened(config, pieces, leaves)
+
+
+def read_weights(
+    opened: Opened,
+    *,
+    runtime: Runtime,
+    mesh: Mesh | None = None,
+    quantize: Kind | None = None,
+) -> dict[str, Any]:
+    """The weights in the runtime's dtype and layout, each read when the last is placed.
+
+    Args:
+      opened: of `open_model`; its config may have been changed where that changes no
+        shape.
+      runtime: its dtype, layout and rules count.
+      mesh: devices to lay them out on.
+      quantize: hold the layers' projections in eight or four bits.
+    """
+    held = None
+    if quantize is not None:
+        check_kind(quantize)
+        held = functools.partial(quantize_leaf, kind=quantize)
+    return place_params(
+        opened.leaves, opened.config, runtime=runtime, mesh=mesh, quantize=held
+    )
+
+
+def read_adapters(path: Path, model: Llama) -> tuple[dict[str, Any], Lora]:
+    """The adapters of a PEFT folder in a model's layout, on its devices, in float32.
+
+    Raises:
+      CheckpointError: they are damaged, not this model's, or more than x a b.
+    """
+    from llama_jax.conversion.peft import read_peft
+
+    adapters, lora = read_peft(path, model.config)
+    if model.runtime.layer_layout == "stacked":
+        adapters = stack_layers(adapters)
+    adapters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapters)
+    if model.mesh is not None:
+        places = weight_shardings(adapters, model.config, model.runtime, model.mesh)
+        adapters = jax.tree.map(jax.device_put, adapters, places)
+    return adapters, lora
 
 
 def default_runtime() -> Runtime:

@@ -14,25 +14,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from llama_jax import slots
-from llama_jax.attend import attend, ring_order
+from llama_jax.attend import attend, in_order, ring_order
 from llama_jax.cache import KVCache, LayerCache, NewCache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.linear import linear, matmul_precision
-from llama_jax.params import (
-    AXES,
-    Head,
-    axes_of,
-    flatten,
-    init_std,
-    leaf_paths,
-    row_of,
-    unflatten,
-    weight_shape,
-)
+from llama_jax.params import draw, init_std, weight_shape
 from llama_jax.rope import RopeTables, apply_rope, rope_tables
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import constrain, param_shardings, weight_spec
+from llama_jax.sharding import constrain, weight_spec
 from llama_jax.types import (
     Array,
     Float,
@@ -40,7 +30,6 @@ from llama_jax.types import (
     Int,
     Mesh,
     Params,
-    PRNGKeyArray,
     Tokens,
 )
 from llama_jax.unembed import token_losses
@@ -71,7 +60,7 @@ class _Module(nn.Module):
                     )
                 return given
         dtype = jnp.dtype(self.runtime.weight_dtype)
-        init = functools.partial(_draw, std=init_std(path, self.config))
+        init = functools.partial(draw, std=init_std(path, self.config))
         weight = self.param(name, init, shape, dtype)
         if self.mesh is None or "/layers/" not in path or len(shape) == 1:
             return weight
@@ -131,15 +120,14 @@ class Attention(_Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)
         of_mesh: Any = {"rules": self.runtime.rules, "mesh": self.mesh}
         q_start, in_place = None, (k, v)
+        kept: LayerCache | None = None
         if isinstance(cache, NewCache):
-            order = ring_order(queries, **of_mesh)
-            kept = [x if order is None else x[:, :, np.argsort(order)] for x in (k, v)]
-            dtype = self.runtime.dtype
-            cache = slots.begin(*kept, cache.num_slots, dtype=dtype, **of_mesh)
+            came = (in_order(x, "B K T H", **of_mesh) for x in (k, v))
+            kept = slots.begin(*came, cache.num_slots, **of_mesh)
         elif cache is not None:
             q_start = cache.length
-            cache = slots.write(cache, k, v, **of_mesh)
-            in_place = cache.k, cache.v
+            kept = slots.write(cache, k, v, **of_mesh)
+            in_place = kept.k, kept.v
         out = attend(
             q,
             *in_place,
@@ -149,7 +137,7 @@ class Attention(_Module):
             mesh=self.mesh,
         )
         out = self.place(out.reshape(batch, queries, -1), "B T NH")
-        return linear(out, self.weight("o_proj", "NH D")), cache
+        return linear(out, self.weight("o_proj", "NH D")), kept
 
 
 class FeedForward(_Module):
@@ -175,11 +163,11 @@ class Block(_Module):
         cache: LayerCache | NewCache | None,
     ) -> tuple[Hidden, LayerCache | None]:
         normed = self.place(self.part(RMSNorm, "attention_norm")(x), "B T D")
-        out, cache = self.part(Attention, "attention")(normed, rope, segment_ids, cache)
+        out, kept = self.part(Attention, "attention")(normed, rope, segment_ids, cache)
         x = self.place(x + out, "B TS D")
         normed = self.place(self.part(RMSNorm, "mlp_norm")(x), "B T D")
         x = x + self.part(FeedForward, "mlp")(normed)
-        return self.place(x, "B TS D"), cache
+        return self.place(x, "B TS D"), kept
 
 
 class UnrolledLayers(_Module):
@@ -223,12 +211,6 @@ class Stream(NamedTuple):
     cache: KVCache | None
     embedding: Array
     order: np.ndarray | None
-
-    def in_order(self, of_tokens: Array) -> Array:
-        """Something of each token, in the order of the sequence."""
-        if self.order is None:
-            return of_tokens
-        return of_tokens[:, np.argsort(self.order)]
 
 
 class Transformer(_Module):
@@ -338,12 +320,13 @@ class Llama(_Module):
         if kept is not None:
             grown = tokens.shape[1] if lengths is None else lengths
             kept = kept._replace(length=kept.length + grown)
-        if logits_at is None:
-            x = stream.in_order(stream.x)
-        else:
+        x = stream.x
+        if logits_at is not None:
             if stream.order is not None:
                 logits_at = jnp.asarray(np.argsort(stream.order))[logits_at]
-            x = jnp.take_along_axis(stream.x, logits_at[..., None], axis=1)
+            x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
+        elif stream.order is not None:
+            x = in_order(x, "B T D", self.runtime.rules, self.mesh)
         logits = linear(x, head, out_dtype=jnp.float32)
         return self.place(logits, "B T V"), kept
 
@@ -366,7 +349,7 @@ class Llama(_Module):
         found = token_losses(
             stream.x, head, targets, rules=self.runtime.rules, mesh=self.mesh
         )
-        return stream.in_order(found)
+        return in_order(found, "B T", self.runtime.rules, self.mesh)
 
 
 class ScalarModel(_Module):
@@ -389,60 +372,7 @@ class ScalarModel(_Module):
         head = self.weight("scalar_head", "D").astype(jnp.float32)
         x = stream.x.astype(jnp.float32)
         scalars = jnp.matmul(x, head, precision=matmul_precision(jnp.float32))
-        return stream.in_order(scalars)
-
-
-def init_params(
-    model: Llama | ScalarModel, key: PRNGKeyArray | Array
-) -> dict[str, Any]:
-    """Random weights, the same in either layout and on any mesh.
-
-    They are drawn one by one, so that compiling does not take longer for more layers;
-    on a mesh each is born sharded: no device ever holds more than its part.
-    """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    config, runtime = model.config, model.runtime
-    head: Head = "lm_head" if isinstance(model, Llama) else "scalar_head"
-    dtype = jnp.dtype(runtime.weight_dtype)
-    shardings: dict[str, Any] = {}
-    if model.mesh is not None:
-        shardings = flatten(param_shardings(config, runtime, model.mesh, head=head))
-    first = {}
-    for path in leaf_paths(config, runtime.layer_layout, head):
-        shape = weight_shape(config, axes_of(path))
-        row, layer = row_of(path)
-        own = jax.random.fold_in(key, list(AXES).index(row))
-        if layer is not None:
-            own = jax.random.fold_in(own, layer)
-        elif AXES[row].startswith("L "):
-            own = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(shape[0]))
-            shape = shape[1:]
-        first[path] = _draw_in_place(
-            own, shape, dtype, init_std(path, config), shardings.get(path)
-        )
-    return unflatten(first)
-
-
-def _draw(key: Array, shape: tuple[int, ...], dtype: Any, std: float | None) -> Array:
-    """Ones where no deviation is given."""
-    if std is None:
-        return jnp.ones(shape, dtype)
-    return std * jax.random.normal(key, shape, dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "std", "place"))
-def _draw_in_place(
-    keys: Array,
-    shape: tuple[int, ...],
-    dtype: Any,
-    std: float | None,
-    place: NamedSharding | None,
-) -> Array:
-    """One array, or one for each of several keys, where it belongs."""
-    draw = functools.partial(_draw, shape=shape, dtype=dtype, std=std)
-    drawn = jax.vmap(draw)(keys) if keys.ndim else draw(keys)
-    return drawn if place is None else jax.lax.with_sharding_constraint(drawn, place)
+        return in_order(scalars, "B T", self.runtime.rules, self.mesh)
 
 
 def apply(model: Any, params: Params, *args: Any, **kwargs: Any) -> Any:

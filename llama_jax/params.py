@@ -81,6 +81,13 @@ def init_std(path: str, config: LlamaConfig) -> float | None:
     return 0.02
 
 
+def draw(key: Any, shape: tuple[int, ...], dtype: Any, std: float | None) -> Any:
+    """The first numbers of a leaf, normally distributed; ones without a deviation."""
+    if std is None:
+        return jnp.ones(shape, dtype)
+    return std * jax.random.normal(key, shape, dtype)
+
+
 def weight_shape(config: LlamaConfig, axes: str) -> tuple[int, ...]:
     """The shape that a row of letters has in one model: `"D NH"` to `(4096, 4096)`."""
     sizes = axis_sizes(config)

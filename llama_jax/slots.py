@@ -25,15 +25,12 @@ def begin(
     v: Float[Array, "B K T H"],
     num_slots: int,
     *,
-    dtype: Any,
     rules: Rules,
     mesh: Mesh | None,
 ) -> LayerCache:
     """The cache of rows that begin with these keys and values; its length is 0."""
     pad = ((0, 0), (0, 0), (0, num_slots - k.shape[2]), (0, 0))
-    k, v = (
-        constrain(jnp.pad(new.astype(dtype), pad), AXES, rules, mesh) for new in (k, v)
-    )
+    k, v = (constrain(jnp.pad(new, pad), AXES, rules, mesh) for new in (k, v))
     return LayerCache(k, v, jnp.zeros((k.shape[0],), jnp.int32))
 
 

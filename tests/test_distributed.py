@@ -21,10 +21,10 @@ from tolerances import EQUAL_FORWARD
 from llama_jax import distributed
 from llama_jax.checkpoint import load_params, save_params
 from llama_jax.errors import MeshError
-from llama_jax.meeting import free_port
 from llama_jax.params import flatten
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
+from llama_jax.sockets import free_port
 
 HERE = pathlib.Path(__file__).resolve().parent
 SECONDS = 120  # the most that a process may take
@@ -283,5 +283,5 @@ def test_rows_that_processes_cannot_share_are_refused() -> None:
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "sequence", "tensor"))
     owners = {devices[0, 0, 0, 0]: 0, devices[1, 0, 0, 0]: 1, devices[2, 0, 0, 0]: 0}
     assert distributed.share_of_rows(mesh) == (0, 1)
-    with pytest.raises(MeshError, match="cannot share the rows"):
+    with pytest.raises(MeshError, match="cannot share a batch's rows"):
         distributed.blocks_of_rows(owners, mesh)

@@ -1,5 +1,6 @@
 """Meetings without JAX: who is missed, who is refused, and what a cluster says."""
 
+import contextlib
 import functools
 import http.server
 import random
@@ -15,8 +16,9 @@ import pytest
 from hypothesis import strategies as st
 
 from llama_jax.clusters import PORT, Cluster, find_cluster, first_host
-from llama_jax.errors import LlamaJaxError, ProcessError
-from llama_jax.meeting import Meeting, free_port
+from llama_jax.errors import ProcessError
+from llama_jax.meeting import Meeting
+from llama_jax.sockets import free_port
 
 SECONDS = 20.0
 
@@ -141,6 +143,7 @@ def test_a_port_that_is_taken_is_reported(met: Met) -> None:
 @pytest.mark.parametrize("gone", [0, 2])
 def test_who_leaves_without_a_word_is_named_to_all(gone: int, met: Met) -> None:
     meetings = met.all(3)
+    meetings[gone]._lost = "it says nothing any more"
     for line in meetings[gone]._lines.values():
         line.connection.shutdown(socket.SHUT_RDWR)
     for index in {0, 1, 2} - {gone}:
@@ -172,7 +175,10 @@ def test_what_does_not_belong_here_is_ignored(met: Met) -> None:
     rng = random.Random(0)
     greetings = [b"", b"L", b"GET / HTTP/1.1\r\n\r\n", b"Lnull\n", b"L{}\n", b"J"]
     greetings += [b"L" + rng.randbytes(100) + b"\n" for _ in range(20)]
-    greetings += [b'L{"index": 1e999, "count": 2, "facts": ""}\n', b"L" + b"[" * 9999]
+    greetings += [
+        b'L{"number": 1e999, "processes": 2, "facts": "", "host": ""}\n',
+        b"L" + b"[" * 9999,
+    ]
     for greeting in greetings:
         until(functools.partial(can_send, met.port, greeting))
     other = met.come(1, 2).result(SECONDS)
@@ -249,12 +255,10 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
 def test_an_environment_without_sense_is_refused_or_ignored(
     environ: dict[str, str],
 ) -> None:
-    try:
+    found = None
+    with contextlib.suppress(ProcessError):
         found = find_cluster({"TPU_SKIP_MDS_QUERY": "1"} | environ)
-    except LlamaJaxError as error:
-        assert "--coordinator" in str(error)
-    else:
-        assert found is None or found.num_processes > 1
+    assert found is None or found.num_processes > 1
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

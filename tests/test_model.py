@@ -31,7 +31,8 @@ from llama_jax import decoding
 from llama_jax.cache import KVCache, LayerCache, grow, init_cache, insert
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
-from llama_jax.model import Llama, ScalarModel, apply, init_params
+from llama_jax.init import init_params
+from llama_jax.model import Llama, ScalarModel, apply
 from llama_jax.params import flatten, unstack_layers
 from llama_jax.runtime import LayerLayout, Remat, Runtime
 

@@ -12,7 +12,8 @@ from models import (
 )
 
 from llama_jax.errors import MeshError
-from llama_jax.model import Llama, init_params
+from llama_jax.init import init_params
+from llama_jax.model import Llama
 from llama_jax.params import flatten
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import (

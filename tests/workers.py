@@ -16,8 +16,9 @@ from llama_jax import distributed
 from llama_jax.checkpoint import place_params, save_params
 from llama_jax.data.batch import Batch
 from llama_jax.generation import generate
+from llama_jax.init import init_params
 from llama_jax.leaves import LazyLeaf, lazy_leaves
-from llama_jax.model import Llama, init_params
+from llama_jax.model import Llama
 from llama_jax.runtime import Runtime
 from llama_jax.sampling import Sampling
 from llama_jax.sharding import make_mesh, parse_mesh

@@ -32,7 +32,8 @@ import optax.contrib
 import sentencepiece
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama, apply, init_params
+from llama_jax.init import init_params
+from llama_jax.model import Llama, apply
 from llama_jax.params import count_params, flatten, unflatten, unstack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from llama_jax import decoding
 from llama_jax.bench.machine import Bandwidth, bandwidth, best_and_median
 from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama, init_params
+from llama_jax.init import init_params
+from llama_jax.model import Llama
 from llama_jax.params import count_params, param_shapes
 from llama_jax.runtime import Runtime
 from llama_jax.sampling import Sampling, sampling_rows

@@ -48,14 +48,14 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 def state_shapes(
     params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s, no memory used.
+    """The state as `jax.ShapeDtypeStruct`s, which take no memory.
 
     Args:
       params: of the trained leaves, with their shardings where there is a mesh.
       optimizer: whose moments.
       mesh: where they lie.
     """
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     moments = jax.eval_shape(optimizer.init, params)
     if mesh is None:
         return TrainState(step, params, moments)
@@ -76,7 +76,7 @@ def opt_state_shardings(
     opt_state: Any,
     params: Any,
     shardings: Any,
-    mesh: Mesh,
+    mesh: Any,
 ) -> Any:
     """Where an optimizer's arrays lie: those shaped like a weight where it lies.
 
