@@ -12,8 +12,9 @@ from llama_jax import distributed
 from llama_jax.checkpoint import Loaded
 from llama_jax.errors import LlamaJaxError, ProcessError
 from llama_jax.loading import default_runtime, load
-from llama_jax.runtime import DType
+from llama_jax.runtime import CacheDType, DType
 from llama_jax.sharding import make_mesh, parse_mesh
+from llama_jax.weights import Kind
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXES",
         help="devices to split the model over, as in data=1,fsdp=-1,tensor=1; -1 takes "
         "what is left (default: one device)",
+    )
+
+
+def add_holding_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how weights that are not trained and caches are held."""
+    group = parser.add_argument_group("weights and cache")
+    group.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="LoRA adapters of `python -m llama_jax.finetune` or of peft, which stay "
+        "beside the weights",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=get_args(Kind),
+        help="hold the layers' projections in eight or four bits",
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=get_args(CacheDType),
+        help="hold keys and values of what was read and written in eight bits",
     )
 
 
@@ -102,16 +124,20 @@ def start_processes(args: argparse.Namespace) -> bool:
 
 
 def load_from(args: argparse.Namespace) -> Loaded:
-    """The model that the flags of `add_model_arguments` name."""
+    """The model that the flags of the two functions above name."""
     runtime = default_runtime()
     if args.dtype:
         runtime = runtime.replace(dtype=args.dtype)
+    if args.cache_dtype:
+        runtime = runtime.replace(cache_dtype=args.cache_dtype)
     return load(
         args.checkpoint,
         runtime=runtime,
         mesh=make_mesh(parse_mesh(args.mesh)) if args.mesh else None,
         tokenizer=args.tokenizer,
         max_seq_len=args.max_seq_len,
+        quantize=args.quantize,
+        adapter=args.adapter,
     )
 
 

@@ -7,6 +7,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.kernels.choice import Implementation
 
 DType = Literal["float32", "bfloat16", "float16"]
+CacheDType = Literal["int8"]
 LayerLayout = Literal["unrolled", "stacked"]
 Remat = Literal["none", "block", "dots"]
 MeshAxes = tuple[str, ...]
@@ -44,6 +45,16 @@ class Rules:
     )
 
 
+TRAINING_RULES = Rules(
+    weights=tuple(
+        (letter, ("fsdp", "sequence") if letter == "D" else axes)
+        for letter, axes in Rules().weights
+    )
+)
+"""Of training: a `sequence` axis cuts weights too, which each step gathers only once
+for many tokens; in decoding it would gather them for each."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
     """How a model is run here and now.
@@ -52,6 +63,8 @@ class Runtime:
       dtype: what activations are computed in; norms, softmax and logits are float32
         whatever it is. float32 means real float32 products on every device.
       param_dtype: what weights are held in; `None` means `dtype`.
+      cache_dtype: what a cache holds keys and values in; `None` means `dtype`, "int8"
+        a byte for each number and a float32 scale for each slot and head.
       attention: which attention implementation; see `llama_jax.kernels.attention`.
       layer_layout: `"unrolled"` holds one array per layer and loops in Python, for
         prefill and decoding; `"stacked"` holds `[L, ...]` arrays under `nn.scan`, for
@@ -63,6 +76,7 @@ class Runtime:
 
     dtype: DType = "float32"
     param_dtype: DType | None = None
+    cache_dtype: CacheDType | None = None
     attention: Implementation = "auto"
     layer_layout: LayerLayout = "unrolled"
     remat: Remat = "none"
@@ -73,6 +87,7 @@ class Runtime:
         for name, value, allowed in (
             ("dtype", self.dtype, dtypes),
             ("param_dtype", self.param_dtype, (*dtypes, None)),
+            ("cache_dtype", self.cache_dtype, (*get_args(CacheDType), None)),
             ("attention", self.attention, get_args(Implementation)),
             ("layer_layout", self.layer_layout, ("unrolled", "stacked")),
             ("remat", self.remat, ("none", "block", "dots")),
@@ -87,6 +102,11 @@ class Runtime:
     def weight_dtype(self) -> DType:
         """`param_dtype`, or `dtype` where it is not given."""
         return self.param_dtype or self.dtype
+
+    @property
+    def slot_dtype(self) -> DType | CacheDType:
+        """`cache_dtype`, or `dtype` where it is not given."""
+        return self.cache_dtype or self.dtype
 
     def replace(self, **changes: object) -> "Runtime":
         """A copy with some choices changed."""

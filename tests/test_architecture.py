@@ -82,6 +82,7 @@ ROWS = (
         "flags",
         "recipe",
         "watch",
+        "trainer",
         "finetune",
         "evaluate",
         "plan",

@@ -25,7 +25,7 @@ from llama_jax.decoding import decode_step, prefill
 from llama_jax.generation import generate
 from llama_jax.model import Llama, ScalarModel
 from llama_jax.params import flatten
-from llama_jax.runtime import Runtime
+from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sampling import Sampling
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 from llama_jax.train.loss import next_token_loss
@@ -50,7 +50,7 @@ every_mesh = pytest.mark.parametrize("text", MESHES)
 
 B, T = 8, 16
 FORWARD = Runtime()
-TRAIN = Runtime(layer_layout="stacked", remat="block")
+TRAIN = Runtime(layer_layout="stacked", remat="block", rules=TRAINING_RULES)
 
 
 def mesh_of(text: str) -> Any:
@@ -168,10 +168,12 @@ def has_moments(state: Any) -> bool:
     return hasattr(state, "mu")
 
 
-@pytest.mark.parametrize("text", ["fsdp=8", "fsdp=4,tensor=2", "data=2,tensor=4"])
+@pytest.mark.parametrize(
+    "text", ["fsdp=8", "fsdp=4,tensor=2", "data=2,tensor=4", "sequence=4,tensor=2"]
+)
 def test_weights_and_moments_lie_in_parts(text: str) -> None:
     mesh = mesh_of(text)
-    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    ways = mesh.size // mesh.shape["data"]
     state = init_state(placed(TRAIN, mesh), make_optimizer(1e-3))
     for tree in (state.params, state.opt_state):
         matrices = [leaf for leaf in jax.tree.leaves(tree) if leaf.size > 500]

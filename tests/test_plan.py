@@ -24,7 +24,7 @@ from llama_jax.planning import hardware, memory, report, roofline, search
 from llama_jax.planning.hardware import CHIPS, parse_topology
 from llama_jax.planning.memory import Workload, footprint
 from llama_jax.planning.topology import tpu_topology
-from llama_jax.runtime import MESH_AXES, DType, Remat, Runtime
+from llama_jax.runtime import MESH_AXES, TRAINING_RULES, DType, Remat, Runtime
 from llama_jax.sharding import cache_shardings, make_mesh, param_shardings, parse_mesh
 
 ONE = dict.fromkeys(MESH_AXES, 1)
@@ -86,7 +86,8 @@ def test_weights_on_a_mesh_are_the_shards_that_are_placed(
     config = TINY.replace(**changes)
     mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
     shapes = flatten(param_shapes(config))
-    places = flatten(param_shardings(config, Runtime(), mesh))
+    training = Runtime(rules=TRAINING_RULES)
+    places = flatten(param_shardings(config, training, mesh))
     numbers = sum(
         math.prod(places[path].shard_shape(leaf.shape)) for path, leaf in shapes.items()
     )

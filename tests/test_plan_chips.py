@@ -43,12 +43,12 @@ DECODING = (
     Case("llama2-70b", "v5e:4x4", "tensor=16", "decode", 16, 4096),
 )
 TRAINING = (
-    Case("llama2-70b", "v5e:16x16", "fsdp=16,tensor=16", "train", 256, 4096),
+    Case("llama2-70b", "v5e:16x16", "fsdp=256", "train", 256, 4096),
     Case("llama2-70b", "v5p:4x4x4", "fsdp=64", "train", 256, 4096),
 )
 LONG = (
     Case("codellama-34b", "v5e:4x4", "sequence=2,tensor=8", "prefill", 1, 98304),
-    Case("codellama-34b", "v5p:2x2x4", "sequence=2,tensor=8", "train", 1, 98304),
+    Case("codellama-34b", "v5p:2x2x2", "sequence=8", "train", 1, 98304),
 )
 ON_GPUS = (
     Case("llama2-7b", "h100:8", "fsdp=8", "lora", 8, 4096),
@@ -79,13 +79,14 @@ def compiled(case: Case) -> tuple[search.Plan, Compiled]:
     return found, compiling.compile_plan(found, devices)
 
 
-def assert_fits_as_the_formula_says(case: Case) -> None:
+def assert_fits_as_the_formula_says(case: Case) -> tuple[search.Plan, Compiled]:
     found, answer = compiled(case)
     assert answer.out_of_memory is None
     assert answer.fits
     assert answer.held is not None
     assert answer.held.weights == found.held.weights
     assert found.held.total == pytest.approx(answer.total, rel=COMPILER)
+    return found, answer
 
 
 @needs_tpu_compiler
@@ -103,7 +104,12 @@ def test_decoding_fits_as_the_formula_says(case: Case) -> None:
 @pytest.mark.parametrize("case", TRAINING, ids=str)
 def test_training_fits_as_the_formula_says(case: Case) -> None:
     assert case.batch * case.seq >= 1 << 20
-    assert_fits_as_the_formula_says(case)
+    found, answer = assert_fits_as_the_formula_says(case)
+    if case.topology == "v5e:16x16":
+        # The published best of a peer there, reached though links wait for products.
+        apart = answer.mfu(found, overlap=False)
+        assert apart is not None
+        assert apart >= 0.57
 
 
 @needs_tpu_compiler
@@ -120,9 +126,9 @@ def test_long_rows_fit_as_the_formula_says(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_eighty_layers_compile_in_twice_the_time_of_two() -> None:
-    deep = TRAINING[1]
+    deep = Case("llama2-7b", "v5p:2x2x1", "fsdp=4", "train", 4, 1024)
     # The first compile of a process starts the compiler too.
-    compiled(Case("llama2-7b", "v5p:4x4x4", "fsdp=64", "decode", 64, 256, layers=1))
+    compiled(Case("llama2-7b", "v5p:2x2x1", "fsdp=4", "decode", 4, 256, layers=1))
     few, many = (compiled(deep._replace(layers=layers))[1] for layers in (2, 80))
     assert many.held is not None
     assert many.seconds <= 2 * few.seconds

@@ -24,10 +24,11 @@ takes more.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from llama_jax.kernels.quantized import QuantizedSlots
 from llama_jax.planning.workload import (
     INT4_GROUP,
     LAYERS,
@@ -128,18 +129,24 @@ def trained_numbers(work: Workload, mesh: Mapping[str, int]) -> int:
 
 
 def cache_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Bytes of a chip's part of the cache: keys, values and lengths."""
+    """Bytes of a chip's part of the cache: keys, values, their scales and lengths."""
     config = work.config
+    runtime = runtime_of(work.rules).replace(cache_dtype=work.cache_dtype)
     placed = cache_shardings(
         config.replace(num_layers=1),
-        runtime_of(work.rules),
+        runtime,
         abstract_mesh(mesh),
         work.batch,
         work.seq,
     )
     shape = (work.batch, config.num_kv_heads, work.seq, config.head_dim)
-    layer = math.prod(placed.k[0].shard_shape(shape))  # type: ignore[attr-defined]
-    return 2 * config.num_layers * layer * work.itemsize + 4 * work.batch
+    layer: Any = placed.k[0]
+    if isinstance(layer, QuantizedSlots):
+        held = math.prod(layer.values.shard_shape(shape))  # type: ignore[attr-defined]
+        held += 4 * math.prod(layer.scales.shard_shape(shape[:3]))  # type: ignore[attr-defined]
+    else:
+        held = math.prod(layer.shard_shape(shape)) * work.itemsize
+    return 2 * config.num_layers * held + 4 * work.batch
 
 
 def kept_bytes(work: Workload, mesh: Mapping[str, int], remat: Remat) -> int:

@@ -75,6 +75,7 @@ def program(
     runtime = Runtime(
         dtype=work.dtype,
         param_dtype=work.param_dtype if work.task == "train" else work.dtype,
+        cache_dtype=work.cache_dtype,
         attention=chosen,
         layer_layout="stacked" if work.trains else "unrolled",
         remat=work.remat if work.trains else "none",
@@ -105,6 +106,7 @@ def attention_of(work: Workload, device: Any) -> Implementation:
         slots=work.seq,
         group=work.config.num_heads // work.config.num_kv_heads,
         cached=work.task == "decode",
+        quantized=work.task == "decode" and work.cache_dtype == "int8",
     )
     if device.platform not in ("gpu", "cuda"):
         return choose(asked, device).implementation

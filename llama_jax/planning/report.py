@@ -57,6 +57,7 @@ def describe(
         "batch": work.batch,
         "seq": work.seq,
         "dtype": work.dtype,
+        "cache_dtype": None if work.trains else work.cache_dtype or work.dtype,
         "param_dtype": work.param_dtype if work.trains else work.dtype,
         "quantize": work.quantize,
         "remat": work.remat if work.trains else None,
@@ -144,7 +145,9 @@ def lines(model: str, found: Plan, hint: str | None, tried: Tried = ()) -> list[
     if work.trains:
         how.append(f"remat {work.remat}")
     if work.quantize != "none":
-        how.append(work.quantize)
+        how.append(work.quantize if work.trains else f"{work.quantize} weights")
+    if work.cache_dtype:
+        how.append(f"{work.cache_dtype} cache")
     chips = found.topology.chips
     said = [
         f"{model}: {work.task} on {found.topology} "

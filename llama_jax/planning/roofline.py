@@ -243,7 +243,8 @@ def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, flo
     fsdp      weights, in `dtype`, for the forward and again for the backward pass; of
               training, gradients summed to their parts; all (n - 1)/n of their bytes
     data      gradients of a chip's part, summed for everyone: 2 (n - 1)/n
-    sequence  keys and values of the other tokens in every pass, and gradients as data
+    sequence  keys and values of the other tokens in every pass; in training, which cuts
+              weights over it too, its part of what fsdp brings
     tensor    the stream, summed for everyone behind o_proj and down_proj in each pass,
               and behind the embedding
     """
@@ -272,10 +273,14 @@ def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, flo
         kv_passes = 3 + (work.remat != "none")
     kv = config.num_layers * part.tokens * sizes["sequence"] * 2 * part.k * width
     stream = part.tokens * part.d * width
+    put_together = gathers * gathered + summed
+    both = 0.0 if work.task == "train" or not work.trains else 2 * held
+    if "sequence" in dict(work.rules.weights)["D"]:
+        both += put_together / sizes["fsdp"]
     return {
         "data": 2 * held * others("data"),
-        "fsdp": (gathers * gathered + summed) * others("fsdp"),
-        "sequence": (kv * kv_passes + 2 * held) * others("sequence"),
+        "fsdp": put_together * others("fsdp"),
+        "sequence": (kv * kv_passes + both) * others("sequence"),
         "tensor": 2 * sums * stream * others("tensor"),
     }
 

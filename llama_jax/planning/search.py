@@ -244,6 +244,13 @@ def advice(work: Workload, topology: Topology, *, batch: int | None = None) -> s
         narrower = {"none": 1, "int8": 2}.get(work.quantize, 3)
         for kind in stages[narrower:]:
             changes.append((f"--quantize {kind}", work.replace(quantize=kind)))
+        if work.cache_dtype is None:
+            small = work.replace(cache_dtype="int8")
+            both = [
+                (f"{flag} --cache-dtype int8", changed.replace(cache_dtype="int8"))
+                for flag, changed in changes
+            ]
+            changes += [("--cache-dtype int8", small), *both]
     if work.task == "train":
         changes.append(("--task lora", work.replace(task="lora")))
     if work.task in ("train", "lora"):

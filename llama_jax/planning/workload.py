@@ -11,7 +11,15 @@ from jax.sharding import AbstractMesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, param_shapes
-from llama_jax.runtime import MESH_AXES, DType, Remat, Rules, Runtime
+from llama_jax.runtime import (
+    MESH_AXES,
+    TRAINING_RULES,
+    CacheDType,
+    DType,
+    Remat,
+    Rules,
+    Runtime,
+)
 from llama_jax.sharding import param_shardings
 from llama_jax.types import Mesh
 
@@ -35,7 +43,9 @@ class Workload:
         `seq` tokens into a cache; "decode" writes a token for each row.
       batch: B, rows of the whole mesh.
       seq: tokens of a row; slots of its cache.
-      dtype: of activations, of weights that are not trained, and of the cache.
+      dtype: of activations, and of weights that are not trained.
+      cache_dtype: of the cache; "int8" with a float32 scale for each slot and head,
+        None as `dtype`.
       param_dtype: of weights that are trained, their gradients and their moments.
       quantize: how projections of the layers are held that are not trained: "int8"
         with a float32 scale for each column, "int4" and "nf4" with one in `dtype` for
@@ -44,7 +54,6 @@ class Workload:
       rank: R of adapters.
       flash: attention runs without the matrix of its weights.
       gpu: compiled for GPUs, whose compiler keeps more of a block at once.
-      rules: how axis letters map to mesh axes.
     """
 
     config: LlamaConfig
@@ -52,13 +61,13 @@ class Workload:
     batch: int
     seq: int
     dtype: DType = "bfloat16"
+    cache_dtype: CacheDType | None = None
     param_dtype: DType = "float32"
     quantize: Quantization = "none"
     remat: Remat = "block"
     rank: int = 16
     flash: bool = True
     gpu: bool = False
-    rules: Rules = dataclasses.field(default_factory=Rules)
 
     @property
     def itemsize(self) -> int:
@@ -69,6 +78,11 @@ class Workload:
     def trains(self) -> bool:
         """Whether there is a backward pass."""
         return self.task in ("train", "lora", "qlora")
+
+    @property
+    def rules(self) -> Rules:
+        """How axis letters map to mesh axes."""
+        return TRAINING_RULES if self.trains else Rules()
 
     @property
     def queries(self) -> int:
