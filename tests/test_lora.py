@@ -22,10 +22,12 @@ from llama_jax.planning.topology import tpu_topology
 from llama_jax.quantize import PROJECTIONS, quantize, quantize_params, quantized_shapes
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, weight_shardings
-from llama_jax.weights import KINDS, Adapted, Int8, dequantize
+from llama_jax.weights import Adapted, Int8, dequantize
 
 LORA = Lora(rank=4, alpha=8)
 STACKED = Runtime(layer_layout="stacked", remat="block")
+
+SLOW = pytest.mark.slow  # each compiles a model or two, for seconds
 
 
 def trained(adapters: Any, seed: int = 0) -> Any:
@@ -56,7 +58,9 @@ def check_equal(found: Any, wanted: Any) -> None:
     np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
 
 
-@pytest.mark.parametrize("base", ["plain", *KINDS])
+@pytest.mark.parametrize(
+    "base", ["plain", "nf4", *(pytest.param(k, marks=SLOW) for k in ("int8", "int4"))]
+)
 def test_an_adapted_model_is_the_merged_one_in_either_layout(
     params: Any, adapters: Any, tokens: jax.Array, base: Any
 ) -> None:
@@ -137,7 +141,7 @@ def test_gradients_are_those_through_the_merged_weight(
         assert float(jnp.abs(one - other).max()) < EQUAL_GRADIENT * scale
 
 
-@pytest.mark.parametrize("base", ["plain", "int8"])
+@pytest.mark.parametrize("base", [pytest.param("plain", marks=SLOW), "int8"])
 def test_a_models_gradients_are_those_through_merged_weights(
     params: Any, adapters: Any, tokens: jax.Array, base: Any
 ) -> None:
@@ -244,7 +248,7 @@ eight_devices = pytest.mark.skipif(
 
 
 @eight_devices
-@pytest.mark.parametrize("base", ["plain", "int8"])
+@pytest.mark.parametrize("base", [pytest.param("plain", marks=SLOW), "int8"])
 def test_an_adapted_model_on_a_mesh_equals_one_device(
     params: Any, adapters: Any, base: Any
 ) -> None:
@@ -325,11 +329,11 @@ UNPACKED = (("int4", "stacked"), ("nf4", "stacked"))
 @pytest.mark.parametrize(
     ("kind", "layout", "remat"),
     [
-        ("int8", "stacked", "none"),
+        pytest.param("int8", "stacked", "none", marks=SLOW),
         ("int8", "stacked", "block"),
-        ("int8", "unrolled", "block"),
-        ("int4", "stacked", "block"),
-        ("nf4", "unrolled", "none"),
+        pytest.param("int8", "unrolled", "block", marks=SLOW),
+        pytest.param("int4", "stacked", "block", marks=SLOW),
+        pytest.param("nf4", "unrolled", "none", marks=SLOW),
     ],
 )
 def test_a_gradient_over_a_quantized_base_widens_one_weight_at_a_time(

@@ -50,6 +50,10 @@ from llama_jax.weights import (
 )
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+few_kinds = pytest.mark.parametrize(  # where each compiles for seconds
+    "kind",
+    ["int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("int4", "nf4"))],
+)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -312,7 +316,7 @@ eight_devices = pytest.mark.skipif(
 
 
 @eight_devices
-@every_kind
+@few_kinds
 def test_a_quantized_model_on_a_mesh_equals_one_device(kind: Any) -> None:
     runtime, tokens = Runtime(), random_tokens(TINY, 4, 12)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -398,7 +402,7 @@ def check_bits_are_held_as_bits(
     assert memory.alias_size_in_bytes >= cache
 
 
-@every_kind
+@few_kinds
 @pytest.mark.parametrize("batch", [1, 4])
 def test_decoding_on_cpu_widens_no_more_than_one_weight(kind: Any, batch: int) -> None:
     config = TINY.replace(
