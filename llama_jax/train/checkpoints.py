@@ -1,0 +1,178 @@
+"""Training checkpoints: everything that a run needs to go on as if nothing happened.
+
+Orbax writes the state, asynchronously, and the facts beside it as JSON. A checkpoint
+appears under its step's number when it is complete; one that was being written when
+the process was killed is never found, and removed by the next run.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from llama_jax.errors import CheckpointError
+from llama_jax.train.state import TrainState
+
+Path = str | os.PathLike[str]
+
+_STATE, _FACTS = "state", "run"
+_LOSS = "eval_loss"
+
+
+class TrainCheckpoints:
+    """The checkpoints in a folder: the latest ones, and the best by `eval_loss`.
+
+    Of several processes all must call the same methods in the same order.
+
+    Args:
+      folder: made where it does not exist.
+      keep: how many of the latest are kept; the best is kept besides.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers
+
+        latest = checkpoint_managers.LatestN(n=keep)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[_LOSS],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._folder = pathlib.Path(folder).absolute()
+        self._args = ocp.args
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                item_names=(_STATE, _FACTS),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                        [latest, best]
+                    ),
+                    cleanup_tmp_directories=True,
+                    # The policy decides; but only with this are metrics written.
+                    best_fn=lambda metrics: metrics[_LOSS],
+                    best_mode="min",
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise whatever they like
+            raise self._error("cannot be opened", error) from error
+
+    def save(self, state: TrainState, facts: Mapping[str, Any], eval_loss: Any) -> None:
+        """Begin to write a checkpoint; the state may be donated when this returns.
+
+        Args:
+          state: whose step is the checkpoint's name.
+          facts: the place in the data and what else there is, for JSON.
+          eval_loss: of this state, None where it was not evaluated.
+
+        Raises:
+          CheckpointError: it, or the one before it, cannot be written.
+        """
+        args = self._args
+        # Of several that are equally bad the latest is the best, which is kept anyway.
+        metrics = {_LOSS: math.inf if eval_loss is None else float(eval_loss)}
+        try:
+            self._manager.save(
+                int(state.step),
+                metrics=metrics,
+                args=args.Composite(
+                    **{
+                        _STATE: args.StandardSave(state),
+                        _FACTS: args.JsonSave(dict(facts)),
+                    }
+                ),
+            )
+        except Exception as error:
+            raise self._error("cannot be written", error) from error
+
+    def latest(self) -> int | None:
+        """The step of the last complete checkpoint."""
+        step = self._manager.latest_step()
+        return None if step is None else int(step)
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the least `eval_loss` of those that have one.
+
+        None where none has.
+        """
+        found = {}
+        for step in self._manager.all_steps():
+            loss = (self._manager.metrics(step) or {}).get(_LOSS, math.inf)
+            if math.isfinite(loss):
+                found[int(step)] = loss
+        return min(found, key=lambda step: (found[step], -step)) if found else None
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of a step."""
+        args = self._args
+        try:
+            found = self._manager.restore(
+                step, args=args.Composite(**{_FACTS: args.JsonRestore()})
+            )
+            return dict(found[_FACTS])
+        except Exception as error:
+            raise self._error(f"step {step} cannot be read", error) from error
+
+    def restore(self, step: int, shapes: TrainState) -> TrainState:
+        """The state of a step, on the devices of this run.
+
+        Args:
+          step: of a checkpoint.
+          shapes: of the new run's state with their shardings (`state_shapes`): the mesh
+            and the number of processes may be others than when it was saved.
+
+        Raises:
+          CheckpointError: it is damaged, or of another model or optimizer.
+        """
+        here = SingleDeviceSharding(jax.devices()[0])
+
+        def placed(leaf: Any) -> Any:
+            sharding = leaf.sharding or here
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        args = self._args
+        try:
+            found = self._manager.restore(
+                step,
+                args=args.Composite(
+                    **{_STATE: args.StandardRestore(jax.tree.map(placed, shapes))}
+                ),
+            )
+        except Exception as error:
+            raise self._error(f"step {step} cannot be restored", error) from error
+        state: TrainState = found[_STATE]
+        return state
+
+    def wait(self) -> None:
+        """Return when what was begun is on the disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._error("cannot be written", error) from error
+
+    def close(self) -> None:
+        """Finish what was begun."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        """Itself, to be closed."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Finish what was begun."""
+        self.close()
+
+    def _error(self, what: str, error: Exception) -> CheckpointError:
+        reason = str(error).partition("\n")[0]
+        return CheckpointError(f"{self._folder}: {what} ({reason})")

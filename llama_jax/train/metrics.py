@@ -1,0 +1,197 @@
+"""What a run measured, one object per step: `metrics.jsonl`, TensorBoard and W&B."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from llama_jax.errors import TrainError
+
+Path = str | os.PathLike[str]
+Record = dict[str, Any]
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Writer(Protocol):
+    """Who is told of the records."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One step's numbers."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
+class MetricsFile:
+    """A file of JSON lines that has each step once, whatever ends the process.
+
+    Lines behind `step`, and one that was cut off, are dropped when it is opened; a
+    record of the step that was written last takes the place of its line.
+
+    Args:
+      path: of the file, which need not exist.
+      step: of the checkpoint that is resumed; 0 to begin anew.
+    """
+
+    def __init__(self, path: Path, *, step: int = 0) -> None:
+        self._path = pathlib.Path(path)
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        partial = self._path.with_name(self._path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in kept)
+            _sync(file)
+        partial.replace(self._path)
+        self._file = self._path.open("r+", encoding="utf-8", newline="\n")
+        self._file.seek(0, os.SEEK_END)
+        self._last = (0, 0)  # step and place of the last line
+        if kept:
+            end = self._file.tell()
+            self._last = (kept[-1]["step"], end - len(_line(kept[-1]).encode()))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append the line of a step; the system has it when this returns."""
+        step, place = self._last
+        if record["step"] == step:
+            self._file.seek(place)
+            self._file.truncate()
+        self._last = (record["step"], self._file.tell())
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Return when the disk has all lines."""
+        _sync(self._file)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """Itself, to be closed."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl` in order of their steps.
+
+    What is not a whole line is left out; no file is an empty one.
+    """
+    file = pathlib.Path(path)
+    found: dict[int, Record] = {}
+    if not file.is_file():
+        return []
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if type(step) is int:
+            found[step] = record
+    return [found[step] for step in sorted(found)]
+
+
+class TensorBoard:
+    """An event file that TensorBoard shows; needs `llama-jax[tensorboard]`.
+
+    Args:
+      folder: where the file goes.
+      step: of the checkpoint that is resumed: what is shown behind it is replaced.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise TrainError(
+                "--tensorboard needs a package that is not installed; "
+                'pip install "llama-jax[tensorboard]"'
+            ) from error
+        self._event, self._summary = event_pb2, summary_pb2
+        self._writer = EventFileWriter(os.fspath(folder))
+        if step:
+            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.add_event(
+                event_pb2.Event(step=step + 1, session_log=started, wall_time=0.0)
+            )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """All numbers of a step."""
+        values = [
+            self._summary.Summary.Value(tag=name, simple_value=number)
+            for name, number in _numbers(record).items()
+        ]
+        summary = self._summary.Summary(value=values)
+        event = self._event.Event(step=record["step"], summary=summary)
+        event.wall_time = record.get("time", 0.0)
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases; needs `llama-jax[wandb]` and its account.
+
+    Args:
+      project: where the run belongs.
+      folder: of the run, whose name it takes; what was logged there goes on.
+      settings: of the run.
+    """
+
+    def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise TrainError(
+                "--wandb needs a package that is not installed; "
+                'pip install "llama-jax[wandb]"'
+            ) from error
+        name = pathlib.Path(folder).resolve().name
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=name,
+            resume="allow",
+            dir=os.fspath(folder),
+            config=dict(settings),
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """All numbers of a step."""
+        self._run.log(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        """Send what waits."""
+        self._run.finish()
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and name not in ("step", "time")
+    }
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """JSON has no NaN and no infinity: null is in their place."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
