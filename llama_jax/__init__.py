@@ -131,6 +131,9 @@ if TYPE_CHECKING:
     from llama_jax.tokenizer import (
         Tokenizer as Tokenizer,
     )
+    from llama_jax.train.loop import (
+        fit as fit,
+    )
     from llama_jax.train.loss import (
         next_token_loss as next_token_loss,
     )
@@ -173,6 +176,7 @@ _HOMES = {
     "data.loader": ("Loader",),
     "lora": ("Lora", "adapt", "init_lora", "merge"),
     "quantize": ("quantize_params",),
+    "train.loop": ("fit",),
     "train.loss": ("next_token_loss",),
     "train.optimizer": ("make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state"),

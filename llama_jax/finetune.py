@@ -30,7 +30,7 @@ from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
 from llama_jax.lora import Lora
 from llama_jax.recipe import RUN, arguments, complete, read_run, taken_over
-from llama_jax.runtime import Runtime
+from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sharding import axes_size, make_mesh, parse_mesh
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.train.adapters import merge_checkpoint
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> int:
     complete(args, config)
     runtime = default_runtime() if args.dtype is None else Runtime(dtype=args.dtype)
     args.dtype = runtime.dtype
-    runtime = runtime.replace(remat=args.remat)
+    runtime = runtime.replace(remat=args.remat, rules=TRAINING_RULES)
     with contextlib.ExitStack() as stack:
         own = share_of_rows(mesh)
         loader = stack.enter_context(open_data(args, opened.tokenizer, own))
