@@ -1,5 +1,7 @@
 """Attention in plain array operations: the specification that kernels are held to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
@@ -40,6 +42,40 @@ def attention(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """See `llama_jax.kernels.attention`; scores and softmax are float32."""
+    rest = (q_start, segment_ids)
+    if not isinstance(k, QuantizedSlots):
+        return _attention(q, k, v, *rest)
+    return jax.lax.platform_dependent(
+        q, k, v, *rest, cpu=_head_by_head, default=_attention
+    )
+
+
+def _head_by_head(q: Array, k: Slots, v: Slots, q_start: Any, ids: Any) -> Array:
+    """The same for each row and key/value head, one after another.
+
+    GPUs and TPUs widen eight-bit slots within the products. A CPU widens them before,
+    all at once if it is let, to eight times as much as it then reads.
+    """
+    batch, queries, heads, width = q.shape
+    groups = k.shape[1]
+
+    def apart(x: Array) -> Array:
+        return x.reshape(-1, 1, 1, *x.shape[2:])
+
+    q_heads = q.reshape(batch, queries, groups, -1, width).swapaxes(1, 2)
+    q_heads = q_heads.reshape(-1, 1, queries, heads // groups, width)
+    rest = jax.tree.map(
+        lambda x: jnp.repeat(x[:, None], groups, axis=0), (q_start, ids)
+    )
+    out = jax.lax.map(
+        lambda head: _attention(*head[:3], *head[3]),
+        (q_heads, *jax.tree.map(apart, (k, v)), rest),
+    )
+    out = out.reshape(batch, groups, queries, heads // groups, width).swapaxes(1, 2)
+    return out.reshape(q.shape)
+
+
+def _attention(q: Array, k: Slots, v: Slots, q_start: Any, segment_ids: Any) -> Array:
     k, v = dequantize_slots(k, q.dtype), dequantize_slots(v, q.dtype)
     batch, queries, heads, width = q.shape
     groups = k.shape[1]

@@ -19,6 +19,8 @@ from llama_jax import kernels
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import ring
 from llama_jax.kernels.blocks import passes_of
+from llama_jax.kernels.quantized import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.reference import Slots
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import axes_size, divisible
 from llama_jax.slots import AXES as SLOTS
@@ -30,8 +32,8 @@ Name = Literal["xla", "mosaic_tpu"]
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Slots,
+    v: Slots,
     *,
     q_start: Int[Array, " B"] | None,
     segment_ids: Int[Array, "B T"] | None,
@@ -42,7 +44,7 @@ def attend(
 
     Args:
       q: of all tokens, in the order of `ring_order` where that says one.
-      k: of the same tokens, or of a cache's slots.
+      k: of the same tokens, or of a cache's slots, in eight bits too.
       v: likewise.
       q_start: the slot of each row's first query in a cache; None where there is none.
       segment_ids: of packed rows.
@@ -61,14 +63,16 @@ def attend(
         return _around_the_ring(q, k, v, segment_ids, parts, runtime.rules, mesh)
     if q_start is not None and cut_axes(k, runtime.rules, mesh):
         parts = _of_parts(name, runtime)
+        if isinstance(k, QuantizedSlots) and runtime.attention == "auto":
+            parts = "xla"  # widens within its products, the kernel's pass before it
         return _over_cut_slots(q, k, v, q_start, parts, runtime.rules, mesh)
-    if name == "xla":
+    if name == "xla" and not isinstance(k, QuantizedSlots):
         return run(q, k, v, q_start=q_start, segment_ids=segment_ids)
     rows, _, heads, _ = divisible(q.shape, "B T N H", runtime.rules, mesh)
     kv_heads = divisible(k.shape, "B K T H", runtime.rules, mesh)[1]
     heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
 
-    def on_device(q: Array, k: Array, v: Array, rest: Any) -> Array:
+    def on_device(q: Array, k: Slots, v: Slots, rest: Any) -> Array:
         return run(q, mine(k), mine(v), q_start=rest[0], segment_ids=rest[1])
 
     of_queries = PartitionSpec(rows, None, heads)
@@ -130,7 +134,7 @@ def _of_parts(name: str, runtime: Runtime) -> Name:
 
 
 def _around_the_ring(
-    q: Array, k: Array, v: Array, ids: Any, name: Name, rules: Rules, mesh: Mesh
+    q: Array, k: Any, v: Any, ids: Any, name: Name, rules: Rules, mesh: Mesh
 ) -> Array:
     rows, tokens, heads, _ = divisible(q.shape, "B T N H", rules, mesh)
     kv_heads = divisible(k.shape, "B K T H", rules, mesh)[1]
@@ -158,7 +162,7 @@ def _around_the_ring(
 
 
 def _over_cut_slots(
-    q: Array, k: Array, v: Array, q_start: Array, name: Name, rules: Rules, mesh: Mesh
+    q: Array, k: Slots, v: Slots, q_start: Array, name: Name, rules: Rules, mesh: Mesh
 ) -> Array:
     """Each device looks into its slots; what they find is joined.
 
@@ -177,10 +181,10 @@ def _over_cut_slots(
         scatter = of_heads if ways > 1 and q.shape[2] % ways == 0 else None
     passes = passes_of(name)
 
-    def on_device(q: Array, k: Array, v: Array, start: Array) -> Array:
-        found, lse = passes.forward(
-            q.swapaxes(1, 2), k, v, start - first_slot(k, cut), None
-        )
+    def on_device(q: Array, k: Slots, v: Slots, start: Array) -> Array:
+        start = start - first_slot(k, cut)
+        wide = (dequantize_slots(slots, q.dtype) for slots in (k, v))
+        found, lse = passes.forward(q.swapaxes(1, 2), *wide, start, None)
         most = jax.lax.pmax(lse, cut)
         part = jnp.exp(lse - most)  # -inf where this device has nothing to see
         weight = jax.lax.psum(part, cut)
@@ -211,8 +215,8 @@ def _over_cut_slots(
 
 
 def _shared_heads(
-    q: Array, k: Array, heads: Any, kv_heads: Any, mesh: Mesh
-) -> tuple[Any, Callable[[Array], Array]]:
+    q: Array, k: Slots, heads: Any, kv_heads: Any, mesh: Mesh
+) -> tuple[Any, Callable[[Slots], Any]]:
     """How N is cut, and how a device takes the key/value heads it needs.
 
     Fewer key/value heads than parts of N: every device has them all, and takes one.
@@ -223,8 +227,10 @@ def _shared_heads(
     if parts % count or q.shape[2] % parts:
         return None, lambda x: x
 
-    def take(x: Array) -> Array:
+    def take(x: Slots) -> Any:
         mine = jax.lax.axis_index(heads) * count // parts
-        return jax.lax.dynamic_slice_in_dim(x, mine, 1, 1)
+        return jax.tree.map(
+            lambda part: jax.lax.dynamic_slice_in_dim(part, mine, 1, 1), x
+        )
 
     return heads, take

@@ -119,18 +119,22 @@ class Attention(_Module):
         v = self.place(v.reshape(kv_heads), "B T K H").swapaxes(1, 2)
         q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)
         of_mesh: Any = {"rules": self.runtime.rules, "mesh": self.mesh}
-        q_start, in_place = None, (k, v)
+        q_start: Any = None
+        all_k: Any = k
+        all_v: Any = v
         kept: LayerCache | None = None
         if isinstance(cache, NewCache):
-            came = (in_order(x, "B K T H", **of_mesh) for x in (k, v))
-            kept = slots.begin(*came, cache.num_slots, **of_mesh)
+            first_k, first_v = (in_order(x, "B K T H", **of_mesh) for x in (k, v))
+            room, dtype = cache.num_slots, self.runtime.slot_dtype
+            kept = slots.begin(first_k, first_v, room, dtype, **of_mesh)
         elif cache is not None:
             q_start = cache.length
             kept = slots.write(cache, k, v, **of_mesh)
-            in_place = kept.k, kept.v
+            all_k, all_v = kept.k, kept.v
         out = attend(
             q,
-            *in_place,
+            all_k,
+            all_v,
             q_start=q_start,
             segment_ids=segment_ids,
             runtime=self.runtime,

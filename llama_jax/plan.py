@@ -28,7 +28,7 @@ from llama_jax.planning.hardware import (
 from llama_jax.planning.memory import Quantization, Task, Workload
 from llama_jax.planning.report import MOST_SEQ, describe, lines, table, table_lines
 from llama_jax.planning.search import Plan, advice, ranked, search
-from llama_jax.runtime import DType, Remat
+from llama_jax.runtime import CacheDType, DType, Remat
 from llama_jax.sharding import parse_mesh
 
 
@@ -126,12 +126,18 @@ def workload(
     trains = args.task not in ("prefill", "decode")
     if args.remat and not trains:
         raise ConfigError(f"--remat: --task {args.task} has no backward pass")
+    if args.cache_dtype and trains:
+        raise ConfigError(
+            f"--cache-dtype: --task {args.task} keeps no cache; --task decode and "
+            "prefill do"
+        )
     return Workload(
         config=config,
         task=args.task,
         batch=args.batch or 1,
         seq=args.seq or min(config.max_seq_len, MOST_SEQ),
         dtype=args.dtype or topology.chip.dtype,
+        cache_dtype=args.cache_dtype,
         param_dtype=args.param_dtype,
         quantize=quantize,
         rank=args.lora_rank,
@@ -184,6 +190,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=get_args(DType),
         help="of activations, the cache and weights that are not trained (default: "
         "bfloat16 where it is fast, else float16; float32 on CPUs)",
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=get_args(CacheDType),
+        help="of the cache, in place of --dtype: a byte for each number, and a scale "
+        "for each slot and head",
     )
     group.add_argument(
         "--param-dtype",

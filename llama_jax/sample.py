@@ -120,6 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "story. Ctrl-C stops.",
     )
     cli.add_model_arguments(parser)
+    cli.add_holding_arguments(parser)
     cli.add_process_arguments(parser)
     group = parser.add_argument_group("what to write")
     kind = group.add_mutually_exclusive_group()

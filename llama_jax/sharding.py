@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
+from llama_jax.kernels.quantized import QuantizedSlots
 from llama_jax.params import (
     Head,
     axes_of,
@@ -268,10 +269,14 @@ def cache_shardings(
 ) -> KVCache:
     """The placement of a cache: rows over `data` and `fsdp`, heads over `tensor`.
 
-    Slots lie over `sequence`, and over `tensor` too where it does not divide K.
+    Slots lie over `sequence`, and over `tensor` too where it does not divide K. Scales
+    of slots in eight bits lie as these do.
     """
     shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
-    layer = NamedSharding(mesh, divisible(shape, "B K S H", runtime.rules, mesh))
+    place = divisible(shape, "B K S H", runtime.rules, mesh)
+    layer: Any = NamedSharding(mesh, place)
+    if runtime.cache_dtype == "int8":
+        layer = QuantizedSlots(layer, NamedSharding(mesh, PartitionSpec(*place[:3])))  # type: ignore[arg-type]
     layers = (layer,) * config.num_layers
     return KVCache(layers, layers, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
 

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import DTypeLike, Shaped
 
-from llama_jax.cache import LayerCache, insert
+from llama_jax.cache import LayerCache, dtype_of, held, insert, pad_slots
+from llama_jax.kernels.reference import Slots
 from llama_jax.runtime import Rules
 from llama_jax.sharding import axes_size, constrain, divisible, keep_layout
 from llama_jax.types import Array, Float, Int, Mesh
@@ -24,14 +26,27 @@ def begin(
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     num_slots: int,
+    dtype: DTypeLike,
     *,
     rules: Rules,
     mesh: Mesh | None,
 ) -> LayerCache:
-    """The cache of rows that begin with these keys and values; its length is 0."""
-    pad = ((0, 0), (0, 0), (0, num_slots - k.shape[2]), (0, 0))
-    k, v = (constrain(jnp.pad(new, pad), AXES, rules, mesh) for new in (k, v))
-    return LayerCache(k, v, jnp.zeros((k.shape[0],), jnp.int32))
+    """The cache of rows that begin with these keys and values; its length is 0.
+
+    Args:
+      k: keys of the first tokens.
+      v: values.
+      num_slots: S, at least T.
+      dtype: of the cache; int8 has scales.
+      rules: how letters map to mesh axes.
+      mesh: whose devices.
+    """
+
+    def slots_of(new: Array) -> Slots:
+        slots = pad_slots(held(new, dtype), num_slots - new.shape[2])
+        return _each(constrain, slots, rules, mesh)
+
+    return LayerCache(slots_of(k), slots_of(v), jnp.zeros((k.shape[0],), jnp.int32))
 
 
 def write(
@@ -49,6 +64,7 @@ def write(
     else:
         place = divisible(cache.k.shape, AXES, rules, mesh)
         row = PartitionSpec(place[0])
+        place = PartitionSpec(*place[:3])  # of scales too, which have no H
         new = PartitionSpec(place[0], place[1])
         store = jax.shard_map(
             functools.partial(_store_own, axes=cut),
@@ -57,51 +73,60 @@ def write(
             out_specs=place,
             check_vma=False,
         )
+        new_k, new_v = held(k, dtype_of(cache.k)), held(v, dtype_of(cache.v))
         cache = cache._replace(
-            k=store(cache.k, k, cache.length), v=store(cache.v, v, cache.length)
+            k=store(cache.k, new_k, cache.length), v=store(cache.v, new_v, cache.length)
         )
     # The layout that the cache has anyway, said aloud. Left to itself the TPU
     # compiler turns slots before heads for the time of a decoding loop: the
     # cache is copied on the way in and out, and held twice. The CPU compiler
     # copies it on every step, to repeat the insertion within its reader.
-    k, v = (keep_layout(slots, AXES, rules, mesh) for slots in (cache.k, cache.v))
+    k, v = (_each(keep_layout, slots, rules, mesh) for slots in (cache.k, cache.v))
     return cache._replace(k=k, v=v)
 
 
-def cut_axes(slots: Array, rules: Rules, mesh: Mesh) -> Any:
+def _each(function: Any, slots: Slots, rules: Rules, mesh: Mesh | None) -> Any:
+    """What a function of an array and its letters makes of slots, scales too."""
+    letters = AXES.split()
+    return jax.tree.map(
+        lambda part: function(part, " ".join(letters[: part.ndim]), rules, mesh), slots
+    )
+
+
+def cut_axes(slots: Slots, rules: Rules, mesh: Mesh) -> Any:
     """The mesh axes that cut S, or None where every device has all slots."""
     names = divisible(slots.shape, AXES, rules, mesh)[2]
     return names if names and axes_size(mesh, names) > 1 else None
 
 
-def first_slot(slots: Array, axes: Any) -> Array:
+def first_slot(slots: Slots, axes: Any) -> Array:
     """The number of the first slot of this device's part, within `shard_map`."""
     return jax.lax.axis_index(axes) * slots.shape[2]
 
 
-def _store_own(
-    slots: Float[Array, "B K S H"],
-    new: Float[Array, "B K T H"],
-    length: Int[Array, " B"],
-    *,
-    axes: Any,
-) -> Array:
+def _store_own(slots: Slots, new: Slots, length: Int[Array, " B"], *, axes: Any) -> Any:
     """A device's slots, with those of the new tokens that fall among them."""
-    here, count = slots.shape[2], new.shape[2]
     start = length - first_slot(slots, axes)
-    new = new.astype(slots.dtype)
+    return jax.tree.map(functools.partial(_store, start=start), slots, new)
+
+
+def _store(
+    slots: Shaped[Array, "B K S ..."],
+    new: Shaped[Array, "B K T ..."],
+    start: Int[Array, " B"],
+) -> Array:
+    here, count = slots.shape[2], new.shape[2]
     if count > 1:
         place = jnp.arange(here)[None] - start[:, None]
-        found = jnp.take_along_axis(
-            new, jnp.clip(place, 0, count - 1)[:, None, :, None], axis=2
-        )
-        mine = (place >= 0) & (place < count)
-        return jnp.where(mine[:, None, :, None], found, slots)
+        place = place.reshape(-1, 1, here, *(1 for _ in slots.shape[3:]))
+        found = jnp.take_along_axis(new, jnp.clip(place, 0, count - 1), axis=2)
+        return jnp.where((place >= 0) & (place < count), found, slots)
     # One slot of each row is rewritten, with what it had where another device has it:
     # in place, as all slots would not be.
     for row in range(slots.shape[0]):
-        at = (row, 0, jnp.clip(start[row], 0, here - 1), 0)
-        had = jax.lax.dynamic_slice(slots, at, (1, slots.shape[1], 1, slots.shape[3]))
+        at = (row, 0, jnp.clip(start[row], 0, here - 1), 0)[: slots.ndim]
+        one = (1, slots.shape[1], 1, *slots.shape[3:])
+        had = jax.lax.dynamic_slice(slots, at, one)
         mine = (start[row] >= 0) & (start[row] < here)
         slots = jax.lax.dynamic_update_slice(
             slots, jnp.where(mine, new[row : row + 1], had), at

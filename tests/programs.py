@@ -17,7 +17,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.kernels import Implementation
 from llama_jax.model import Llama
 from llama_jax.params import param_shapes
-from llama_jax.runtime import DType, Runtime
+from llama_jax.runtime import CacheDType, DType, Runtime
 from llama_jax.sampling import Sampling, sampling_rows
 
 needs_tpu_compiler = pytest.mark.skipif(
@@ -88,9 +88,11 @@ def compile_decoding(
     dtype: DType = "float32",
     device: Any = None,
     attention: Implementation = "auto",
+    cache_dtype: CacheDType | None = None,
 ) -> Any:
     """`decoding.decode_step` or `decoding.advance`, compiled from shapes alone."""
-    model = Llama(config, Runtime(dtype=dtype, attention=attention))
+    runtime = Runtime(dtype=dtype, attention=attention, cache_dtype=cache_dtype)
+    model = Llama(config, runtime)
     place = None if device is None else SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     seq: int
     quantize: Any = "none"
     layers: int | None = None
+    cache_dtype: Any = None
 
     def __str__(self) -> str:
         return f"{self.model} {self.task} {self.quantize} {self.topology} {self.mesh}"
@@ -38,7 +39,7 @@ class Case(NamedTuple):
 
 DECODING = (
     Case("llama2-7b", "v5e:1x1", "data=1", "decode", 1, 2048),
-    Case("llama2-7b", "v5e:1x1", "data=1", "decode", 4, 4096, "int8"),
+    Case("llama2-7b", "v5e:1x1", "data=1", "decode", 8, 4096, "int8", None, "int8"),
     Case("llama2-13b", "v5e:2x4", "tensor=8", "decode", 32, 4096),
     Case("llama2-70b", "v5e:4x4", "tensor=16", "decode", 16, 4096),
 )
@@ -67,6 +68,7 @@ def compiled(case: Case) -> tuple[search.Plan, Compiled]:
         batch=case.batch,
         seq=case.seq,
         quantize=case.quantize,
+        cache_dtype=case.cache_dtype,
         remat="block" if case.task in ("train", "lora", "qlora") else "none",
         flash=topology.chip.flash,
         gpu=topology.chip.links == "host",

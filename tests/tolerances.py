@@ -37,3 +37,14 @@ GPU_KERNEL = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10}
 # dp - Σ o·do, whose second part is of the rounded output, and which may cancel.
 FLASH = {"float32": 2e-6, "bfloat16": 2**-7}
 FLASH_GRADIENT = {"float32": 2e-6, "bfloat16": 2**-6}
+
+# A step of training in float32 against float64, and against PyTorch's float32: the
+# length of the difference of two gradients beside that of one, leaf by leaf.
+TRAIN_GRADIENT = 1e-5
+TRAIN_LOSS = 1e-5
+TRAIN_HUNDRED_STEPS = 1e-3  # of the loss, once rounding went through AdamW that often
+
+# Logits over a cache in eight bits, relative to their spread. Half a step is 1/254 of
+# the largest of a slot's head, twice what bfloat16 rounds; but only keys and values are
+# rounded, and only once, so that two layers of random weights stay below bfloat16's.
+INT8_CACHE_LOGITS = 5e-2
