@@ -8,6 +8,7 @@ configuration. Slow on purpose: no masks, no broadcasting over heads, no cache.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from llama_jax.config import LlamaConfig, RopeScaling
@@ -103,6 +104,131 @@ def stretched(frequency: float, scaling: RopeScaling | None) -> float:
         return frequency
     smooth = (old / wavelength - low) / (high - low)
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def loss_and_gradient(
+    config: LlamaConfig,
+    params: Mapping[str, Any],
+    tokens: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    weights: Floats,
+    *,
+    positions: Sequence[Sequence[int]] | None = None,
+    segment_ids: Sequence[Sequence[int]] | None = None,
+) -> tuple[float, dict[str, Any]]:
+    """The weighted mean of -log p of the targets, and its derivative by each weight.
+
+    Derived by hand, from the chain rule and the forward pass above.
+    """
+    tree = jax.tree.map(_float64, dict(params))
+    grads = jax.tree.map(np.zeros_like, tree)
+    body, of_body = tree["transformer"], grads["transformer"]
+    loss = 0.0
+    for row, ids in enumerate(tokens):
+        where = range(len(ids)) if positions is None else positions[row]
+        segments = [0] * len(ids) if segment_ids is None else segment_ids[row]
+        share = _float64(weights[row]) / np.sum(_float64(weights))
+        streams = [body["embedding"][np.asarray(ids)]]
+        for layer in range(config.num_layers):
+            block = body["layers"][str(layer)]
+            streams.append(_block(config, block, streams[-1], where, segments))
+        normed = _norm(config, body["final_norm"], streams[-1])
+        head = body["embedding"].T if config.tied_embeddings else tree["lm_head"]
+        logp = log_softmax(normed @ head)
+        wanted = np.eye(config.vocab_size)[np.asarray(targets[row])]
+        loss -= np.sum(logp * wanted * share[:, None])
+        of_logits = (np.exp(logp) - wanted) * share[:, None]
+        if config.tied_embeddings:
+            of_body["embedding"] += of_logits.T @ normed
+        else:
+            grads["lm_head"] += normed.T @ of_logits
+        g = _norm_back(
+            config,
+            body["final_norm"],
+            streams.pop(),
+            of_logits @ head.T,
+            of_body["final_norm"],
+        )
+        for layer in reversed(range(config.num_layers)):
+            name = str(layer)
+            block, of_block = body["layers"][name], of_body["layers"][name]
+            g = _block_back(config, block, streams.pop(), where, segments, g, of_block)
+        np.add.at(of_body["embedding"], np.asarray(ids), g)
+    return loss, grads
+
+
+def _block_back(
+    config: LlamaConfig,
+    layer: Mapping[str, Any],
+    x: Floats,
+    positions: Sequence[int],
+    segments: Sequence[int],
+    g: Floats,
+    grads: Mapping[str, Any],
+) -> Floats:
+    """From the derivative by a block's output to that by its input."""
+    T, H = len(x), config.head_dim
+    rope = config.rope_theta, config.rope_scaling
+    back = [-position for position in positions]
+    w, of_w = layer["attention"], grads["attention"]
+    normed = _norm(config, layer["attention_norm"], x)
+    q = rotate((normed @ w["q_proj"]).reshape(T, -1, H), positions, *rope)
+    k = rotate((normed @ w["k_proj"]).reshape(T, -1, H), positions, *rope)
+    v = (normed @ w["v_proj"]).reshape(T, -1, H)
+    out = attend(q, k, v, segments=segments).reshape(T, -1)
+    middle = x + out @ w["o_proj"]
+
+    m, of_m = layer["mlp"], grads["mlp"]
+    inside = _norm(config, layer["mlp_norm"], middle)
+    gate, up = inside @ m["gate_proj"], inside @ m["up_proj"]
+    sigmoid = 1 / (1 + np.exp(-gate))
+    of_m["down_proj"] += (gate * sigmoid * up).T @ g
+    of_hidden = g @ m["down_proj"].T
+    of_up = of_hidden * gate * sigmoid
+    of_gate = of_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+    of_m["gate_proj"] += inside.T @ of_gate
+    of_m["up_proj"] += inside.T @ of_up
+    of_inside = of_gate @ m["gate_proj"].T + of_up @ m["up_proj"].T
+    g = g + _norm_back(config, layer["mlp_norm"], middle, of_inside, grads["mlp_norm"])
+
+    of_w["o_proj"] += out.T @ g
+    of_out = (g @ w["o_proj"].T).reshape(T, -1, H)
+    of_q, of_k, of_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    group = q.shape[1] // k.shape[1]
+    for t in range(T):
+        seen = [s for s in range(t + 1) if segments[s] == segments[t]]
+        for n in range(q.shape[1]):
+            kv = n // group
+            scores = k[seen, kv] @ q[t, n] / np.sqrt(H)
+            p = np.exp(log_softmax(scores))
+            of_p = v[seen, kv] @ of_out[t, n]
+            of_scores = p * (of_p - p @ of_p) / np.sqrt(H)
+            of_v[seen, kv] += np.outer(p, of_out[t, n])
+            of_k[seen, kv] += np.outer(of_scores, q[t, n])
+            of_q[t, n] += of_scores @ k[seen, kv]
+    of_normed = np.zeros_like(x)
+    for name, of_heads in (
+        ("q_proj", rotate(of_q, back, *rope)),
+        ("k_proj", rotate(of_k, back, *rope)),
+        ("v_proj", of_v),
+    ):
+        of_w[name] += normed.T @ of_heads.reshape(T, -1)
+        of_normed += of_heads.reshape(T, -1) @ w[name].T
+    norm = layer["attention_norm"]
+    return g + _norm_back(config, norm, x, of_normed, grads["attention_norm"])
+
+
+def _norm_back(
+    config: LlamaConfig,
+    weights: Mapping[str, Any],
+    x: Floats,
+    g: Floats,
+    grads: Mapping[str, Any],
+) -> Floats:
+    root = 1 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
+    grads["scale"][...] += np.sum(g * x * root, axis=0)
+    g = g * weights["scale"]
+    return g * root - x * root**3 * np.mean(g * x, axis=-1, keepdims=True)
 
 
 def _transformer(

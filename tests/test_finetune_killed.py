@@ -140,7 +140,9 @@ def test_a_run_that_is_killed_twice_has_the_same_losses(
 
 
 @pytest.mark.slow
-def test_sigterm_from_outside_saves_and_ends_well(place: Place, whole: list[Any]) -> None:
+def test_sigterm_from_outside_saves_and_ends_well(
+    place: Place, whole: list[Any]
+) -> None:
     process = place.start("asked", pause=0.1, delay=-1)
     try:
         until = time.monotonic() + SECONDS

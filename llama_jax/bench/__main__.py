@@ -13,19 +13,28 @@ from typing import Any, get_args
 import jax
 
 from llama_jax.bench import kernels
-from llama_jax.bench.conversion import ConversionReport, measure_conversion
-from llama_jax.bench.data import DataReport, measure_data
+from llama_jax.bench.conversion import measure_conversion
+from llama_jax.bench.data import measure_data
 from llama_jax.bench.decode import DecodeReport, measure_decode
 from llama_jax.bench.kernel_times import lines_of, measure_times
 from llama_jax.bench.machine import Machine, describe
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
 from llama_jax.bench.schedule import CHIPS
 from llama_jax.bench.shapes import DEFAULT, parse_model
+from llama_jax.bench.tables import (
+    conversion_rows,
+    data_rows,
+    decode_rows,
+    prefill_rows,
+    train_rows,
+)
+from llama_jax.bench.train import measure_train
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
 from llama_jax.errors import ConfigError, LlamaJaxError
 from llama_jax.loading import bundled
-from llama_jax.runtime import Runtime
+from llama_jax.runtime import Remat, Runtime
+from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.tokenizer import Tokenizer
 
 
@@ -38,13 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_conversion(options)
     if options.benchmark == "data":
         return _run_data(options)
+    if options.benchmark == "train":
+        return _run_train(options)
     try:
-        for name in ("batch", "prompt_length", "steps"):
-            if getattr(options, name) < 1:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is {getattr(options, name)}; "
-                    "it must be at least 1"
-                )
+        _check_positive(options, "batch", "prompt_length", "steps")
         config = parse_model(options.model, options.prompt_length + options.steps)
         runtime = Runtime(dtype=options.dtype)
     except LlamaJaxError as error:
@@ -59,12 +65,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: DecodeReport | PrefillReport
     if options.benchmark == "decode":
         report = measure_decode(config, runtime, **workload)
-        rows = _decode_rows(report)
+        rows = decode_rows(report)
     else:
         report = measure_prefill(config, runtime, **workload)
-        rows = _prefill_rows(report)
+        rows = prefill_rows(report)
     asked = {"model": options.model, "dtype": options.dtype, **workload}
     _show(options, machine, asked, report, rows)
+    return 0
+
+
+def _check_positive(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; "
+                "it must be at least 1"
+            )
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    try:
+        _check_positive(options, "batch", "seq", "steps")
+        config = parse_model(options.model, options.seq)
+        runtime = Runtime(
+            dtype=options.dtype,
+            param_dtype="float32",
+            layer_layout="stacked",
+            remat=options.remat,
+        )
+        mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
+        report = measure_train(
+            config,
+            runtime,
+            batch=options.batch,
+            seq=options.seq,
+            steps=options.steps,
+            mesh=mesh,
+            against=options.against,
+        )
+    except LlamaJaxError as error:
+        print(error, file=sys.stderr)
+        return 2
+    names = ("model", "dtype", "batch", "seq", "steps", "remat", "mesh")
+    asked = {name: getattr(options, name) for name in names}
+    _show(options, describe(), asked, report, train_rows(report))
     return 0
 
 
@@ -88,7 +132,7 @@ def _run_conversion(options: argparse.Namespace) -> int:
         "ranks": options.ranks,
         "to": options.to,
     }
-    _show(options, describe(), asked, report, _conversion_rows(report))
+    _show(options, describe(), asked, report, conversion_rows(report))
     return 0
 
 
@@ -118,7 +162,7 @@ def _run_data(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     options.model = asked["files"]
-    _show(options, describe(), asked, report, _data_rows(report))
+    _show(options, describe(), asked, report, data_rows(report))
     return 0
 
 
@@ -194,37 +238,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure this library on this machine, beside what it can do.",
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    _train_options(benchmarks)
     for name, purpose, length, steps, counted in (
         ("decode", "tokens/s and weights streamed", 16, 64, "tokens to decode"),
         ("prefill", "tokens/s and FLOP/s", 512, 8, "times to read the prompts"),
     ):
         bench = benchmarks.add_parser(name, help=purpose, description=purpose)
-        bench.add_argument(
-            "--model",
-            default=DEFAULT,
-            help="a preset, or a shape as in %(default)s (the default)",
-        )
-        bench.add_argument(
-            "--dtype",
-            default="float32",
-            choices=("float32", "bfloat16", "float16"),
-            help="of weights and activations (default: %(default)s)",
-        )
-        bench.add_argument(
-            "--batch", type=int, default=1, help="rows (default: %(default)s)"
-        )
-        bench.add_argument(
-            "--prompt-length",
-            type=int,
-            default=length,
-            help="tokens in each prompt (default: %(default)s)",
-        )
-        bench.add_argument(
-            "--steps", type=int, default=steps, help=f"{counted} (default: %(default)s)"
-        )
-        bench.add_argument(
-            "--json", action="store_true", help="print one JSON object instead"
-        )
+        _model_options(bench, "of weights and activations", batch=1)
+        in_each = ("prompt-length", length, "tokens in each prompt")
+        _number_options(bench, in_each, ("steps", steps, counted))
     purpose = "attention kernels beside jax's: schedules for TPUs, or times"
     _kernel_options(benchmarks.add_parser("kernels", help=purpose, description=purpose))
     purpose = "tokens/s of reading, tokenizing and packing"
@@ -252,10 +274,53 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--folder", default=".", help="where there is room (default: this one)"
     )
-    bench.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
-    )
+    for bench in benchmarks.choices.values():
+        bench.add_argument(
+            "--json", action="store_true", help="print one JSON object instead"
+        )
     return parser
+
+
+def _model_options(
+    parser: argparse.ArgumentParser, of_what: str, *, batch: int
+) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT,
+        help="a preset, or a shape as in %(default)s (the default)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help=f"{of_what} (default: %(default)s)",
+    )
+    _number_options(parser, ("batch", batch, "rows"))
+
+
+def _train_options(benchmarks: Any) -> None:
+    purpose = "seconds of a step, beside the chip's peak or PyTorch"
+    parser = benchmarks.add_parser("train", help=purpose, description=purpose)
+    _model_options(parser, "of activations; weights are float32", batch=8)
+    _number_options(parser, ("seq", 256, "tokens of a row"), ("steps", 8, "to measure"))
+    parser.add_argument(
+        "--remat",
+        default="none",
+        choices=get_args(Remat),
+        help="what the backward pass computes again (default: %(default)s)",
+    )
+    parser.add_argument("--mesh", help="as in fsdp=-1 (default: one device)")
+    parser.add_argument(
+        "--against", choices=("torch",), help="who takes the same steps in turns"
+    )
+
+
+def _number_options(
+    parser: argparse.ArgumentParser, *numbers: tuple[str, int, str]
+) -> None:
+    for name, default, meaning in numbers:
+        help = f"{meaning} (default: {default})"
+        parser.add_argument(f"--{name}", type=int, default=default, help=help)
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
@@ -268,18 +333,14 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         help="(default: text)",
         metavar="NAME",
     )
-    for name, default, meaning in (
+    _number_options(
+        parser,
         ("batch", 16, "rows"),
         ("length", 256, "slots of a row"),
         ("workers", 1, "threads"),
-    ):
-        help = f"{meaning} (default: {default})"
-        parser.add_argument(f"--{name}", type=int, default=default, help=help)
-    parser.add_argument(
-        "--packing", choices=get_args(Packing), default="pack", help="(default: pack)"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
+        "--packing", choices=get_args(Packing), default="pack", help="(default: pack)"
     )
 
 
@@ -318,65 +379,6 @@ def _kernel_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure seconds here, as is done anyway where there is an accelerator",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
-    )
-
-
-def _conversion_rows(report: ConversionReport) -> dict[str, str]:
-    before, after = report.copy_seconds
-    return {
-        "parameters": f"{report.params:,}",
-        "source": f"{report.source_bytes / 1e9:,.2f} GB",
-        "conversion": f"{report.seconds:,.1f} s ({report.gb_per_s:,.2f} GB/s)",
-        "copies before, after": f"{before:,.1f} s, {after:,.1f} s",
-        "part of a copy's speed": f"{report.ratio:.0%}",
-        "host memory before": f"{report.base_bytes / 1e6:,.0f} MB",
-        "host memory at most": f"{report.peak_bytes / 1e6:,.0f} MB (mapped files and "
-        "page cache not counted)",
-        "predicted": f"{report.predicted_bytes / 1e6:,.0f} MB",
-    }
-
-
-def _data_rows(report: DataReport) -> dict[str, str]:
-    return {
-        "records": f"{report.records:,}",
-        "tokens": f"{report.tokens:,} ({report.fill_rate:.1%} of the slots)",
-        "opening": f"{report.open_seconds:.2f} s",
-        "loader": f"{report.tokens_per_s:,.0f} tokens/s",
-        "reading alone": f"{report.read_tokens_per_s:,.0f} tokens/s",
-        "tokenizing alone": f"{report.encode_tokens_per_s:,.0f} tokens/s",
-        "packing alone": f"{report.pack_tokens_per_s:,.0f} tokens/s",
-    }
-
-
-def _decode_rows(report: DecodeReport) -> dict[str, str]:
-    limits = report.bandwidth
-    return {
-        "parameters": f"{report.params:,}",
-        "weights read per step": f"{report.weight_bytes / 1e6:,.1f} MB",
-        "cache slots per row": str(report.cache_slots),
-        "decoding": f"{report.tokens_per_s:,.1f} tokens/s "
-        f"(median {report.median_tokens_per_s:,.1f})",
-        "weights streamed": f"{report.gb_per_s:,.1f} GB/s",
-        "1 GiB reduction": f"{limits.reduction:,.1f} GB/s",
-        "1 GiB matrix-vector": f"{limits.matvec:,.1f} GB/s",
-        "1 GiB copy (both ways)": f"{limits.copy:,.1f} GB/s",
-        "part of the highest": f"{report.ratio:.0%}",
-    }
-
-
-def _prefill_rows(report: PrefillReport) -> dict[str, str]:
-    return {
-        "parameters": f"{report.params:,}",
-        "work per prefill": f"{report.flops / 1e9:,.1f} GFLOP",
-        "prefill": f"{report.tokens_per_s:,.1f} tokens/s "
-        f"(median {report.median_tokens_per_s:,.1f})",
-        "rate": f"{report.gflops_per_s:,.1f} GFLOP/s",
-        "matrix product": f"{report.matmul.gflops:,.1f} GFLOP/s "
-        f"(size {report.matmul.size})",
-        "part of it": f"{report.ratio:.0%}",
-    }
 
 
 def _print_table(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from llama_jax.errors import ConfigError
 from llama_jax.train.loss import Loss, LossSums
@@ -36,8 +37,49 @@ class StepMetrics(NamedTuple):
     metrics: Mapping[str, Float[Array, ""]]
 
 
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
-"""(state, frozen leaves, batch) to the next state and metrics; the state is donated."""
+class Step:
+    """A jitted step: (state, frozen leaves, batch) to the next state and metrics.
+
+    The state is donated, and comes back where it lay: left to itself the compiler may
+    move a leaf over a mesh, and the second step would be compiled anew.
+    """
+
+    def __init__(self, run: Callable[..., tuple[TrainState, StepMetrics]]) -> None:
+        """Of a function of the three."""
+        self._run = run
+        self._jitted: dict[Any, Any] = {}
+
+    def __call__(
+        self, state: TrainState, frozen: Any, batch: Any
+    ) -> tuple[TrainState, StepMetrics]:
+        """Take the step."""
+        found: tuple[TrainState, StepMetrics]
+        found = self._of(state)(state, frozen, batch)
+        return found
+
+    def lower(self, state: Any, frozen: Any, batch: Any) -> Any:
+        """The step of arrays or of their shapes, ready to be compiled."""
+        return self._of(state).lower(state, frozen, batch)
+
+    @property
+    def programs(self) -> int:
+        """How many there are in jax's cache."""
+        return sum(jitted._cache_size() for jitted in self._jitted.values())
+
+    def _of(self, state: Any) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        places = tuple(_place(leaf) for leaf in leaves)
+        if (places, structure) not in self._jitted:
+            whole = jax.tree.unflatten(structure, places)
+            self._jitted[places, structure] = jax.jit(
+                self._run, donate_argnums=0, out_shardings=(whole, None)
+            )
+        return self._jitted[places, structure]
+
+
+def _place(leaf: Any) -> NamedSharding | None:
+    place = getattr(leaf, "sharding", None)
+    return place if isinstance(place, NamedSharding) else None
 
 
 def make_train_step(
@@ -51,9 +93,7 @@ def make_train_step(
       accumulate: parts that a batch is cut into, one after another; each takes every
         so manyth row, so that on a mesh all devices share each part.
     """
-    return jax.jit(
-        functools.partial(_step, loss, optimizer, accumulate), donate_argnums=0
-    )
+    return Step(functools.partial(_step, loss, optimizer, accumulate))
 
 
 def _step(
