@@ -256,3 +256,20 @@ def test_sixteen_chips_hold_what_one_could_not() -> None:
     # Each holds as much where there are only four, with a fourth of the sequence.
     fewer = held_by_a_chip("v5e:2x2", LENGTH // 4, gradient=True)
     assert math.isclose(held, fewer, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_queries_may_lie_before_or_behind_all_slots_of_a_part(length: int) -> None:
+    q, *_ = inputs(length)
+    _, k, v, _ = inputs(32)
+    for start in ([-70, -2], [10, 200]):
+        given = q.swapaxes(1, 2), k, v, jnp.asarray(start, jnp.int32), None
+        wanted, seen = passes_of("xla").forward(*given)
+        found, lse = passes_of("mosaic_tpu", interpret=True).forward(*given)
+        np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(seen))
+        one = np.where(np.isneginf(seen), 0.0, seen)
+        other = np.where(np.isneginf(lse), 0.0, lse)
+        np.testing.assert_allclose(
+            other, one, atol=FLASH["float32"] * np.abs(one).max()
+        )
+        np.testing.assert_allclose(found, wanted, atol=FLASH["float32"])
