@@ -28,6 +28,7 @@ from llama_jax.sockets import free_port
 
 HERE = pathlib.Path(__file__).resolve().parent
 SECONDS = 120  # the most that a process may take
+SLOW = pytest.mark.slow  # each starts several processes
 
 # To compile takes longer than all else here.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -132,7 +133,7 @@ def test_weights_of_several_processes_are_saved_whole(two: Any) -> None:
         )
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     ("mesh", "rows", "part"),
     [
@@ -158,13 +159,10 @@ def run_until_ready(running: list[Any], folder: pathlib.Path) -> None:
     ("victim", "signal_of", "said"),
     [
         (1, signal.SIGKILL, "ended without a word"),
-        (0, signal.SIGKILL, "ended without a word"),
-        (
-            1,
-            signal.SIGSTOP,
-            "not been heard of for 3 s",
-        ),  # in the midst of a collective
-        (0, signal.SIGTERM, "ended without a word"),
+        pytest.param(0, signal.SIGKILL, "ended without a word", marks=SLOW),
+        # In the midst of a collective.
+        (1, signal.SIGSTOP, "not been heard of for 3 s"),
+        pytest.param(0, signal.SIGTERM, "ended without a word", marks=SLOW),
     ],
 )
 def test_all_others_say_which_process_is_gone_and_end(
@@ -183,7 +181,7 @@ def test_all_others_say_which_process_is_gone_and_end(
         assert time.monotonic() - began < 20
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_barrier_names_who_did_not_come(tmp_path: pathlib.Path) -> None:
     with started(commands(3, "waiters.py", str(tmp_path), task="barrier")) as running:
         for status, _, err in ended(running):

@@ -195,7 +195,7 @@ def test_accumulated_parts_are_the_large_batch_on_a_mesh() -> None:
     np.testing.assert_allclose(losses, trained_alone()[1], rtol=EQUAL_FORWARD)
 
 
-@every_mesh
+@some_meshes
 def test_decoding_equals_one_device(text: str) -> None:
     mesh = mesh_of(text)
     tokens = random_tokens(TINY, B, T)
