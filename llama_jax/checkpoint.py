@@ -34,7 +34,7 @@ from llama_jax.leaves import (
 )
 from llama_jax.model import Llama
 from llama_jax.params import Head, axes_of, flatten, leaf_paths, unflatten, weight_shape
-from llama_jax.runtime import Runtime
+from llama_jax.runtime import DType, Runtime
 from llama_jax.sharding import param_shardings, weight_shardings
 from llama_jax.tokenizer import FILE_NAMES, Tokenizer
 from llama_jax.types import Array, Mesh, Params
@@ -64,6 +64,7 @@ def save_params(
     *,
     tokenizer: Tokenizer | None = None,
     head: Head = "lm_head",
+    dtype: DType | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a model checkpoint; it appears at `path` complete, or not at all.
@@ -77,6 +78,7 @@ def save_params(
       config: what the weights are.
       tokenizer: stored beside them.
       head: what the tree has behind the transformer.
+      dtype: of the weights on disk; as they are where not given.
       progress: told of the bytes that are written.
 
     Raises:
@@ -84,6 +86,8 @@ def save_params(
     """
     leaves = lazy_leaves(params)
     check_leaves(leaves, config, head=head, where="the parameters")
+    if dtype is not None:
+        leaves = {path: leaf.cast(jnp.dtype(dtype)) for path, leaf in leaves.items()}
     with gathered(leaves) as whole:
         if whole is not None:
             _write_checkpoint(path, whole, config, tokenizer, progress)

@@ -156,7 +156,7 @@ def _add_method(group: Any) -> None:
         "--preset",
         metavar="NAME",
         help="with --from-scratch: a published model, or a shape as in "
-        "L12,D768,N12,F2048,V32000",
+        "L12,D768,N12,F2048,V32000 (`,tied`: the embedding is the output head)",
     )
     group.add_argument(
         "--rope-theta",
@@ -191,7 +191,13 @@ def _add_training(group: Any) -> None:
     group.add_argument(
         "--schedule",
         choices=get_args(ScheduleName),
-        help="how it falls, to a tenth of the peak (default: cosine)",
+        help="how it falls behind the peak (default: cosine)",
+    )
+    group.add_argument(
+        "--final",
+        type=float,
+        metavar="PART",
+        help="of the peak, which is left at the end (default: 0.1)",
     )
     group.add_argument(
         "--warmup",
@@ -237,6 +243,11 @@ def _add_training(group: Any) -> None:
 def _add_output(group: Any) -> None:
     group.add_argument(
         "--output", metavar="DIR", help="a new folder, or with --resume that of before"
+    )
+    group.add_argument(
+        "--save-dtype",
+        choices=get_args(DType),
+        help="of the model that is written at the end (default: --param-dtype)",
     )
     group.add_argument(
         "--resume",

@@ -75,6 +75,17 @@ class LazyLeaf:
         """The same, with another `host_bytes`."""
         return dataclasses.replace(self, host_bytes=host_bytes)
 
+    def cast(self, dtype: np.dtype) -> "LazyLeaf":
+        """The same numbers, rounded to another dtype as they are read."""
+        if dtype == self.dtype:
+            return self
+        return dataclasses.replace(
+            self,
+            dtype=dtype,
+            read=lambda: self.read().astype(dtype),
+            host_bytes=self.host_bytes + self.size * dtype.itemsize,
+        )
+
 
 def raw_bytes(array: np.ndarray) -> memoryview:
     """The bytes of an array, to be written: its own memory where that is in order."""

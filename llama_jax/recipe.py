@@ -29,6 +29,7 @@ _ALL: dict[str, Any] = {
     "infilling_rate": 0.9,
     "optimizer": "adamw",
     "schedule": "cosine",
+    "final": 0.1,
     "clip": 1.0,
     "param_dtype": "float32",
     "remat": "block",
@@ -56,7 +57,7 @@ _LONGEST = 4096
 _MATTERS = (
     "method", "lora_rank", "lora_alpha", "lora_targets", "quantize", "format",
     "seq_length", "batch_size", "packing", "on_long", "on_bad", "infilling_rate",
-    "optimizer", "learning_rate", "schedule", "warmup", "epochs", "steps",
+    "optimizer", "learning_rate", "schedule", "final", "warmup", "epochs", "steps",
     "weight_decay", "clip", "dtype", "param_dtype", "seed", "rope_theta",
     "max_seq_len", "from_scratch", "preset",
 )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.checkpoint import save_params
 from llama_jax.data.loader import Loader
-from llama_jax.distributed import from_host_rows, is_main
+from llama_jax.distributed import agreed, from_host_rows, is_main, place
 from llama_jax.params import count_params
 from llama_jax.planning.hardware import local_topology
 from llama_jax.planning.roofline import forward_flops, train_flops
@@ -59,6 +59,7 @@ class Trainer:
             args.learning_rate,
             steps=self.steps,
             warmup=warmup_of(args, self.steps),
+            final=args.final,
         )
         # Asked of the device, each rate would wait for the step that runs there.
         self.rates = np.asarray(jax.vmap(schedule)(jnp.arange(self.steps)))
@@ -94,7 +95,7 @@ class Trainer:
             self.tokens = self.loader.statistics.tokens
             result = "model" if self.method.lora is None else "adapter"
             done = [self.output / result, self.output / "report.html"]
-            if all(path.exists() for path in done):
+            if agreed(all(path.exists() for path in done)):
                 self.say(f"{self.output}: this run is finished; see its {result}")
                 return 0
             self.announce(last)
@@ -132,7 +133,11 @@ class Trainer:
         if self.held_out is not None and last is None:
             found = self.evaluate(state)
             self.first = {"eval_loss_before": found["eval_loss"]}
-            self.say(f"before the first step: held-out loss {found['eval_loss']:.4f}")
+            read = self.held_out.statistics
+            self.say(
+                f"before the first step: held-out loss {found['eval_loss']:.4f} over "
+                f"{read.targets:,} targets of {read.records:,} records; {read.left_out}"
+            )
         return fit(
             make_train_step(
                 self.method.loss, self.optimizer, accumulate=args.accumulate
@@ -187,9 +192,10 @@ class Trainer:
             writer.write(record)
         self.bar.show(record)
         if record["skipped"]:
+            of_process = "-of-process-*" if place()[1] > 1 else ""
             self.say(
                 f"step {record['step']}: loss or gradient is not finite, so it changed "
-                f"nothing; its batch is skipped-{record['step']:06d}.npz"
+                f"nothing; its batch is skipped-{record['step']:06d}{of_process}.npz"
             )
         if "eval_loss" in record:
             self.say(
@@ -256,7 +262,8 @@ class Trainer:
     def write_result(self, name: str, state: TrainState) -> None:
         """A model's folder, or one of adapters."""
         config, lora = self.method.model.config, self.method.lora
-        if (self.output / name).exists():  # of a run that was killed behind this
+        # Of a run that was killed behind this; asked before one of several writes it.
+        if agreed((self.output / name).exists()):
             return
         if lora is None:
             save_params(
@@ -264,6 +271,7 @@ class Trainer:
                 state.params,
                 config,
                 tokenizer=self.tokenizer,
+                dtype=self.args.save_dtype,
             )
         else:
             base = self.args.checkpoint
@@ -285,6 +293,8 @@ class Trainer:
         facts = {"time of this call": f"{seconds:,.1f} s"}
         if memory := most_memory():
             facts["most memory of a device"] = f"{memory / 1e9:.2f} GB"
+        if self.loader.statistics.dropped:
+            facts["records"] = self.loader.statistics.left_out
         files = write_report(
             self.output,
             self.run["arguments"],

@@ -58,7 +58,7 @@ def check_equal(found: Any, wanted: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_a_state_is_restored_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
     state, shapes = state_of(name)
     with TrainCheckpoints(tmp_path) as checkpoints:

@@ -45,7 +45,9 @@ TIED = TINY.replace(tied_embeddings=True)
 FULL = TINY.replace(num_kv_heads=4)
 SINGLE = TINY.replace(num_kv_heads=1)
 
-every_optimizer = pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+every_optimizer = pytest.mark.parametrize(
+    "name", ["adamw", "adafactor", "lion", "muon"]
+)
 every_layout = pytest.mark.parametrize("layout", ["unrolled", "stacked"])
 
 
@@ -334,6 +336,27 @@ def test_every_optimizer_lowers_the_loss(name: OptimizerName) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@every_layout
+def test_muon_moves_matrices_of_layers_by_orthogonal_steps(layout: Any) -> None:
+    params = in_layout(random_params(TINY), Runtime(layer_layout=layout))
+    gradient = jax.tree.map(lambda x: 0.01 * jnp.sin(7 * x), params)
+    optimizer = make_optimizer(1.0, name="muon", weight_decay=0.0, clip=None)
+    update, _ = optimizer.update(gradient, optimizer.init(params), params)
+    for path, leaf in flatten(update).items():
+        matrices = np.asarray(leaf)
+        if "/layers/" not in path or path.endswith("scale"):
+            # The first step of NAdam is as long for every number.
+            np.testing.assert_allclose(
+                np.abs(matrices), np.abs(matrices).max(), rtol=0.01
+            )
+            continue
+        values = np.linalg.svd(matrices, compute_uv=False)
+        wanted = 0.2 * max(matrices.shape[-2:]) ** 0.5
+        # Five steps of its iteration bring singular values near one, not to it.
+        assert values.max() < 1.3 * wanted, path
+        assert values.mean() > 0.7 * wanted, path
+
+
 def test_the_first_update_has_the_schedules_first_rate() -> None:
     def loss(params: Any, _: Any, batch: Any) -> LossSums:
         return LossSums(jnp.sum(params["w"] * batch), jnp.float32(1))
@@ -404,7 +427,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(numbers: Any) -> None:
 
 def test_a_name_that_is_not_there_is_refused() -> None:
     wrong: Any = "adam"
-    with pytest.raises(ConfigError, match="choose from adamw, adafactor, lion"):
+    with pytest.raises(ConfigError, match="choose from adamw, adafactor, lion, muon"):
         make_optimizer(1e-3, name=wrong)
     with pytest.raises(ConfigError, match="choose from cosine, linear, constant"):
         make_schedule(wrong, 1e-3, steps=5)

@@ -24,7 +24,8 @@ def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
 
     Args:
       text: a preset's name, or letters with sizes: `L12,D768,N12,F2048,V32000`; K is N
-        and H is D / N where they are not given.
+        and H is D / N where they are not given. With `tied`, the embedding is the
+        output head too.
       max_seq_len: of a shape; a preset has its own.
 
     Raises:
@@ -35,12 +36,15 @@ def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
     if not re.match(r"[A-Z]\d", text):
         return preset(text)  # which knows how to refuse a name
     sizes: dict[str, int] = {}
-    for part in text.split(","):
+    parts = text.split(",")
+    tied = parts[-1] == "tied"
+    for part in parts[: -1 if tied else None]:
         letter, size = part[:1], part[1:]
         if letter not in _LETTERS or not size.isdecimal() or letter in sizes:
             raise ConfigError(
                 f"--model {text}: {part!r} is not understood; write each of "
-                f"{', '.join(_LETTERS)} once with its size, as in {DEFAULT}"
+                f"{', '.join(_LETTERS)} once with its size, as in {DEFAULT}, and "
+                "`tied` last where the embedding is the output head too"
             )
         sizes[letter] = int(size)
     if missing := [letter for letter in "LDNFV" if letter not in sizes]:
@@ -53,5 +57,5 @@ def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
         rope_theta=1e4,
         rope_scaling=None,
         norm_eps=1e-5,
-        tied_embeddings=False,
+        tied_embeddings=tied,
     )

@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 import jax
 import optax
+import optax.contrib
 
 from llama_jax.errors import ConfigError
 
-OptimizerName = Literal["adamw", "adafactor", "lion"]
+OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
 ScheduleName = Literal["cosine", "linear", "constant"]
 Schedule = Callable[[Any], Any]
 
@@ -72,8 +73,10 @@ def make_optimizer(
 
     Args:
       learning_rate: or the rate of each step.
-      name: "adamw", "adafactor" (second moments as rows and columns, no first ones) or
-        "lion" (first moments only).
+      name: "adamw", "adafactor" (second moments as rows and columns, no first ones),
+        "lion" (first moments only) or "muon" (first moments made orthogonal for the
+        matrices of layers, with updates as large as AdamW's, arXiv:2502.16982; AdamW
+        for the rest).
       b1: of first moments; adafactor has none.
       b2: of second moments; adafactor decays them by a schedule of its own.
       eps: of AdamW.
@@ -96,12 +99,10 @@ def make_optimizer(
             mu_dtype=moment_dtype,
         )
     elif name == "adafactor":
-        # Its decay is not scaled by the learning rate by itself, as the others' is.
-        chosen = optax.chain(
+        chosen = _decaying(
             optax.adafactor(None, multiply_by_parameter_scale=False),
-            optax.scale(-1.0),
-            optax.add_decayed_weights(weight_decay, decayed),
-            optax.scale_by_learning_rate(learning_rate),
+            learning_rate,
+            weight_decay,
         )
     elif name == "lion":
         chosen = optax.lion(
@@ -112,9 +113,19 @@ def make_optimizer(
             mask=decayed,
             mu_dtype=moment_dtype,
         )
+    elif name == "muon":
+        orthogonal = optax.contrib.muon(
+            1.0,
+            adam_b1=b1,
+            adam_b2=b2,
+            mu_dtype=moment_dtype,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+        chosen = _decaying(orthogonal, learning_rate, weight_decay)
     else:
         raise ConfigError(
-            f"optimizer: there is no {name!r}; choose from adamw, adafactor, lion"
+            f"optimizer: there is no {name!r}; choose from adamw, adafactor, lion, muon"
         )
     if clip is None:
         return chosen
@@ -128,3 +139,27 @@ def decayed(params: Any) -> Any:
         return getattr(path[-1], "key", None) != "scale"
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def _decaying(
+    rateless: optax.GradientTransformation, learning_rate: Any, weight_decay: float
+) -> optax.GradientTransformation:
+    """With a rate and with decay in proportion to it, as AdamW has, behind the rest."""
+    return optax.chain(
+        rateless,
+        optax.scale(-1.0),
+        optax.add_decayed_weights(weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of a layer's leaf are a matrix's; None for what Muon leaves alone."""
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [getattr(part, "key", None) for part in path]
+        if "layers" not in names or names[-1] == "scale":
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
