@@ -6,9 +6,16 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# Eight devices; and programs that are compiled in half the time and run once. The
+# optimizations of users' programs are tested by `.ci/run --all`, which says so in
+# XLA_FLAGS.
+for _flag, _value in (
+    ("--xla_force_host_platform_device_count", 8),
+    ("--xla_backend_optimization_level", 0),
+):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        _flags = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}"
+        os.environ["XLA_FLAGS"] = _flags.strip()
 
 import hypothesis
 import pytest

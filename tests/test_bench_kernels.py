@@ -199,18 +199,28 @@ def test_a_chips_clock_times_its_matrix_units_is_its_published_peak() -> None:
         assert flops == pytest.approx(peak, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("only", "kinds"),
+    [
+        (["--only", "decode"], ["decode"] * 3),
+        pytest.param(
+            [],
+            ["flash", "backward", "decode", "decode", "decode"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_kernels_are_timed_where_it_is_asked_for(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], only: list[str], kinds: list[str]
 ) -> None:
-    asked = ["--time", "--shapes", "N4K2H16", "--lengths", "32"]
+    asked = ["--time", "--shapes", "N4K2H16", "--lengths", "32", *only]
     assert entry.main(["kernels", *asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["matmul_gflops"] > 0
     assert found["copy_gb_per_s"] > 0
     rows = [row for row in found["rows"] if row["name"] == "xla"]
-    kinds = ["flash", "backward", "decode", "decode", "decode"]
     assert [row["kind"] for row in rows] == kinds
-    assert [row["rows"] for row in rows] == [1, 1, 1, 8, 64]
+    assert [row["rows"] for row in rows][-3:] == [1, 8, 64]
     assert all(row["median_seconds"] > 0 and row["part"] > 0 for row in rows)
 
 
