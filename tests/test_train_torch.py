@@ -72,17 +72,19 @@ def our_tree(folder: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
 def their_gradient(
     model: Any, batch: Batch, folder: pathlib.Path, tokenizer: Any
 ) -> tuple[float, dict[str, Any]]:
-    """Loss and gradient, the latter in our names and layouts.
+    """Loss and gradient in float64, the latter in our names and layouts.
 
-    It crosses as weights do, of which it is linear: by a folder.
+    Their gradients in float32 lie up to 1.3e-5 from those in float64 themselves. One
+    crosses as weights do, of which it is linear: by a folder, in float32.
     """
+    model.double()
     model.zero_grad()
     loss = their_loss(model, batch)
     loss.backward()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.grad)
-    model.save_pretrained(folder)
+    model.float().save_pretrained(folder)
     return float(loss.detach()), our_tree(folder, tokenizer)
 
 
