@@ -77,6 +77,9 @@ if TYPE_CHECKING:
     from llama_jax.loading import (
         load as load,
     )
+    from llama_jax.loading import (
+        open_model as open_model,
+    )
     from llama_jax.lora import (
         Lora as Lora,
     )
@@ -131,11 +134,26 @@ if TYPE_CHECKING:
     from llama_jax.tokenizer import (
         Tokenizer as Tokenizer,
     )
+    from llama_jax.train.adapters import (
+        merge_checkpoint as merge_checkpoint,
+    )
+    from llama_jax.train.adapters import (
+        save_adapters as save_adapters,
+    )
+    from llama_jax.train.loop import (
+        Calls as Calls,
+    )
     from llama_jax.train.loop import (
         fit as fit,
     )
     from llama_jax.train.loss import (
         next_token_loss as next_token_loss,
+    )
+    from llama_jax.train.methods import (
+        train_adapters as train_adapters,
+    )
+    from llama_jax.train.methods import (
+        train_weights as train_weights,
     )
     from llama_jax.train.optimizer import (
         make_optimizer as make_optimizer,
@@ -163,7 +181,7 @@ _HOMES = {
     "decoding": ("decode_step", "prefill"),
     "errors": ("LlamaJaxError",),
     "generation": ("Completion", "Delta", "generate", "stream"),
-    "loading": ("default_runtime", "load"),
+    "loading": ("default_runtime", "load", "open_model"),
     "init": ("init_params",),
     "model": ("Llama", "ScalarModel", "apply"),
     "params": ("AXES",),
@@ -176,8 +194,10 @@ _HOMES = {
     "data.loader": ("Loader",),
     "lora": ("Lora", "adapt", "init_lora", "merge"),
     "quantize": ("quantize_params",),
-    "train.loop": ("fit",),
+    "train.adapters": ("merge_checkpoint", "save_adapters"),
+    "train.loop": ("Calls", "fit"),
     "train.loss": ("next_token_loss",),
+    "train.methods": ("train_adapters", "train_weights"),
     "train.optimizer": ("make_optimizer", "make_schedule"),
     "train.state": ("TrainState", "init_state"),
     "train.step": ("make_train_step",),
