@@ -13,6 +13,7 @@ from llama_jax.config import preset
 from llama_jax.errors import ConfigError
 from llama_jax.params import count_params, param_shapes
 from llama_jax.runtime import Runtime
+from llama_jax.sharding import make_mesh, parse_mesh
 
 SHAPE = "L2,D32,N4,K2,F48,V96"
 
@@ -51,6 +52,35 @@ def test_a_step_reads_all_weights_but_of_the_embedding_one_row() -> None:
     # Tied, the embedding is what the head reads.
     tied = TINY.replace(tied_embeddings=True)
     assert decode.weight_bytes_per_step(tied, Runtime()) == 4 * read
+
+
+def test_a_device_reads_its_part_of_the_weights() -> None:
+    whole, half = (
+        decode.weight_bytes_per_step(TINY, Runtime(), make_mesh(parse_mesh(text)))
+        for text in ("data=8", "data=4,tensor=2")
+    )
+    assert whole == decode.weight_bytes_per_step(TINY, Runtime())
+    norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)  # are whole everywhere
+    assert half - norms == (whole - norms) // 2
+
+
+@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
+def test_a_mesh_is_measured_whole(
+    benchmark: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = functools.partial(machine.bandwidth, size=1 << 20, repeats=2)
+    monkeypatch.setattr(decode, "bandwidth", small)
+    asked = ["--model", SHAPE, "--prompt-length", "8", "--steps", "1", "--batch", "2"]
+    assert entry.main([benchmark, *asked, "--mesh", "data=-1,tensor=4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mesh"] == "data=-1,tensor=4"
+    if benchmark == "prefill":
+        of_each = found["gflops_per_s"] / 8
+        assert found["ratio"] == pytest.approx(of_each / found["matmul"]["gflops"])
+    assert entry.main([benchmark, *asked, "--mesh", "tensor=3"]) == 2
+    assert "tensor" in capsys.readouterr().err
 
 
 def test_prefill_counts_each_useful_multiplication_twice() -> None:

@@ -53,23 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_positive(options, "batch", "prompt_length", "steps")
         config = parse_model(options.model, options.prompt_length + options.steps)
         runtime = Runtime(dtype=options.dtype)
+        mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
+        workload = {
+            "batch": options.batch,
+            "prompt_length": options.prompt_length,
+            "steps": options.steps,
+        }
+        machine = describe()
+        report: DecodeReport | PrefillReport
+        if options.benchmark == "decode":
+            report = measure_decode(config, runtime, **workload, mesh=mesh)
+            rows = decode_rows(report)
+        else:
+            report = measure_prefill(config, runtime, **workload, mesh=mesh)
+            rows = prefill_rows(report)
     except LlamaJaxError as error:
         print(error, file=sys.stderr)
         return 2
-    workload = {
-        "batch": options.batch,
-        "prompt_length": options.prompt_length,
-        "steps": options.steps,
-    }
-    machine = describe()
-    report: DecodeReport | PrefillReport
-    if options.benchmark == "decode":
-        report = measure_decode(config, runtime, **workload)
-        rows = decode_rows(report)
-    else:
-        report = measure_prefill(config, runtime, **workload)
-        rows = prefill_rows(report)
     asked = {"model": options.model, "dtype": options.dtype, **workload}
+    asked["mesh"] = options.mesh
     _show(options, machine, asked, report, rows)
     return 0
 
@@ -295,6 +297,7 @@ def _model_options(
         choices=("float32", "bfloat16", "float16"),
         help=f"{of_what} (default: %(default)s)",
     )
+    parser.add_argument("--mesh", help="as in fsdp=-1 (default: one device)")
     _number_options(parser, ("batch", batch, "rows"))
 
 
@@ -309,7 +312,6 @@ def _train_options(benchmarks: Any) -> None:
         choices=get_args(Remat),
         help="what the backward pass computes again (default: %(default)s)",
     )
-    parser.add_argument("--mesh", help="as in fsdp=-1 (default: one device)")
     parser.add_argument(
         "--against", choices=("torch",), help="who takes the same steps in turns"
     )

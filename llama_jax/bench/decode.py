@@ -1,6 +1,7 @@
 """Decoding: tokens per second, and how near it streams its weights to the limit."""
 
 import dataclasses
+import math
 import time
 
 import jax
@@ -11,9 +12,11 @@ from llama_jax.bench.machine import Bandwidth, bandwidth, best_and_median
 from llama_jax.config import LlamaConfig
 from llama_jax.init import init_params
 from llama_jax.model import Llama
-from llama_jax.params import count_params, param_shapes
+from llama_jax.params import count_params, flatten, param_shapes
 from llama_jax.runtime import Runtime
 from llama_jax.sampling import Sampling, sampling_rows
+from llama_jax.sharding import param_shardings
+from llama_jax.types import Mesh
 
 _STEPS_PER_CALL = 8
 """As many as `stream` decodes between two looks at the text, unless told."""
@@ -25,12 +28,13 @@ class DecodeReport:
 
     Attributes:
       params: of the model.
-      weight_bytes: read for every step: all weights, of the embedding one row.
+      weight_bytes: that a device reads for every step: its part of the weights, of the
+        embedding one row.
       cache_slots: S, of each row's cache, which is read too but not counted.
       tokens_per_s: of all rows together, in the fastest of the device calls.
       median_tokens_per_s: in the middle one.
       gb_per_s: weight bytes per second in the fastest call.
-      bandwidth: what the machine can do, measured in the same run.
+      bandwidth: what a device can do, measured in the same run.
       ratio: `gb_per_s` as a part of the highest bandwidth.
     """
 
@@ -44,11 +48,17 @@ class DecodeReport:
     ratio: float
 
 
-def weight_bytes_per_step(config: LlamaConfig, runtime: Runtime) -> int:
-    """Bytes of weights that one decoding step reads, whatever the batch."""
-    read = count_params(param_shapes(config))
+def weight_bytes_per_step(
+    config: LlamaConfig, runtime: Runtime, mesh: Mesh | None = None
+) -> int:
+    """Bytes of weights that a device reads in a decoding step, whatever the batch."""
+    shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
+    if mesh is not None:
+        places = flatten(param_shardings(config, runtime, mesh))
+        shapes = {path: places[path].shard_shape(shapes[path]) for path in shapes}
     if not config.tied_embeddings:
-        read -= config.vocab_size * config.embed_dim
+        del shapes["transformer/embedding"]
+    read = sum(map(math.prod, shapes.values()))
     return read * jnp.dtype(runtime.weight_dtype).itemsize
 
 
@@ -60,6 +70,7 @@ def measure_decode(
     prompt_length: int,
     steps: int,
     rounds: int = 8,
+    mesh: Mesh | None = None,
 ) -> DecodeReport:
     """Decode greedily with the library's own loop, as `stream` calls it.
 
@@ -70,15 +81,17 @@ def measure_decode(
       prompt_length: of every row.
       steps: tokens to decode per row, rounded up to whole calls.
       rounds: how often to start again from the prompt.
+      mesh: devices; jax's default one where not given.
     """
     # Around what is compared with it, since other programs come and go, and not beside
     # it, since the weights may leave no room.
     limits = [bandwidth()]
     slots = decoding.bucket(prompt_length + steps + _STEPS_PER_CALL, 1 << 30)
-    times = _step_times(config, runtime, batch, prompt_length, steps, slots, rounds)
+    model = Llama(config, runtime, mesh)
+    times = _step_times(model, batch, prompt_length, steps, slots, rounds)
     limits.append(bandwidth())
     best, median = best_and_median(times)
-    weight_bytes = weight_bytes_per_step(config, runtime)
+    weight_bytes = weight_bytes_per_step(config, runtime, mesh)
     limit = Bandwidth(
         reduction=max(one.reduction for one in limits),
         matvec=max(one.matvec for one in limits),
@@ -98,8 +111,7 @@ def measure_decode(
 
 
 def _step_times(
-    config: LlamaConfig,
-    runtime: Runtime,
+    model: Llama,
     batch: int,
     prompt_length: int,
     steps: int,
@@ -107,9 +119,8 @@ def _step_times(
     rounds: int,
 ) -> list[float]:
     """Seconds per step of every device call, compilation left out."""
-    model = Llama(config, runtime)
     params = init_params(model, jax.random.key(0))
-    rows = sampling_rows([Sampling(temperature=0)] * batch, config.vocab_size)
+    rows = sampling_rows([Sampling(temperature=0)] * batch, model.config.vocab_size)
     stop_ids = jnp.full((8,), -1, jnp.int32)
     per_call = min(steps, _STEPS_PER_CALL)
     times: list[float] = []

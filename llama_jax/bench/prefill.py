@@ -12,7 +12,7 @@ from llama_jax.init import init_params
 from llama_jax.model import Llama
 from llama_jax.params import axes_of, count_params, leaf_paths, weight_shape
 from llama_jax.runtime import Runtime
-from llama_jax.types import Array
+from llama_jax.types import Array, Mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class PrefillReport:
       tokens_per_s: of all rows together, in the fastest of the calls.
       median_tokens_per_s: in the middle one.
       gflops_per_s: in the fastest.
-      matmul: what the machine can do, measured in the same run.
-      ratio: `gflops_per_s` as a part of it.
+      matmul: what a device can do, measured in the same run.
+      ratio: `gflops_per_s` of each device as a part of it.
     """
 
     params: int
@@ -57,7 +57,13 @@ def prefill_flops(config: LlamaConfig, batch: int, tokens: int) -> int:
 
 
 def measure_prefill(
-    config: LlamaConfig, runtime: Runtime, *, batch: int, prompt_length: int, steps: int
+    config: LlamaConfig,
+    runtime: Runtime,
+    *,
+    batch: int,
+    prompt_length: int,
+    steps: int,
+    mesh: Mesh | None = None,
 ) -> PrefillReport:
     """Read prompts with the library's own function.
 
@@ -67,8 +73,9 @@ def measure_prefill(
       batch: prompts that are read together.
       prompt_length: tokens in each.
       steps: how often.
+      mesh: devices; jax's default one where not given.
     """
-    model = Llama(config, runtime)
+    model = Llama(config, runtime, mesh)
     params = init_params(model, jax.random.key(0))
     tokens = jnp.ones((batch, prompt_length), jnp.int32)
     lengths = jnp.full((batch,), prompt_length, jnp.int32)
@@ -83,6 +90,7 @@ def measure_prefill(
     rates.append(matmul_rate(config, batch * prompt_length, runtime.dtype))
     limit = max(rates, key=lambda rate: rate.gflops)
     flops = prefill_flops(config, batch, prompt_length)
+    devices = 1 if mesh is None else mesh.size
     return PrefillReport(
         params=count_params(params),
         flops=flops,
@@ -90,5 +98,5 @@ def measure_prefill(
         median_tokens_per_s=batch * prompt_length / median,
         gflops_per_s=flops / best / 1e9,
         matmul=limit,
-        ratio=flops / best / 1e9 / limit.gflops,
+        ratio=flops / best / 1e9 / devices / limit.gflops,
     )
