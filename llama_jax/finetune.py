@@ -50,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a model as the flags say."""
-    cli.start_processes(args)
     output = None if args.output is None else pathlib.Path(args.output)
+    # Before the processes meet, and so before one of them writes there.
     before = None if output is None else check_output(output, resume=args.resume)
     if before is not None:
         taken_over(args, before["arguments"])
     elif not args.data:
         raise TrainError(f"{output}: there is no run to resume; give --data to begin")
+    cli.start_processes(args)
     mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
     opened, config = find_model(args)
     complete(args, config)
@@ -228,11 +229,11 @@ def begin(
 
 def about_data(found: Statistics) -> Iterator[str]:
     """Lines that say what an epoch holds."""
-    dropped = ", ".join(f"{n} {why}" for why, n in found.dropped.items()) or "none"
+    such_as = ", such as" if found.problems else ""
     yield (
         f"data: {found.records:,} records in {found.rows:,} rows, {found.tokens:,} "
-        f"tokens ({found.targets:,} targets), {found.fill_rate:.1%} filled; dropped: "
-        f"{dropped}"
+        f"tokens ({found.targets:,} targets), {found.fill_rate:.1%} filled; "
+        f"{found.left_out}{such_as}"
     )
     for problem in found.problems[:3]:
         yield f"  {problem}"

@@ -16,7 +16,8 @@ import numpy as np
 
 from llama_jax.checkpoint import save_params
 from llama_jax.data.loader import Loader
-from llama_jax.distributed import agreed, from_host_rows, is_main, place
+from llama_jax.distributed import agreed, barrier, from_host_rows, is_main, place
+from llama_jax.errors import TrainError
 from llama_jax.params import count_params
 from llama_jax.planning.hardware import local_topology
 from llama_jax.planning.roofline import forward_flops, train_flops
@@ -106,7 +107,13 @@ class Trainer:
                 stack.enter_context(asked_by_signals(stop))
                 self.bar = Bar(last or 0, self.steps)
                 stack.callback(self.bar.close)
-                fitted = self.fit(state, stop, int(facts.get("skipped", 0)), last)
+                try:
+                    fitted = self.fit(state, stop, int(facts.get("skipped", 0)), last)
+                except TrainError:
+                    # All have it; the first to say so would end the others at once.
+                    checkpoints.wait()
+                    barrier("what was trained is saved")
+                    raise
                 del state
                 if fitted.stopped:
                     checkpoints.wait()

@@ -1,8 +1,11 @@
 """What people see of a run as it goes on, and how they end it."""
 
 import contextlib
+import math
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,30 +22,34 @@ from llama_jax.train.stopping import Stop
 
 
 class Bar:
-    """A progress bar on standard error; where that is no terminal, nothing but lines.
+    """A progress bar on standard error, or where that is no terminal, now and then a
+    line.
 
     Args:
       first: steps that are done.
-      steps: of the whole run, as far as that is known.
+      steps: of the whole run.
+      every: seconds between two lines.
     """
 
-    def __init__(self, first: int, steps: int | None) -> None:
+    def __init__(self, first: int, steps: int, *, every: float = 30.0) -> None:
         import tqdm
 
+        self._first, self._steps, self._every = first, steps, every
+        self._began = time.monotonic()
+        self._told = -math.inf
+        self._in_words = tqdm.tqdm.format_interval
         self._bar = tqdm.tqdm(
             initial=first,
             total=steps,
             unit="step",
             file=sys.stderr,
-            disable=not sys.stderr.isatty(),
+            disable=not _has_room(sys.stderr),
             dynamic_ncols=True,
             smoothing=0.1,
         )
 
     def show(self, record: Record) -> None:
         """The latest numbers."""
-        if self._bar.disable or record["step"] == self._bar.n:
-            return
         parts = [
             f"loss {record['loss']:.4f}",
             f"{record['tokens_per_second']:,.0f} tokens/s",
@@ -51,8 +58,21 @@ class Bar:
             parts.append(f"MFU {record['mfu']:.0%}")
         if memory := most_memory():
             parts.append(f"{memory / 1e9:.1f} GB")
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._bar.update(record["step"] - self._bar.n)
+        if self._bar.disable:
+            self._tell(record["step"], parts)
+        elif record["step"] != self._bar.n:
+            self._bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._bar.update(record["step"] - self._bar.n)
+
+    def _tell(self, step: int, parts: list[str]) -> None:
+        now = time.monotonic()
+        if now - self._told < self._every:
+            return
+        self._told = now
+        if step > self._first + 1:  # the first one is compiled
+            left = (now - self._began) / (step - self._first) * (self._steps - step)
+            parts = [*parts, f"{self._in_words(left)} left"]
+        self.say(f"step {step} of {self._steps}: {', '.join(parts)}")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -62,6 +82,14 @@ class Bar:
     def close(self) -> None:
         """The bar stays as it is."""
         self._bar.close()
+
+
+def _has_room(channel: Any) -> bool:
+    """Whether a bar is seen there: in a terminal that has a size, as not all have."""
+    try:
+        return bool(channel.isatty() and all(os.get_terminal_size(channel.fileno())))
+    except (OSError, ValueError):  # `UnsupportedOperation` is both
+        return False
 
 
 def most_memory() -> int:

@@ -33,6 +33,8 @@ def main(log: str, pause: str, delay: str, *argv: str) -> None:
     def watched(loader: Loader) -> Any:
         nonlocal count
         batch = taken(loader)
+        if not loader._new_stream.keywords["shuffle"]:  # held-out data
+            return batch
         rows = [row[row > 0].tolist() for row in batch.tokens]
         with pathlib.Path(log).open("a", encoding="utf-8") as file:
             line = {"rows": loader.statistics.rows, "own": rows}

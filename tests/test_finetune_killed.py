@@ -1,130 +1,31 @@
 """A run that is killed, or asked to stop, goes on as if nothing had happened."""
 
-import collections
-import json
-import math
-import os
-import pathlib
-import random
 import signal
-import subprocess
-import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from models import TALKING, random_params, tiny_tokenizer
+from runs import (
+    SECONDS,
+    STEPS,
+    Place,
+    check_visits,
+    kill_and_resume,
+    losses,
+    make_place,
+)
 from tolerances import EQUAL_FORWARD
-
-from llama_jax.checkpoint import save_params
-from llama_jax.train.metrics import read_metrics
-
-HERE = pathlib.Path(__file__).resolve().parent
-SECONDS = 200
-RECORDS, BATCH, EPOCHS = 30, 4, 4
-STEPS = math.ceil(RECORDS * EPOCHS / BATCH)
-
-
-class Place(NamedTuple):
-    """Where a model and records are."""
-
-    folder: pathlib.Path
-
-    def command(
-        self, name: str, *flags: str, epochs: int = EPOCHS, pause: float, delay: float
-    ) -> list[str]:
-        """The command of a run; `--resume` begins anew where nothing is there."""
-        return [
-            sys.executable, str(HERE / "killed.py"), str(self.folder / f"{name}.log"),
-            str(pause), str(delay), "--checkpoint", str(self.folder / "base"),
-            "--data", str(self.folder / "records.jsonl"), "--seed", "7",
-            "--output", str(self.folder / name), "--resume", "--batch-size", f"{BATCH}",
-            "--epochs", f"{epochs}", "--packing", "pad", "--save-every", "5",
-            "--learning-rate", "1e-2", *flags,
-        ]  # fmt: skip
-
-    def start(self, *args: Any, devices: int = 1, **kwargs: Any) -> Any:
-        """The process of a run."""
-        environ = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        return subprocess.Popen(
-            self.command(*args, **kwargs),
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *args: Any, **kwargs: Any) -> tuple[int, str]:
-        """Status and standard error of a run."""
-        process = self.start(*args, **kwargs)
-        try:
-            _, err = process.communicate(timeout=SECONDS)
-        finally:
-            process.kill()
-        return process.returncode, err
-
-    def finish(self, *args: Any, pause: float = 0.0, **kwargs: Any) -> list[Any]:
-        """Run to the end, and give the records."""
-        status, err = self.run(*args, pause=pause, delay=-1, **kwargs)
-        assert status == 0, err[-3000:]
-        return self.metrics(args[0])
-
-    def metrics(self, name: str) -> list[Any]:
-        """The records of a run."""
-        return read_metrics(self.folder / name / "metrics.jsonl")
-
-    def visits(self, name: str) -> collections.Counter[str]:
-        """How often each record was in a batch, of those that count."""
-        lines = (self.folder / f"{name}.log").read_text().splitlines()
-        # A batch that was taken again after a kill is the same one.
-        batches = {one["rows"]: one["own"] for one in map(json.loads, lines)}
-        rows = [tuple(row) for own in batches.values() for row in own if row]
-        return collections.Counter(map(str, rows))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("runs")
-    save_params(
-        folder / "base", random_params(TALKING), TALKING, tokenizer=tiny_tokenizer()
-    )
-    with (folder / "records.jsonl").open("w") as file:
-        for number in range(RECORDS):
-            text = f"{number} cats" + " all day" * (number % 4)
-            file.write(json.dumps({"text": text}) + "\n")
-    return Place(folder)
+    return make_place(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def whole(place: Place) -> list[Any]:
     """The records of a run that nothing happened to."""
     return place.finish("whole")
-
-
-def losses(records: list[Any]) -> list[tuple[int, float, float, float]]:
-    names = ("step", "loss", "grad_norm", "learning_rate")
-    return [tuple(record[name] for name in names) for record in records]  # type: ignore[misc]
-
-
-def check_visits(place: Place, name: str, epochs: int = EPOCHS) -> None:
-    visits = place.visits(name)
-    assert len(visits) == RECORDS
-    assert set(visits.values()) == {epochs}
-
-
-def kill_and_resume(
-    place: Place, name: str, kills: int, *, steps: int, pause: float, **kwargs: Any
-) -> None:
-    """Kill a run at random moments, the kills being about equally far apart."""
-    rng = random.Random(name)
-    for _ in range(kills):
-        delay = rng.uniform(0.2, 1.8) * pause * steps / (kills + 1)
-        status, err = place.run(name, pause=pause, delay=delay, **kwargs)
-        assert status == -signal.SIGKILL, err[-3000:]
 
 
 def test_a_run_that_is_killed_twice_has_the_same_losses(

@@ -40,8 +40,8 @@ def show(
         T, filled = len(tokens), int((segments > 0).sum())
         learnt = int((mask > 0).sum())
         lines.append(
-            f"row {b}: {len(numbers)} segments in {filled} of {T} slots, "
-            f"{learnt} learnt"
+            f"row {b}: {len(numbers)} segment{'s' * (len(numbers) != 1)} in "
+            f"{filled} of {T} slots, {learnt} learnt"
         )
         for number in numbers:
             slots = np.flatnonzero(segments == number)

@@ -57,6 +57,13 @@ class Statistics:
         """Which part of the slots has a token."""
         return self.tokens / self.slots if self.slots else 0.0
 
+    @property
+    def left_out(self) -> str:
+        """In words, how many records gave nothing in an epoch, and were cut in all."""
+        parts = [f"{count:,} {reason}" for reason, count in self.dropped.items()]
+        cut = f"; truncated: {self.truncated:,}" if self.truncated else ""
+        return f"dropped: {', '.join(parts) or 'none'}{cut}"
+
 
 @dataclasses.dataclass(kw_only=True)
 class Stream:

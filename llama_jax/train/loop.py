@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llama_jax.distributed import place as place_of_process
 from llama_jax.distributed import to_host
 from llama_jax.errors import DataError, TrainError
 from llama_jax.train.metrics import Record
@@ -112,7 +113,8 @@ def fit(
       max_skipped: how many steps may be skipped, in all, before the run ends.
       skipped: how many were before.
       best: the least `eval_loss` of before.
-      folder: where a batch that was skipped is left, as `skipped-STEP.npz`.
+      folder: where a batch that was skipped is left, as `skipped-STEP.npz`; of several
+        processes each leaves its own rows, `skipped-STEP-of-process-I.npz`.
 
     Raises:
       DataError: a batch has no target.
@@ -244,7 +246,9 @@ class _Loop:
         if found.skipped:
             self.skipped += 1
             if self.folder is not None:
-                save_batch(self.folder / f"skipped-{number:06d}.npz", batch)
+                index, count = place_of_process()
+                own = f"-of-process-{index}" if count > 1 else ""
+                save_batch(self.folder / f"skipped-{number:06d}{own}.npz", batch)
         return record
 
     def tell(self, record: Record) -> None:
