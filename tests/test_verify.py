@@ -211,7 +211,7 @@ def test_memory_is_seen_while_it_is_held() -> None:
     with watching() as peak:
         before = anonymous_bytes()
         assert before is not None
-        # Others may give memory back meanwhile: much is held, and some of it looked for.
+        # Others may give memory back meanwhile, so part of it will do.
         held = np.ones(400_000_000, np.uint8)
         until = time.monotonic() + 20
         while (peak.bytes or 0) < before + 100_000_000 and time.monotonic() < until:
