@@ -25,6 +25,8 @@ def test_the_default_shape_has_134_million_parameters() -> None:
 def test_a_model_is_named_by_preset_or_by_letters() -> None:
     assert parse_model("llama2-7b", 128) == preset("llama2-7b")
     assert parse_model(SHAPE, 64) == TINY
+    tied = TINY.replace(tied_embeddings=True)
+    assert parse_model(f"{SHAPE},tied", 64) == tied
 
 
 @pytest.mark.parametrize(

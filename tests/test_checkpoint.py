@@ -25,7 +25,7 @@ from llama_jax.checkpoint import (
 )
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
 from llama_jax.errors import CheckpointError, LlamaJaxError
-from llama_jax.leaves import LazyLeaf
+from llama_jax.leaves import LazyLeaf, open_leaves
 from llama_jax.params import (
     flatten,
     leaf_paths,
@@ -353,3 +353,19 @@ def test_a_bfloat16_leaf_is_described_as_one(tmp_path: pathlib.Path) -> None:
     raw = np.frombuffer((leaf / "0.0").read_bytes(), ml_dtypes.bfloat16)
     wanted = random_params("bfloat16")["lm_head"]
     np.testing.assert_array_equal(raw.reshape(32, 272), wanted)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_weights_are_rounded_as_they_are_written(
+    tmp_path: pathlib.Path, layout: Any
+) -> None:
+    params = random_params()
+    given = stack_layers(params) if layout == "stacked" else params
+    save_params(tmp_path / "half", given, TINY, dtype="float16")
+    leaves = open_leaves(tmp_path / "half" / "params")
+    wanted = flatten(params)
+    assert leaves.keys() == wanted.keys()
+    for path, leaf in leaves.items():
+        assert leaf.dtype == np.float16
+        rounded = np.asarray(wanted[path]).astype(np.float16)
+        np.testing.assert_array_equal(leaf.read(), rounded)

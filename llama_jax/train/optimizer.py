@@ -76,7 +76,7 @@ def make_optimizer(
       name: "adamw", "adafactor" (second moments as rows and columns, no first ones),
         "lion" (first moments only) or "muon" (first moments made orthogonal for the
         matrices of layers, with updates as large as AdamW's, arXiv:2502.16982; AdamW
-        for the rest).
+        with Nesterov's momentum for the rest).
       b1: of first moments; adafactor has none.
       b2: of second moments; adafactor decays them by a schedule of its own.
       eps: of AdamW.
