@@ -68,8 +68,7 @@ def _forward(
     _, (losses, totals) = jax.lax.scan(
         one, None, (_cut(x, chunk), _cut(targets, chunk))
     )
-    length = x.shape[1]
-    losses, totals = _joined(losses, length), _joined(totals, length)
+    losses, totals = (_joined(parts, targets.shape) for parts in (losses, totals))
     return losses, (x, head, targets, totals)
 
 
@@ -89,14 +88,14 @@ def _backward(
         of_logits = jnp.exp(_logits(rows, head) - total[..., None])
         of_logits -= _is(wanted, of_logits).astype(jnp.float32)
         of_logits = (of_logits * weight[..., None]).astype(rows.dtype)
-        of_rows = _product("BTV,DV->BTD", of_logits, head).astype(rows.dtype)
-        return of_head + _product("BTD,BTV->DV", rows, of_logits), of_rows
+        of_rows = _product("RV,DV->RD", of_logits, head).astype(rows.dtype)
+        return of_head + _product("RD,RV->DV", rows, of_logits), of_rows
 
     # Behind the end there is no weight, so that what lies there adds nothing.
     rows, wanted = _cut(x, chunk), _cut(targets, chunk)
     parts = rows, wanted, _cut(totals, chunk), _cut(given, chunk)
     of_head, of_x = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), parts)
-    return _joined(of_x, x.shape[1]), of_head.astype(head.dtype), None
+    return _joined(of_x, targets.shape), of_head.astype(head.dtype), None
 
 
 _losses.defvjp(_forward, _backward)
@@ -109,12 +108,12 @@ def _first_id(head: Array, axis: Any) -> Array | int:
 
 def _is(wanted: Array, logits: Array) -> Array:
     """Which logit is the wanted one's, if any is."""
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     return ids == wanted[..., None]
 
 
 def _logits(rows: Array, head: Array) -> Array:
-    return _product("BTD,DV->BTV", rows, head)
+    return _product("RD,DV->RV", rows, head)
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:
@@ -130,15 +129,18 @@ def _product(axes: str, a: Array, b: Array) -> Array:
 
 
 def _cut(array: Array, chunk: int) -> Array:
-    """`[B, T, ...]` to `[T / chunk, B, chunk, ...]`, filled up with zeros."""
+    """`[B, T, ...]` to `[T / chunk, B · chunk, ...]`, filled up with zeros.
+
+    One axis of rows: XLA:CPU refuses some products in bfloat16 that sum over two.
+    """
     batch, length = array.shape[:2]
     pad = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2)
     cut = jnp.pad(array, pad).reshape(batch, -1, chunk, *array.shape[2:])
-    return cut.swapaxes(0, 1)
+    return cut.swapaxes(0, 1).reshape(-1, batch * chunk, *array.shape[2:])
 
 
-def _joined(parts: Array, length: int) -> Array:
-    """The inverse of `_cut`."""
-    number, batch, chunk = parts.shape[:3]
-    joined = parts.swapaxes(0, 1).reshape(batch, number * chunk, *parts.shape[3:])
-    return joined[:, :length]
+def _joined(parts: Array, shape: tuple[int, int]) -> Array:
+    """The inverse of `_cut`, for the B and the T of `shape`."""
+    batch, length = shape
+    joined = parts.reshape(parts.shape[0], batch, -1, *parts.shape[2:]).swapaxes(0, 1)
+    return joined.reshape(batch, -1, *parts.shape[2:])[:, :length]

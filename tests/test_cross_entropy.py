@@ -74,6 +74,20 @@ def test_losses_are_float32_and_gradients_have_the_weights_dtype() -> None:
     assert judged(token_losses, *kept, targets, weights)[2].dtype == jnp.float32
 
 
+def test_a_tied_embedding_in_float32_has_a_gradient_from_bfloat16_rows() -> None:
+    """Once more turned round, its product over two axes is one XLA:CPU cannot do."""
+    x, head, targets, weights = inputs(1, 64, d=64, v=512)
+
+    def tied(x: Any, embedding: Any, targets: Any) -> Any:
+        return token_losses(x, embedding.T, targets)
+
+    found = judged(tied, x.astype(jnp.bfloat16), head.T, targets, weights)[2]
+    exact = judged(plain, x, head, targets, weights)[2]
+    assert found.dtype == jnp.float32
+    # bfloat16 has eight bits; numbers of size one.
+    np.testing.assert_allclose(found.T, exact, atol=0.1)
+
+
 def test_large_logits_do_not_overflow() -> None:
     x, head, targets, weights = inputs(2, 7)
     found = judged(token_losses, x * 1e4, head, targets, weights)
