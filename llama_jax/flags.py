@@ -197,7 +197,7 @@ def _add_training(group: Any) -> None:
         "--final",
         type=float,
         metavar="PART",
-        help="of the peak, which is left at the end (default: 0.1)",
+        help="of the peak, which is left at the end of a fall (default: 0.1)",
     )
     group.add_argument(
         "--warmup",
