@@ -66,14 +66,19 @@ def test_a_device_reads_its_part_of_the_weights() -> None:
     assert half - norms == (whole - norms) // 2
 
 
+@pytest.fixture
+def brief_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory's rate from a look at a megabyte."""
+    small = functools.partial(machine.bandwidth, size=1 << 20, repeats=2)
+    monkeypatch.setattr(decode, "bandwidth", small)
+
+
+@pytest.mark.usefixtures("brief_bandwidth")
 @pytest.mark.parametrize("benchmark", ["decode", "prefill"])
 def test_a_mesh_is_measured_whole(
     benchmark: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small = functools.partial(machine.bandwidth, size=1 << 20, repeats=2)
-    monkeypatch.setattr(decode, "bandwidth", small)
     asked = ["--model", SHAPE, "--prompt-length", "8", "--steps", "1", "--batch", "2"]
     assert entry.main([benchmark, *asked, "--mesh", "data=-1,tensor=4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -95,16 +100,14 @@ def test_prefill_counts_each_useful_multiplication_twice() -> None:
     assert prefill.prefill_flops(TINY, 3, 5) == 3 * 2 * useful
 
 
+@pytest.mark.usefixtures("brief_bandwidth")
 @pytest.mark.parametrize("benchmark", ["decode", "prefill"])
 @pytest.mark.parametrize("as_json", [True, False], ids=["json", "table"])
 def test_a_benchmark_reports_both_figures_and_their_ratio(
     benchmark: str,
     as_json: bool,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small = functools.partial(machine.bandwidth, size=1 << 20, repeats=2)
-    monkeypatch.setattr(decode, "bandwidth", small)
     workload = ["--prompt-length", "8", "--steps", "3", "--batch", "2"]
     output = ["--json"] if as_json else []
     assert entry.main([benchmark, "--model", SHAPE, *workload, *output]) == 0
