@@ -9,6 +9,7 @@ import pytest
 from test_docs import DOCS
 
 from llama_jax import finetune, flags, plan, sample
+from llama_jax.bench.__main__ import main as bench
 from llama_jax.conversion.__main__ import main as convert
 from llama_jax.loading import load
 
@@ -85,6 +86,7 @@ def test_a_command_on_the_page_has_flags_that_exist(
         "llama_jax.finetune": finetune.main,
         "llama_jax.sample": sample.main,
         "llama_jax.conversion": convert,
+        "llama_jax.bench": bench,
     }
     if module == "llama_jax.finetune" and arguments[0].startswith("--"):
         flags.parse(arguments)
