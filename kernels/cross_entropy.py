@@ -95,7 +95,7 @@ def _backward(
     rows, wanted = _cut(x, chunk), _cut(targets, chunk)
     parts = rows, wanted, _cut(totals, chunk), _cut(given, chunk)
     of_head, of_x = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), parts)
-    return _joined(of_x, targets.shape), of_head.astype(head.dtype), None
+    return _joined(of_x, x.shape), of_head.astype(head.dtype), None
 
 
 _losses.defvjp(_forward, _backward)
@@ -139,8 +139,8 @@ def _cut(array: Array, chunk: int) -> Array:
     return cut.swapaxes(0, 1).reshape(-1, batch * chunk, *array.shape[2:])
 
 
-def _joined(parts: Array, shape: tuple[int, int]) -> Array:
-    """The inverse of `_cut`, for the B and the T of `shape`."""
-    batch, length = shape
+def _joined(parts: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_cut`, to the B and the T that `shape` begins with."""
+    batch, length = shape[:2]
     joined = parts.reshape(parts.shape[0], batch, -1, *parts.shape[2:]).swapaxes(0, 1)
     return joined.reshape(batch, -1, *parts.shape[2:])[:, :length]
