@@ -16,6 +16,7 @@ never trained on.
         stories/held.txt tinystories-real.txt --checkpoint stories/run/model
 
 What came out is in `README.md`; `llama_jax/assets/stories` is that `stories/run/model`.
+A script of its own, with 1,600 steps, had come to 0.62 and 1.12 bits per byte.
 """
 
 import argparse
