@@ -364,7 +364,8 @@ def test_a_training_step_on_a_tpu_multiplies_with_bits(kind: Any) -> None:
     config = preset("llama2-7b").replace(num_layers=4, vocab_size=1000)
     place = SingleDeviceSharding(tpu_topology("v5e:2x2")[0])
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=place)
-    runtime = STACKED.replace(dtype="bfloat16")
+    # As on a TPU; by default it is as on the device that this process has.
+    runtime = STACKED.replace(dtype="bfloat16", attention="mosaic_tpu")
     compiled = compile_gradient(config, runtime, kind, tokens)
     one = config.embed_dim * config.mlp_dim
     stacked = {config.num_layers * one, config.num_layers * config.embed_dim**2}

@@ -210,10 +210,11 @@ def _backward(work: Workload, mesh: Mapping[str, int]) -> int:
     needs the head, the last stream with its gradient, and a chunk's logits with theirs.
     The head's float32 gradient, whole along D, is there in both.
 
-    It is the plainest count that is within 1 % of what libtpu 0.0.52 allotted for
-    three programs of block remat, one row of 4,096 tokens per chip (the tests have
-    them), and 13 % too much for a fourth without remat. Chips of several rows, remat
-    of all but products, adapters and GPUs have not been compared.
+    It is the plainest count whose total stays within a tenth of what libtpu 0.0.52 and
+    XLA's compiler for H100s allot: for whole models with remat of blocks, up to four
+    rows of 4,096 tokens a chip, weights or adapters being trained (the tests compile
+    them). For one program without remat it was 13 % too much; remat of all but products
+    has not been compared.
     """
     part, width = parts(work, mesh), work.itemsize
     block = _block_backward(work, part) * width
