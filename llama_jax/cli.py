@@ -63,7 +63,9 @@ def add_holding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         choices=get_args(Kind),
-        help="hold the layers' projections in eight or four bits",
+        help="hold the layers' projections in eight or four bits; on CPUs jax before "
+        "0.12 widens those of all layers at once, unless XLA_FLAGS has "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     )
     group.add_argument(
         "--cache-dtype",

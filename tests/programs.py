@@ -41,6 +41,17 @@ _IN_PLACE = {
 }  # fmt: skip
 
 
+LEAST_MEMORY = (
+    {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    if jax.__version_info__ < (0, 12)
+    else None
+)
+"""Compiler options under which a CPU that generates widens no weight before its turn.
+
+That of jax 0.12 does not anyway; older ones want to be told so in XLA_FLAGS.
+"""
+
+
 def whole_results(text: str, sizes: Iterable[int]) -> collections.Counter[str]:
     """Operations whose result is computed anew and has one of these many elements.
 

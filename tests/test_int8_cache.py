@@ -401,8 +401,10 @@ def test_decoding_on_a_tpu_copies_no_cache(
     )
     check_nothing_is_copied(compiled, config, batch, 2048)
     memory = compiled.memory_analysis()
-    # A copy in bfloat16 of the smallest layer here is 4 MiB.
-    assert memory.temp_size_in_bytes < 4 << 20
+    # A copy in bfloat16 of a layer's keys is 4 MiB where it is smallest, for one row of
+    # 70B, and 64 MiB or more for 16 rows, whose logits are there three times at most.
+    most = 4 << 20 if batch == 1 else 3 * 4 * batch * config.vocab_size
+    assert memory.temp_size_in_bytes < most
     calls = compiled.as_text().count("tpu_custom_call")
     assert (calls > 0) == (attention == "mosaic_tpu")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 from models import TINY, forward, in_layout, random_params, random_tokens
 from programs import (
+    LEAST_MEMORY,
     cache_layer_size,
     needs_tpu_compiler,
     weight_sizes,
@@ -380,7 +381,9 @@ def compile_step(
     cache = placed(jax.eval_shape(lambda: init_cache(config, batch, slots, dtype)))
     tokens = placed(jax.ShapeDtypeStruct((batch,), jnp.int32))
     model = Llama(config, runtime)
-    return decoding.decode_step.lower(model, params, cache, tokens).compile(), params
+    lowered = decoding.decode_step.lower(model, params, cache, tokens)
+    options = LEAST_MEMORY if device.platform == "cpu" else None
+    return lowered.compile(options), params
 
 
 def held_bytes(params: Any) -> int:
@@ -417,6 +420,23 @@ def test_decoding_on_cpu_widens_no_more_than_one_weight(kind: Any, batch: int) -
     # Eight bits are widened a few rows at a time; four become bytes first.
     room = largest if kind == "int8" else 4 * largest
     assert compiled.memory_analysis().temp_size_in_bytes < room
+
+
+@few_kinds
+def test_reading_a_prompt_on_cpu_widens_no_more_than_one_layer(kind: Any) -> None:
+    config = TINY.replace(
+        vocab_size=500, embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64,
+        mlp_dim=1536, num_layers=3,
+    )  # fmt: skip
+    runtime = Runtime()
+    params = quantized_shapes(config, runtime, kind)
+    tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = decoding.prefill.lower(
+        Llama(config, runtime), params, tokens, lengths, num_slots=256
+    ).compile(LEAST_MEMORY)
+    layer = 4 * config.embed_dim**2 + 3 * config.embed_dim * config.mlp_dim
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer
 
 
 @needs_tpu_compiler
