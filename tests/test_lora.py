@@ -324,7 +324,7 @@ def compile_gradient(config: Any, runtime: Runtime, kind: Any, tokens: Any) -> A
 
 
 UNPACKED = (("int4", "stacked"), ("nf4", "stacked"))
-KEEPS_LESS = pytest.mark.skipif(
+WIDENED_IN_TURN = pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
     reason="older XLA:CPU widens an unrolled model's layers all at once; stacked ones, "
     "which are what training has, it does not",
@@ -336,9 +336,9 @@ KEEPS_LESS = pytest.mark.skipif(
     [
         pytest.param("int8", "stacked", "none", marks=SLOW),
         ("int8", "stacked", "block"),
-        pytest.param("int8", "unrolled", "block", marks=[SLOW, KEEPS_LESS]),
+        pytest.param("int8", "unrolled", "block", marks=[SLOW, WIDENED_IN_TURN]),
         pytest.param("int4", "stacked", "block", marks=SLOW),
-        pytest.param("nf4", "unrolled", "none", marks=[SLOW, KEEPS_LESS]),
+        pytest.param("nf4", "unrolled", "none", marks=[SLOW, WIDENED_IN_TURN]),
     ],
 )
 def test_a_gradient_over_a_quantized_base_widens_two_layers_of_eight_at_most(

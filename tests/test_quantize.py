@@ -405,18 +405,20 @@ def check_bits_are_held_as_bits(
     assert memory.alias_size_in_bytes >= cache
 
 
+WIDE = TINY.replace(
+    vocab_size=500, embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64,
+    mlp_dim=1536, num_layers=3,
+)  # fmt: skip
+
+
 @few_kinds
 @pytest.mark.parametrize("batch", [1, 4])
 def test_decoding_on_cpu_widens_no_more_than_one_weight(kind: Any, batch: int) -> None:
-    config = TINY.replace(
-        vocab_size=500, embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64,
-        mlp_dim=1536, num_layers=3,
-    )  # fmt: skip
     compiled, params = compile_step(
-        config, kind, batch=batch, slots=64, device=jax.devices()[0], dtype="float32"
+        WIDE, kind, batch=batch, slots=64, device=jax.devices()[0], dtype="float32"
     )
-    check_bits_are_held_as_bits(compiled, params, config, batch, 64, 4)
-    largest = config.embed_dim * config.mlp_dim
+    check_bits_are_held_as_bits(compiled, params, WIDE, batch, 64, 4)
+    largest = WIDE.embed_dim * WIDE.mlp_dim
     # Eight bits are widened a few rows at a time; four become bytes first.
     room = largest if kind == "int8" else 4 * largest
     assert compiled.memory_analysis().temp_size_in_bytes < room
@@ -424,18 +426,14 @@ def test_decoding_on_cpu_widens_no_more_than_one_weight(kind: Any, batch: int) -
 
 @few_kinds
 def test_reading_a_prompt_on_cpu_widens_no_more_than_one_layer(kind: Any) -> None:
-    config = TINY.replace(
-        vocab_size=500, embed_dim=512, num_heads=8, num_kv_heads=8, head_dim=64,
-        mlp_dim=1536, num_layers=3,
-    )  # fmt: skip
     runtime = Runtime()
-    params = quantized_shapes(config, runtime, kind)
+    params = quantized_shapes(WIDE, runtime, kind)
     tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     compiled = decoding.prefill.lower(
-        Llama(config, runtime), params, tokens, lengths, num_slots=256
+        Llama(WIDE, runtime), params, tokens, lengths, num_slots=256
     ).compile(LEAST_MEMORY)
-    layer = 4 * config.embed_dim**2 + 3 * config.embed_dim * config.mlp_dim
+    layer = 4 * WIDE.embed_dim**2 + 3 * WIDE.embed_dim * WIDE.mlp_dim
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer
 
 
