@@ -3,7 +3,7 @@
 from llama_jax.conversion.convert import Converted, Plan, convert, plan_conversion
 from llama_jax.conversion.formats import FormatName, open_source
 from llama_jax.conversion.source import Source
-from llama_jax.conversion.tokenizers import open_tokenizer
+from llama_jax.conversion.tokenizer_files import open_tokenizer
 from llama_jax.conversion.verify import Comparison, compare
 
 __all__ = [

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
+from llama_jax.checkpoint.lazy_leaf import Progress
 from llama_jax.conversion import listing, verify
 from llama_jax.conversion.convert import Converted, convert, plan_conversion
 from llama_jax.conversion.formats import FormatName, open_source
 from llama_jax.errors import LlamaJaxError
-from llama_jax.leaves import Progress
 
 _FORMATS = get_args(FormatName)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -7,24 +7,31 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llama_jax.checkpoint import save_params
+from llama_jax.checkpoint.atomic_write import new_file, new_folder
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
+from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.formats import FormatName, format_of_target, open_source
 from llama_jax.conversion.gguf import GGUFKind, write_gguf
+from llama_jax.conversion.host_memory import anonymous_bytes, watching
 from llama_jax.conversion.huggingface import write_hugging_face
 from llama_jax.conversion.llama2c import check_config, write_llama2c
 from llama_jax.conversion.llama2c_tokenizer import to_llama2c
-from llama_jax.conversion.memory import anonymous_bytes, watching
 from llama_jax.conversion.meta import check_ranks, params_from_config, write_meta
-from llama_jax.conversion.rules import export
 from llama_jax.conversion.source import Export, Source
-from llama_jax.conversion.tables import GGUF, HUGGING_FACE, LLAMA2C, META, ORBAX, Format
-from llama_jax.conversion.tokenizers import open_tokenizer
+from llama_jax.conversion.tensor_mapping import export
+from llama_jax.conversion.tensor_tables import (
+    GGUF,
+    HUGGING_FACE,
+    LLAMA2C,
+    META,
+    ORBAX,
+    Format,
+)
+from llama_jax.conversion.tokenizer_files import open_tokenizer
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
-from llama_jax.leaves import LazyLeaf, Progress
 from llama_jax.params import count_params
-from llama_jax.tokenizer import Tokenizer
-from llama_jax.writing import new_file, new_folder
+from llama_jax.text.tokenizer import Tokenizer
 
 Path = str | os.PathLike[str]
 

@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
-from llama_jax.checkpoint import is_checkpoint
+from llama_jax.checkpoint.model_folder import is_checkpoint
 from llama_jax.conversion.gguf import is_gguf, read_gguf
 from llama_jax.conversion.huggingface import is_hugging_face, read_hugging_face
 from llama_jax.conversion.llama2c import is_llama2c, read_llama2c
 from llama_jax.conversion.meta import is_meta, read_meta
-from llama_jax.conversion.orbax import read_orbax
+from llama_jax.conversion.native import read_orbax
 from llama_jax.conversion.source import Source
 from llama_jax.errors import CheckpointError, ConfigError
 

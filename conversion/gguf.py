@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llama_jax.checkpoint import naming
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress, raw_bytes
+from llama_jax.checkpoint.model_folder import naming
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.gguf_header import (
     CHUNK,
@@ -29,12 +30,11 @@ from llama_jax.conversion.gguf_header import (
     shown,
 )
 from llama_jax.conversion.gguf_tokenizer import read_tokenizer, tokenizer_metadata
-from llama_jax.conversion.rules import export
 from llama_jax.conversion.source import Export, Source, counted
-from llama_jax.conversion.tables import GGUF
+from llama_jax.conversion.tensor_mapping import export
+from llama_jax.conversion.tensor_tables import GGUF
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.leaves import LazyLeaf, Progress, raw_bytes
-from llama_jax.rope import scale_frequencies
+from llama_jax.model.rope import scale_frequencies
 
 GGUFKind = Literal["float32", "float16", "bfloat16", "q8_0"]
 """In what the matrices of a file are written."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.errors import CheckpointError
-from llama_jax.leaves import LazyLeaf
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -18,7 +18,8 @@ from llama_jax.conversion.gguf_header import (
     shown,
 )
 from llama_jax.errors import ConfigError, TokenizerError
-from llama_jax.piecemodel import (
+from llama_jax.text.sentencepiece_codec import SentencePieces
+from llama_jax.text.sentencepiece_proto import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -28,8 +29,7 @@ from llama_jax.piecemodel import (
     model_of_pieces,
     pieces_of_model,
 )
-from llama_jax.pieces import SentencePieces
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _FIX = "name the file of its tokenizer with --tokenizer FILE (tokenizer=)"

@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint import naming, read_json, write_json
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
+from llama_jax.checkpoint.model_folder import naming, read_json, write_json
 from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.conversion.pth import read_pth
-from llama_jax.conversion.rules import export
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.conversion.source import Export, Source, counted
-from llama_jax.conversion.tables import HUGGING_FACE
-from llama_jax.conversion.tokenizers import (
+from llama_jax.conversion.tensor_mapping import export
+from llama_jax.conversion.tensor_tables import HUGGING_FACE
+from llama_jax.conversion.tokenizer_files import (
     read_folders_tokenizer,
     write_folders_tokenizer,
 )
+from llama_jax.conversion.torch_zip import read_pth
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.leaves import LazyLeaf, Progress
 
 _CONFIG = "config.json"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -3,10 +3,10 @@
 import collections
 from collections.abc import Iterator, Mapping
 
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.conversion.convert import Plan
-from llama_jax.conversion.rules import foreign_names
 from llama_jax.conversion.source import Source
-from llama_jax.leaves import LazyLeaf
+from llama_jax.conversion.tensor_mapping import foreign_names
 
 
 def of_source(source: Source, *, every: bool = False) -> Iterator[str]:

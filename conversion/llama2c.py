@@ -6,15 +6,15 @@ import struct
 
 import numpy as np
 
-from llama_jax.checkpoint import naming
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress, raw_bytes
+from llama_jax.checkpoint.model_folder import naming
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.patterns import axes_shape
-from llama_jax.conversion.rules import export, pattern_sizes, source_shapes
+from llama_jax.conversion.axis_patterns import axes_shape
 from llama_jax.conversion.source import Export, Source, counted
-from llama_jax.conversion.tables import LLAMA2C
-from llama_jax.conversion.tokenizers import find_tokenizer
+from llama_jax.conversion.tensor_mapping import export, pattern_sizes, source_shapes
+from llama_jax.conversion.tensor_tables import LLAMA2C
+from llama_jax.conversion.tokenizer_files import find_tokenizer
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.leaves import LazyLeaf, Progress, raw_bytes
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # the magic number of the later export formats

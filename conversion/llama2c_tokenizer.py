@@ -6,7 +6,7 @@ import re
 import struct
 
 from llama_jax.errors import TokenizerError
-from llama_jax.piecemodel import (
+from llama_jax.text.sentencepiece_proto import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint import naming, read_json, write_json
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
+from llama_jax.checkpoint.model_folder import naming, read_json, write_json
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.pth import read_pth
-from llama_jax.conversion.rules import export, rule_of, source_shapes
 from llama_jax.conversion.source import Export, Source, counted, published_context
-from llama_jax.conversion.state_dict import StateDictWriter
-from llama_jax.conversion.tables import META
-from llama_jax.conversion.tokenizers import find_tokenizer
+from llama_jax.conversion.tensor_mapping import export, rule_of, source_shapes
+from llama_jax.conversion.tensor_tables import META
+from llama_jax.conversion.tokenizer_files import find_tokenizer
+from llama_jax.conversion.torch_state_dict import StateDictWriter
+from llama_jax.conversion.torch_zip import read_pth
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.leaves import LazyLeaf, Progress
 
 _PARAMS, _CHECKLIST, _TOKENIZER = "params.json", "checklist.chk", "tokenizer.model"
 _EMBEDDING = "tok_embeddings.weight"

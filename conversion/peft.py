@@ -13,17 +13,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint import read_json, write_json
+from llama_jax.checkpoint.atomic_write import new_folder
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
+from llama_jax.checkpoint.model_folder import read_json, write_json
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.rules import foreign_names
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
-from llama_jax.conversion.tables import HUGGING_FACE
+from llama_jax.conversion.tensor_mapping import foreign_names
+from llama_jax.conversion.tensor_tables import HUGGING_FACE
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.leaves import LazyLeaf, lazy_leaves
-from llama_jax.lora import Lora, lora_shapes
+from llama_jax.model.lora import Lora, lora_shapes
 from llama_jax.params import flatten, leaf_paths, unflatten
 from llama_jax.types import Params
-from llama_jax.writing import new_folder
 
 Path = str | os.PathLike[str]
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, raw_bytes
 from llama_jax.errors import CheckpointError
-from llama_jax.leaves import LazyLeaf, raw_bytes
 
 _DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),

@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import PRESETS, LlamaConfig
-from llama_jax.conversion.rules import plan
-from llama_jax.conversion.tables import Format
+from llama_jax.conversion.tensor_mapping import plan
+from llama_jax.conversion.tensor_tables import Format
 from llama_jax.errors import ConfigError
-from llama_jax.leaves import LazyLeaf, Progress
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.piecemodel import CONTROL, NORMAL, UNKNOWN, Piece
+from llama_jax.text.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, Piece
 
 _SPACE = "▁"
 

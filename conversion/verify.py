@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.source import Source
 from llama_jax.errors import ConfigError
-from llama_jax.leaves import LazyLeaf, Progress
-from llama_jax.linear import linear
-from llama_jax.model import Block, RMSNorm, apply
-from llama_jax.rope import rope_tables
+from llama_jax.model.linear import linear
+from llama_jax.model.rope import rope_tables
+from llama_jax.model.transformer import Block, RMSNorm, apply
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array
 

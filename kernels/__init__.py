@@ -1,9 +1,9 @@
 """Attention, in every implementation the library has, and the loss of a batch."""
 
 from llama_jax.kernels.api import attention, paged_attention, resolve
-from llama_jax.kernels.choice import Implementation, explain
-from llama_jax.kernels.cross_entropy import token_losses
-from llama_jax.kernels.quantized import QuantizedSlots, quantize_slots
+from llama_jax.kernels.dispatch import Implementation, explain
+from llama_jax.kernels.quantized_slots import QuantizedSlots, quantize_slots
+from llama_jax.kernels.token_loss import token_losses
 
 __all__ = [
     "Implementation",

@@ -8,8 +8,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels import reference
-from llama_jax.kernels.choice import Asked, Implementation, check, choose
-from llama_jax.kernels.quantized import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.dispatch import Asked, Implementation, check, choose
+from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
 from llama_jax.kernels.reference import Pages, Slots
 
 
@@ -74,9 +74,9 @@ def paged_attention(
     name = _named(implementation, _asked(q, k_pages, q_start)._replace(paged=True))
     run: Callable[..., Array] = reference.paged_attention
     if name == "mosaic_tpu":
-        from llama_jax.kernels.paged_tpu import paged_attention as run
+        from llama_jax.kernels.tpu.paged import paged_attention as run
     elif name == "triton":
-        from llama_jax.kernels.decode_triton import paged_attention as run
+        from llama_jax.kernels.gpu.decode_triton import paged_attention as run
     return run(q, k_pages, v_pages, page_table, q_start=q_start)
 
 
@@ -113,18 +113,18 @@ def _named(implementation: Implementation, asked: Asked) -> Implementation:
 def _many(name: Implementation) -> Callable[..., Array]:
     """The function for many queries. Pallas is imported only where it is used."""
     if name == "mosaic_tpu":
-        from llama_jax.kernels import flash_tpu
+        from llama_jax.kernels.tpu import flash as flash_tpu
 
         return flash_tpu.flash_attention
     if name == "mosaic_gpu":
-        from llama_jax.kernels import flash_mosaic_gpu
+        from llama_jax.kernels.gpu import flash_mosaic as flash_mosaic_gpu
 
         return flash_mosaic_gpu.flash_attention
     if name == "triton":
-        from llama_jax.kernels import flash_triton
+        from llama_jax.kernels.gpu import flash_triton
 
         return flash_triton.flash_attention
-    from llama_jax.kernels import cudnn
+    from llama_jax.kernels.gpu import cudnn
 
     return cudnn.cudnn_attention
 
@@ -132,10 +132,10 @@ def _many(name: Implementation) -> Callable[..., Array]:
 def _decoder(name: Implementation) -> Callable[..., Array]:
     """The function for few queries over a cache."""
     if name == "mosaic_tpu":
-        from llama_jax.kernels import decode_tpu
+        from llama_jax.kernels.tpu import decode as decode_tpu
 
         return decode_tpu.decode_attention
-    from llama_jax.kernels import decode_triton
+    from llama_jax.kernels.gpu import decode_triton
 
     return decode_triton.decode_attention
 

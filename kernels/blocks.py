@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.kernels.flash_backward_tpu import flash_backward
-from llama_jax.kernels.flash_forward_tpu import flash_forward
-from llama_jax.kernels.flash_tpu import blocks_for
 from llama_jax.kernels.reference import causal_mask, precision_of
+from llama_jax.kernels.tpu.flash import blocks_for
+from llama_jax.kernels.tpu.flash_backward import flash_backward
+from llama_jax.kernels.tpu.flash_forward import flash_forward
 
 Ids = tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
 Part = tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from llama_jax.kernels.quantized import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
 
 Slots = Float[Array, "B K S H"] | QuantizedSlots
 Pages = Float[Array, "P K C H"] | QuantizedSlots

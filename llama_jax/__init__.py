@@ -8,192 +8,84 @@ from typing import Any as _Any
 from llama_jax._version import __version__
 
 if TYPE_CHECKING:
-    from llama_jax.cache import (
-        KVCache as KVCache,
-    )
-    from llama_jax.cache import (
-        init_cache as init_cache,
-    )
-    from llama_jax.checkpoint import (
-        Loaded as Loaded,
-    )
-    from llama_jax.checkpoint import (
-        save_params as save_params,
-    )
-    from llama_jax.completion import (
-        chat_completion as chat_completion,
-    )
-    from llama_jax.completion import (
-        text_completion as text_completion,
-    )
-    from llama_jax.completion import (
-        text_infilling as text_infilling,
-    )
-    from llama_jax.config import (
-        PRESETS as PRESETS,
-    )
-    from llama_jax.config import (
-        LlamaConfig as LlamaConfig,
-    )
-    from llama_jax.config import (
-        RopeScaling as RopeScaling,
-    )
-    from llama_jax.config import (
-        preset as preset,
-    )
-    from llama_jax.data.batch import (
-        Batch as Batch,
-    )
-    from llama_jax.data.loader import (
-        Loader as Loader,
-    )
-    from llama_jax.decoding import (
-        decode_step as decode_step,
-    )
-    from llama_jax.decoding import (
-        prefill as prefill,
-    )
-    from llama_jax.errors import (
-        LlamaJaxError as LlamaJaxError,
-    )
-    from llama_jax.generation import (
-        Completion as Completion,
-    )
-    from llama_jax.generation import (
-        Delta as Delta,
-    )
-    from llama_jax.generation import (
-        generate as generate,
-    )
-    from llama_jax.generation import (
-        stream as stream,
-    )
-    from llama_jax.init import (
-        init_params as init_params,
-    )
-    from llama_jax.loading import (
-        default_runtime as default_runtime,
-    )
-    from llama_jax.loading import (
-        load as load,
-    )
-    from llama_jax.loading import (
-        open_model as open_model,
-    )
-    from llama_jax.lora import (
-        Lora as Lora,
-    )
-    from llama_jax.lora import (
-        adapt as adapt,
-    )
-    from llama_jax.lora import (
-        init_lora as init_lora,
-    )
-    from llama_jax.lora import (
-        merge as merge,
-    )
-    from llama_jax.model import (
-        Llama as Llama,
-    )
-    from llama_jax.model import (
-        ScalarModel as ScalarModel,
-    )
-    from llama_jax.model import (
-        apply as apply,
-    )
-    from llama_jax.params import (
-        AXES as AXES,
-    )
-    from llama_jax.prompts import (
-        completion_prompt as completion_prompt,
-    )
-    from llama_jax.prompts import (
-        get_format as get_format,
-    )
-    from llama_jax.prompts import (
-        infilling_prompt as infilling_prompt,
-    )
-    from llama_jax.quantize import (
-        quantize_params as quantize_params,
-    )
-    from llama_jax.runtime import (
-        Rules as Rules,
-    )
-    from llama_jax.runtime import (
-        Runtime as Runtime,
-    )
-    from llama_jax.sampling import (
-        Sampling as Sampling,
-    )
-    from llama_jax.sharding import (
-        make_mesh as make_mesh,
-    )
-    from llama_jax.sharding import (
-        parse_mesh as parse_mesh,
-    )
-    from llama_jax.tokenizer import (
-        Tokenizer as Tokenizer,
-    )
-    from llama_jax.train.adapters import (
-        merge_checkpoint as merge_checkpoint,
-    )
-    from llama_jax.train.adapters import (
-        save_adapters as save_adapters,
-    )
-    from llama_jax.train.loop import (
-        Calls as Calls,
-    )
-    from llama_jax.train.loop import (
-        fit as fit,
-    )
-    from llama_jax.train.loss import (
-        next_token_loss as next_token_loss,
-    )
-    from llama_jax.train.methods import (
-        train_adapters as train_adapters,
-    )
-    from llama_jax.train.methods import (
-        train_weights as train_weights,
-    )
-    from llama_jax.train.optimizer import (
-        make_optimizer as make_optimizer,
-    )
-    from llama_jax.train.optimizer import (
-        make_schedule as make_schedule,
-    )
-    from llama_jax.train.state import (
-        TrainState as TrainState,
-    )
-    from llama_jax.train.state import (
-        init_state as init_state,
-    )
-    from llama_jax.train.step import (
-        make_train_step as make_train_step,
-    )
+    from llama_jax.checkpoint.model_folder import Loaded as Loaded
+    from llama_jax.checkpoint.model_folder import save_params as save_params
+    from llama_jax.config import PRESETS as PRESETS
+    from llama_jax.config import LlamaConfig as LlamaConfig
+    from llama_jax.config import RopeScaling as RopeScaling
+    from llama_jax.config import preset as preset
+    from llama_jax.data.batch import Batch as Batch
+    from llama_jax.data.loader import Loader as Loader
+    from llama_jax.errors import LlamaJaxError as LlamaJaxError
+    from llama_jax.generation.completion import chat_completion as chat_completion
+    from llama_jax.generation.completion import text_completion as text_completion
+    from llama_jax.generation.completion import text_infilling as text_infilling
+    from llama_jax.generation.decode import decode_step as decode_step
+    from llama_jax.generation.decode import prefill as prefill
+    from llama_jax.generation.generate import Completion as Completion
+    from llama_jax.generation.generate import Delta as Delta
+    from llama_jax.generation.generate import generate as generate
+    from llama_jax.generation.generate import stream as stream
+    from llama_jax.generation.sampling import Sampling as Sampling
+    from llama_jax.loading import default_runtime as default_runtime
+    from llama_jax.loading import load as load
+    from llama_jax.loading import open_model as open_model
+    from llama_jax.model.cache import KVCache as KVCache
+    from llama_jax.model.cache import init_cache as init_cache
+    from llama_jax.model.init import init_params as init_params
+    from llama_jax.model.lora import Lora as Lora
+    from llama_jax.model.lora import adapt as adapt
+    from llama_jax.model.lora import init_lora as init_lora
+    from llama_jax.model.lora import merge as merge
+    from llama_jax.model.quantize import quantize_params as quantize_params
+    from llama_jax.model.transformer import Llama as Llama
+    from llama_jax.model.transformer import ScalarModel as ScalarModel
+    from llama_jax.model.transformer import apply as apply
+    from llama_jax.params import AXES as AXES
+    from llama_jax.runtime import Rules as Rules
+    from llama_jax.runtime import Runtime as Runtime
+    from llama_jax.sharding import make_mesh as make_mesh
+    from llama_jax.sharding import parse_mesh as parse_mesh
+    from llama_jax.text.prompt_formats import completion_prompt as completion_prompt
+    from llama_jax.text.prompt_formats import get_format as get_format
+    from llama_jax.text.prompt_formats import infilling_prompt as infilling_prompt
+    from llama_jax.text.tokenizer import Tokenizer as Tokenizer
+    from llama_jax.train.adapters import merge_checkpoint as merge_checkpoint
+    from llama_jax.train.adapters import save_adapters as save_adapters
+    from llama_jax.train.loop import Calls as Calls
+    from llama_jax.train.loop import fit as fit
+    from llama_jax.train.loss import next_token_loss as next_token_loss
+    from llama_jax.train.methods import train_adapters as train_adapters
+    from llama_jax.train.methods import train_weights as train_weights
+    from llama_jax.train.optimizer import make_optimizer as make_optimizer
+    from llama_jax.train.optimizer import make_schedule as make_schedule
+    from llama_jax.train.state import TrainState as TrainState
+    from llama_jax.train.state import init_state as init_state
+    from llama_jax.train.step import make_train_step as make_train_step
 
 # Where the public names live. They come when they are asked for: a process that only
 # tokenizes need not load JAX, and `import llama_jax` costs nothing.
 _HOMES = {
-    "cache": ("KVCache", "init_cache"),
-    "checkpoint": ("Loaded", "save_params"),
-    "completion": ("chat_completion", "text_completion", "text_infilling"),
+    "model.cache": ("KVCache", "init_cache"),
+    "checkpoint.model_folder": ("Loaded", "save_params"),
+    "generation.completion": ("chat_completion", "text_completion", "text_infilling"),
     "config": ("PRESETS", "LlamaConfig", "RopeScaling", "preset"),
-    "decoding": ("decode_step", "prefill"),
+    "generation.decode": ("decode_step", "prefill"),
     "errors": ("LlamaJaxError",),
-    "generation": ("Completion", "Delta", "generate", "stream"),
+    "generation.generate": ("Completion", "Delta", "generate", "stream"),
     "loading": ("default_runtime", "load", "open_model"),
-    "init": ("init_params",),
-    "model": ("Llama", "ScalarModel", "apply"),
+    "model.init": ("init_params",),
+    "model.transformer": ("Llama", "ScalarModel", "apply"),
     "params": ("AXES",),
-    "prompts": ("completion_prompt", "get_format", "infilling_prompt"),
+    "text.prompt_formats": ("completion_prompt", "get_format", "infilling_prompt"),
     "runtime": ("Rules", "Runtime"),
-    "sampling": ("Sampling",),
+    "generation.sampling": ("Sampling",),
     "sharding": ("make_mesh", "parse_mesh"),
-    "tokenizer": ("Tokenizer",),
+    "text.tokenizer": ("Tokenizer",),
     "data.batch": ("Batch",),
     "data.loader": ("Loader",),
-    "lora": ("Lora", "adapt", "init_lora", "merge"),
-    "quantize": ("quantize_params",),
+    "model.lora": ("Lora", "adapt", "init_lora", "merge"),
+    "model.quantize": ("quantize_params",),
     "train.adapters": ("merge_checkpoint", "save_adapters"),
     "train.loop": ("Calls", "fit"),
     "train.loss": ("next_token_loss",),

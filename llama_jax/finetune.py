@@ -17,10 +17,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llama_jax import cli, flags
-from llama_jax.bench.shapes import parse_model
-from llama_jax.checkpoint import read_tokenizer, write_json
-from llama_jax.config import LlamaConfig
+from llama_jax.checkpoint.model_folder import read_tokenizer, write_json
+from llama_jax.cli import command as cli
+from llama_jax.cli import finetune_flags as flags
+from llama_jax.cli.finetune_settings import (
+    RUN,
+    arguments,
+    complete,
+    read_run,
+    taken_over,
+)
+from llama_jax.cli.trainer import Trainer
+from llama_jax.config import LlamaConfig, parse_model
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
@@ -28,14 +36,12 @@ from llama_jax.data.vocabulary import train_tokenizer
 from llama_jax.distributed import barrier, is_main, share_of_rows
 from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
-from llama_jax.lora import Lora
-from llama_jax.recipe import RUN, arguments, complete, read_run, taken_over
+from llama_jax.model.lora import Lora
 from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sharding import axes_size, make_mesh, parse_mesh
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.adapters import merge_checkpoint
 from llama_jax.train.methods import Method, fingerprint, train_adapters, train_weights
-from llama_jax.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint import (
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.model_folder import (
     Loaded,
     is_checkpoint,
     open_params,
@@ -19,14 +20,13 @@ from llama_jax.checkpoint import (
 )
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, TokenizerError
-from llama_jax.leaves import LazyLeaf
-from llama_jax.lora import Lora, adapt
-from llama_jax.model import Llama
+from llama_jax.model.lora import Lora, adapt
+from llama_jax.model.quantize import check_kind, quantize_leaf
+from llama_jax.model.transformer import Llama
 from llama_jax.params import stack_layers
-from llama_jax.quantize import check_kind, quantize_leaf
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import weight_shardings
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Mesh
 from llama_jax.weights import Kind
 

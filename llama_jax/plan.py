@@ -13,18 +13,12 @@ from typing import Any, get_args
 
 import jax
 
-from llama_jax import cli
-from llama_jax.bench.shapes import DEFAULT, parse_model
-from llama_jax.checkpoint import is_checkpoint, read_config
-from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.checkpoint.model_folder import is_checkpoint, read_config
+from llama_jax.cli import command as cli
+from llama_jax.config import EXAMPLE_MODEL, PRESETS, LlamaConfig, parse_model
 from llama_jax.errors import ConfigError
 from llama_jax.planning.answer import Compiled
-from llama_jax.planning.hardware import (
-    CHIPS,
-    Topology,
-    local_topology,
-    parse_topology,
-)
+from llama_jax.planning.hardware import CHIPS, Topology, local_topology, parse_topology
 from llama_jax.planning.memory import Quantization, Task, Workload
 from llama_jax.planning.report import MOST_SEQ, describe, lines, table, table_lines
 from llama_jax.planning.search import Plan, advice, ranked, search
@@ -162,7 +156,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--model",
         default="llama2-7b",
-        help=f"a preset, a shape as in {DEFAULT}, or a checkpoint "
+        help=f"a preset, a shape as in {EXAMPLE_MODEL}, or a checkpoint "
         "(default: %(default)s)",
     )
     group.add_argument(

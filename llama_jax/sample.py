@@ -15,15 +15,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama_jax import cli
-from llama_jax.chat import Conversation
-from llama_jax.checkpoint import Loaded
-from llama_jax.completion import infilling_stop_ids
-from llama_jax.display import Clock, print_json, print_text
+from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.cli import command as cli
+from llama_jax.cli.chat import Conversation
+from llama_jax.cli.output import Clock, print_json, print_text
 from llama_jax.distributed import agreed
 from llama_jax.errors import PromptError
-from llama_jax.generation import stream
-from llama_jax.prompts import (
+from llama_jax.generation.completion import infilling_stop_ids
+from llama_jax.generation.generate import stream
+from llama_jax.generation.sampling import Sampling
+from llama_jax.text.prompt_formats import (
     FORMATS,
     Dialog,
     Message,
@@ -33,7 +34,6 @@ from llama_jax.prompts import (
     get_format,
     infilling_prompt,
 )
-from llama_jax.sampling import Sampling
 
 STORY = "Once upon a time"
 

@@ -10,18 +10,11 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
-from llama_jax.kernels.quantized import QuantizedSlots
-from llama_jax.params import (
-    Head,
-    axes_of,
-    axis_sizes,
-    flatten,
-    leaf_paths,
-    unflatten,
-)
+from llama_jax.kernels.quantized_slots import QuantizedSlots
+from llama_jax.model.cache import KVCache
+from llama_jax.params import Head, axes_of, axis_sizes, flatten, leaf_paths, unflatten
 from llama_jax.runtime import MESH_AXES, MeshAxes, Rules, Runtime
 from llama_jax.types import Array, Mesh, Params
 from llama_jax.weights import Adapted, Quantized

@@ -17,10 +17,16 @@ for _flag, _value in (
         _flags = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}"
         os.environ["XLA_FLAGS"] = _flags.strip()
 
+# Processes that tests start find `support` as the tests do.
+_TESTS = pathlib.Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")])
+)
+
 import hypothesis
 import pytest
 
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 # Compilation makes a first example slow, so no example has a deadline.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
@@ -29,7 +35,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = _TESTS.parent
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
-from models import TINY, configs
+from support.models import TINY, configs
 
 from llama_jax.config import PRESETS, LlamaConfig, RopeScaling, preset
 from llama_jax.errors import ConfigError
-from llama_jax.model import Llama
+from llama_jax.model.transformer import Llama
 from llama_jax.params import count_params, param_shapes
 from llama_jax.runtime import Runtime
 

@@ -14,19 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import workers
-from models import TALKING, talking_model
-from tolerances import EQUAL_FORWARD
+from support import workers
+from support.models import TALKING, talking_model
+from support.tolerances import EQUAL_FORWARD
 
 from llama_jax import distributed
-from llama_jax.checkpoint import load_params, save_params
+from llama_jax.checkpoint.model_folder import load_params, save_params
 from llama_jax.errors import MeshError
 from llama_jax.params import flatten
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.sockets import free_port
 
-HERE = pathlib.Path(__file__).resolve().parent
+HERE = pathlib.Path(__file__).resolve().parent / "support"
 SECONDS = 120  # the most that a process may take
 SLOW = pytest.mark.slow  # each starts several processes
 
@@ -243,7 +243,8 @@ def test_only_process_0_prints(tmp_path: pathlib.Path) -> None:
 def test_wrong_flags_are_refused_in_a_sentence(
     flags: str, said: str, capsys: Any
 ) -> None:
-    from llama_jax import cli, sample
+    from llama_jax import sample
+    from llama_jax.cli import command as cli
 
     with pytest.raises(SystemExit) as exit:
         cli.run(sample.main, flags.split())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from foreign import (
+from support.foreign import (
     TINY,
     meta_tensors,
     ours_from_meta,
@@ -17,18 +17,18 @@ from foreign import (
     write_llama2c_tokenizer,
     write_meta,
 )
-from tolerances import GOLDEN_LOGITS
+from support.tolerances import GOLDEN_LOGITS
 
 from llama_jax import loading as load_module
-from llama_jax.checkpoint import Loaded
+from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.conversion import FormatName, convert
 from llama_jax.errors import CheckpointError, ConfigError, MeshError, TokenizerError
 from llama_jax.loading import default_runtime, load
-from llama_jax.model import apply
+from llama_jax.model.transformer import apply
 from llama_jax.params import flatten
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 GOLDEN = [
     ("meta/llama1-mha-tiny", "llama2.model", "meta/llama1-mha-tiny"),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import TINY, configs, random_params
+from support.models import TINY, configs, random_params
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model import Llama, ScalarModel
+from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.params import (
     AXES,
     Head,

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from models import (
-    TINY,
-)
+from support.models import TINY
 
 from llama_jax.errors import MeshError
-from llama_jax.init import init_params
-from llama_jax.model import Llama
+from llama_jax.model.init import init_params
+from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import (

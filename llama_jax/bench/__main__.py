@@ -20,7 +20,6 @@ from llama_jax.bench.kernel_times import lines_of, measure_times
 from llama_jax.bench.machine import Machine, describe
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
 from llama_jax.bench.schedule import CHIPS
-from llama_jax.bench.shapes import DEFAULT, parse_model
 from llama_jax.bench.tables import (
     conversion_rows,
     data_rows,
@@ -29,13 +28,14 @@ from llama_jax.bench.tables import (
     train_rows,
 )
 from llama_jax.bench.train import measure_train
+from llama_jax.config import EXAMPLE_MODEL, parse_model
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
 from llama_jax.errors import ConfigError, LlamaJaxError
 from llama_jax.loading import bundled
 from llama_jax.runtime import Remat, Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -288,7 +288,7 @@ def _model_options(
 ) -> None:
     parser.add_argument(
         "--model",
-        default=DEFAULT,
+        default=EXAMPLE_MODEL,
         help="a preset, or a shape as in %(default)s (the default)",
     )
     parser.add_argument(

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert, plan_conversion
 from llama_jax.conversion.formats import FormatName
-from llama_jax.conversion.memory import anonymous_bytes
+from llama_jax.conversion.host_memory import anonymous_bytes
 from llama_jax.conversion.meta import write_meta
 from llama_jax.conversion.source import Export
-from llama_jax.leaves import LazyLeaf
 from llama_jax.loading import bundled
 from llama_jax.params import axes_of, leaf_paths, weight_shape
 

@@ -15,7 +15,7 @@ from llama_jax.data.loader import Loader
 from llama_jax.data.records import parse
 from llama_jax.data.stream import Packing
 from llama_jax.errors import DataError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 _WORDS = 40_000  # made up, of the bundled model's kind of text
 

@@ -7,14 +7,14 @@ import time
 import jax
 import jax.numpy as jnp
 
-from llama_jax import decoding
 from llama_jax.bench.machine import Bandwidth, bandwidth, best_and_median
 from llama_jax.config import LlamaConfig
-from llama_jax.init import init_params
-from llama_jax.model import Llama
+from llama_jax.generation import decode as decoding
+from llama_jax.generation.sampling import Sampling, sampling_rows
+from llama_jax.model.init import init_params
+from llama_jax.model.transformer import Llama
 from llama_jax.params import count_params, flatten, param_shapes
 from llama_jax.runtime import Runtime
-from llama_jax.sampling import Sampling, sampling_rows
 from llama_jax.sharding import param_shardings
 from llama_jax.types import Mesh
 

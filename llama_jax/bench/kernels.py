@@ -164,7 +164,7 @@ def _function(module: str, name: str) -> Any:
 
 
 def _our_flash(work: Work, tile: tuple[int, int] | None) -> Built:
-    flash_tpu = importlib.import_module("llama_jax.kernels.flash_tpu")
+    flash_tpu = importlib.import_module("llama_jax.kernels.tpu.flash")
     options = {}
     if tile:
         tiles = flash_tpu.Tiles(*tile)
@@ -178,7 +178,7 @@ def _our_flash(work: Work, tile: tuple[int, int] | None) -> Built:
 
 
 def _our_decode(work: Work) -> Built:
-    decode = _function("decode_tpu", "decode_attention")
+    decode = _function("tpu.decode", "decode_attention")
     slots, structure = _held(work, work.rows, work.length)
 
     def attend(q: Array, q_start: Array, *held: Array) -> Array:
@@ -189,7 +189,7 @@ def _our_decode(work: Work) -> Built:
 
 
 def _our_paged(work: Work) -> Built:
-    paged = _function("paged_tpu", "paged_attention")
+    paged = _function("tpu.paged", "paged_attention")
     count, table = pages(work)
     slots, structure = _held(work, count, work.page)
 

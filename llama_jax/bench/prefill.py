@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llama_jax import decoding
 from llama_jax.bench.machine import MatmulRate, best_and_median, matmul_rate, seconds
 from llama_jax.config import LlamaConfig
-from llama_jax.init import init_params
-from llama_jax.model import Llama
+from llama_jax.generation import decode as decoding
+from llama_jax.model.init import init_params
+from llama_jax.model.transformer import Llama
 from llama_jax.params import axes_of, count_params, leaf_paths, weight_shape
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array, Mesh

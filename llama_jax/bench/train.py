@@ -17,8 +17,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.conversion.huggingface import config_to_hugging_face
 from llama_jax.data.batch import Batch
 from llama_jax.errors import ConfigError
-from llama_jax.init import init_params
-from llama_jax.model import Llama
+from llama_jax.model.init import init_params
+from llama_jax.model.transformer import Llama
 from llama_jax.params import count_params
 from llama_jax.planning.hardware import local_topology
 from llama_jax.planning.roofline import train_flops

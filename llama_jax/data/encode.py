@@ -9,10 +9,10 @@ import numpy as np
 from llama_jax.data.batch import Example
 from llama_jax.data.infilling import RATE, cut, encode_cut
 from llama_jax.data.records import Dialog, Pair, Record
-from llama_jax.dialogs import Message, Span
 from llama_jax.errors import DataError, PromptError, TokenizerError
-from llama_jax.prompts import FORMATS, get_format
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.dialogs import Message, Span
+from llama_jax.text.prompt_formats import FORMATS, get_format
+from llama_jax.text.tokenizer import Tokenizer
 
 TEXT_FORMATS = ("text", "infilling")
 DATA_FORMATS = (*TEXT_FORMATS, *FORMATS)

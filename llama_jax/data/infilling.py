@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from llama_jax.data.order import draws
 from llama_jax.errors import DataError
-from llama_jax.prompts import infilling_prompt
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.prompt_formats import infilling_prompt
+from llama_jax.text.tokenizer import Tokenizer
 
 RATE = 0.9
 """How many of the documents are transformed (Code Llama paper, section 2.3)."""

@@ -29,7 +29,7 @@ from llama_jax.data.infilling import RATE
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing, Statistics, Stream
 from llama_jax.errors import DataError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 _SMALLEST_PIECE = 1 << 14
 _BYTES_PER_TOKEN = 8  # more than text has

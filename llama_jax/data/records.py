@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from llama_jax.data.files import Corpus, Path, Place, Raw
-from llama_jax.dialogs import Message
 from llama_jax.errors import DataError
+from llama_jax.text.dialogs import Message
 
 OnBad = Literal["drop", "refuse"]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.data.batch import Batch
-from llama_jax.tokenizer import StreamDecoder, Tokenizer
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 _PROMPT, _LEARNT, _RULE, _END = "\x1b[2m", "\x1b[1;32m", "\x1b[36m", "\x1b[0m"
 _MARKS = ("⟦", "⟧")  # around what is learnt where there is no colour

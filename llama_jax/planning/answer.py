@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.kernels.choice import Implementation
+from llama_jax.kernels.dispatch import Implementation
 from llama_jax.planning.search import Plan
 from llama_jax.planning.traffic import Collective
 

@@ -11,7 +11,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from llama_jax.errors import MeshError
-from llama_jax.kernels.choice import Implementation
+from llama_jax.kernels.dispatch import Implementation
 from llama_jax.planning import hlo, roofline, traffic
 from llama_jax.planning.answer import Compiled, CompiledBytes
 from llama_jax.planning.gpus import multiprocessors, target_config

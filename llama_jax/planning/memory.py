@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from llama_jax.kernels.quantized import QuantizedSlots
+from llama_jax.kernels.quantized_slots import QuantizedSlots
 from llama_jax.planning.workload import (
     INT4_GROUP,
     LAYERS,

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from llama_jax import decoding
 from llama_jax.data.batch import Batch
-from llama_jax.kernels.choice import Asked, Implementation, choose, refusal
-from llama_jax.lora import Lora, adapt, lora_shapes
-from llama_jax.model import Llama
+from llama_jax.generation import decode as decoding
+from llama_jax.generation.sampling import Sampling, sampling_rows
+from llama_jax.kernels.dispatch import Asked, Implementation, choose, refusal
+from llama_jax.model.lora import Lora, adapt, lora_shapes
+from llama_jax.model.quantize import quantized_shapes
+from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
 from llama_jax.planning.memory import Workload
-from llama_jax.quantize import quantized_shapes
 from llama_jax.runtime import Runtime
-from llama_jax.sampling import Sampling, sampling_rows
 from llama_jax.sharding import cache_shardings, divisible, weight_shardings
 from llama_jax.train.loss import LossSums, next_token_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule

@@ -8,12 +8,7 @@ from typing import NamedTuple, get_args
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.planning.hardware import DEFAULT_GPU_FRACTION, Topology
-from llama_jax.planning.memory import (
-    Footprint,
-    Workload,
-    footprint,
-    shards,
-)
+from llama_jax.planning.memory import Footprint, Workload, footprint, shards
 from llama_jax.planning.roofline import Bound, bound
 from llama_jax.runtime import MESH_AXES, Remat, Rules
 

@@ -11,15 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint import save_params
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
+from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.peft import read_peft, write_peft
 from llama_jax.distributed import barrier, is_main, to_host
-from llama_jax.leaves import LazyLeaf, Progress
 from llama_jax.loading import open_model
-from llama_jax.lora import Lora, merge
+from llama_jax.model.lora import Lora, merge
 from llama_jax.params import flatten, unflatten
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Params
 
 Path = str | os.PathLike[str]

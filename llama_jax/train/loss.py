@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from llama_jax.data.batch import Batch
-from llama_jax.model import Llama, apply
+from llama_jax.model.transformer import Llama, apply
 from llama_jax.types import Array, Float, Params
 
 

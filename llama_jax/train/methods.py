@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint import Loaded
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
-from llama_jax.init import init_params
-from llama_jax.leaves import LazyLeaf
 from llama_jax.loading import Opened, read_weights
-from llama_jax.lora import Lora, adapt, init_lora, lora_shapes
-from llama_jax.model import Llama
+from llama_jax.model.init import init_params
+from llama_jax.model.lora import Lora, adapt, init_lora, lora_shapes
+from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten, param_shapes, unflatten, unstack_layers
 from llama_jax.runtime import DType, Runtime
 from llama_jax.sharding import weight_shardings
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.loss import Loss, LossSums, next_token_loss
 from llama_jax.types import Mesh
 from llama_jax.weights import Kind

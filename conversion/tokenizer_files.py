@@ -1,0 +1,136 @@
+"""Where a checkpoint's tokenizer lies, in the folders of every format."""
+
+import os
+import pathlib
+from typing import Any
+
+from llama_jax.checkpoint.model_folder import read_json, write_json
+from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.tokenizer_json import describe
+from llama_jax.errors import TokenizerError
+from llama_jax.text.sentencepiece_proto import pieces_of_model
+from llama_jax.text.tokenizer import Tokenizer
+
+Path = str | os.PathLike[str]
+
+_MODEL, _LLAMA2C, _JSON = "tokenizer.model", "tokenizer.bin", "tokenizer.json"
+_ADDED, _SETTINGS = "added_tokens.json", "tokenizer_config.json"
+
+
+def find_tokenizer(path: pathlib.Path) -> tuple[Tokenizer, pathlib.Path]:
+    """The tokenizer that lies with a checkpoint, or in the folder above.
+
+    Raises:
+      TokenizerError: there is none.
+    """
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    names = (_MODEL,) if path.is_dir() else (_MODEL, _LLAMA2C)
+    for place in (folder, folder.parent):
+        for name in names:
+            if (file := place / name).is_file():
+                return open_tokenizer(file), file
+    raise TokenizerError(
+        f"{path}: there is no {' or '.join(names)} in its folder or the one above; "
+        "name one with --tokenizer FILE (tokenizer=)"
+    )
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer from a file of any kind that is known.
+
+    Raises:
+      TokenizerError: there is none in the file.
+    """
+    file = pathlib.Path(file)
+    if file.suffix == ".bin" and file.is_file():
+        return Tokenizer(from_llama2c(file))
+    return Tokenizer.from_file(file)
+
+
+def read_folders_tokenizer(
+    folder: pathlib.Path, vocab_size: int
+) -> tuple[Tokenizer, pathlib.Path]:
+    """The tokenizer of a Hugging Face folder, with the tokens that were added to it.
+
+    Added ids that the model lacks are left out: some folders list more than were ever
+    trained.
+
+    Raises:
+      TokenizerError: there is none, or it is damaged.
+    """
+    file = folder / _MODEL
+    if not file.is_file():
+        file = folder / _JSON
+        if not file.is_file():
+            raise TokenizerError(
+                f"{folder}: there is no {_MODEL} or {_JSON}; name a tokenizer with "
+                "--tokenizer FILE (tokenizer=)"
+            )
+        return open_tokenizer(file), file
+    tokenizer = Tokenizer.from_file(file)
+    added = _added_tokens(folder)
+    added = {
+        id: n for id, n in added.items() if tokenizer.vocab_size <= id < vocab_size
+    }
+    if added:
+        tokenizer = Tokenizer.from_file(file, added_tokens=added)
+    return tokenizer, file
+
+
+def _added_tokens(folder: pathlib.Path) -> dict[int, str]:
+    """Id to name, from either file that may list them."""
+    found: dict[int, str] = {}
+    if (folder / _ADDED).is_file():
+        for name, id in read_json(folder / _ADDED).items():
+            if type(id) is not int:
+                raise TokenizerError(
+                    f"{folder / _ADDED}: every value must be a token's id, an integer"
+                )
+            found[id] = name
+    if (folder / _SETTINGS).is_file():
+        listed: Any = read_json(folder / _SETTINGS).get("added_tokens_decoder")
+        for id, token in (listed if isinstance(listed, dict) else {}).items():
+            content = token.get("content") if isinstance(token, dict) else None
+            if not id.isdecimal() or len(id) > 9 or not isinstance(content, str):
+                raise TokenizerError(
+                    f"{folder / _SETTINGS}: added_tokens_decoder must give each id a "
+                    "token with its content"
+                )
+            found.setdefault(int(id), content)
+    return found
+
+
+def write_folders_tokenizer(
+    folder: pathlib.Path, tokenizer: Tokenizer, max_seq_len: int
+) -> None:
+    """Write a tokenizer as `transformers` finds it in a model's folder.
+
+    A SentencePiece model is written twice: as it is, and as the `tokenizer.json` that
+    gives the same ids.
+    """
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
+    names = {
+        f"{kind}_token": tokenizer.piece(id) for kind, id in ids.items() if id >= 0
+    }
+    (folder / tokenizer.file_name).write_bytes(tokenizer.contents)
+    if tokenizer.added_tokens:
+        added = {name: id for id, name in tokenizer.added_tokens.items()}
+        write_json(folder / _ADDED, added)
+    if tokenizer.has_pieces and tokenizer.file_name != _JSON:
+        described = describe(
+            pieces_of_model(tokenizer.model_proto),
+            tokenizer.added_tokens,
+            unk=names["unk_token"],
+            bos=names["bos_token"],
+        )
+        write_json(folder / _JSON, described)
+    write_json(folder / "special_tokens_map.json", names)
+    settings = {
+        # The class that takes tokenizer.json as it is. LlamaTokenizer of transformers 5
+        # makes one of its own, which splits leading spaces in another way.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+        **names,
+    }
+    write_json(folder / _SETTINGS, settings)

@@ -1,0 +1,1 @@
+"""Model folders: weights read lazily, written atomically."""

@@ -1,0 +1,143 @@
+"""A conversation in the terminal."""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+from llama_jax.errors import PromptError
+from llama_jax.text.prompt_formats import Dialog, Message
+
+Answer = Callable[[Dialog], Iterator[str]]
+
+HELP = """\
+Write a message; end a line with \\ to go on in the next, or put several lines between
+two lines of \"\"\". Ctrl-C stops an answer, Ctrl-D or /quit leaves.
+  /reset          forget the conversation
+  /system TEXT    set the system message (no TEXT: none) and start anew
+  /save FILE      write the conversation as JSON
+  /help           show this"""
+
+
+class Conversation:
+    """History, commands and the loop around them.
+
+    Args:
+      answer: yields the text of the next answer to a dialog, piece by piece.
+      system: the first system message, if any.
+    """
+
+    def __init__(self, answer: Answer, system: str | None = None) -> None:
+        self._answer = answer
+        self._system = system
+        self._turns: list[Message] = []
+
+    @property
+    def dialog(self) -> list[Message]:
+        """The messages so far, the system's first."""
+        if self._system is None:
+            return list(self._turns)
+        return [{"role": "system", "content": self._system}, *self._turns]
+
+    def loop(self) -> None:
+        """Talk until the end of input."""
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):  # line editing, where there is any
+                import readline  # noqa: F401
+            self._tell(HELP)
+        while True:
+            try:
+                message = read_message()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._tell("\n(Ctrl-D or /quit leaves)")
+                continue
+            if message.strip() == "/quit":
+                return
+            if message.startswith("/"):
+                self.command(message.strip())
+            elif message.strip():
+                self.say(message)
+
+    def say(self, message: str) -> None:
+        """Send a message and print the answer while it is made.
+
+        An answer that is interrupted stays in the history as far as it came; a message
+        that cannot be sent does not.
+        """
+        self._turns.append({"role": "user", "content": message})
+        pieces: list[str] = []
+        try:
+            for piece in self._answer(self.dialog):
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except PromptError as error:
+            self._turns.pop()
+            self._tell(f"error: {error}")
+            return
+        except KeyboardInterrupt:
+            self._tell("\n(stopped)")
+        print(flush=True)
+        self._turns.append({"role": "assistant", "content": "".join(pieces)})
+
+    def command(self, line: str) -> None:
+        """Obey a line that begins with a slash."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name == "/reset":
+            self._turns.clear()
+            self._tell("(forgotten)")
+        elif name == "/system":
+            self._system = rest or None
+            self._turns.clear()
+            self._tell("(system message set, conversation forgotten)")
+        elif name == "/save":
+            self.save(rest)
+        elif name == "/help":
+            self._tell(HELP)
+        else:
+            self._tell(f"{name} is not a command; /help lists them")
+
+    def save(self, file: str) -> None:
+        """Write the conversation as JSON: a list of messages."""
+        if not file:
+            self._tell("/save needs a file name, as in /save talk.json")
+            return
+        path = pathlib.Path(file).expanduser()
+        beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        try:
+            text = json.dumps(self.dialog, ensure_ascii=False, indent=1)
+            beside.write_text(text + "\n", encoding="utf-8")
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            self._tell(f"error: cannot write {path}: {error.strerror}")
+        else:
+            self._tell(f"({len(self.dialog)} messages written to {path})")
+
+    def _tell(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_message() -> str:
+    """One message from standard input, of one or more lines; EOFError at its end."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    more = ". " if prompt else ""
+    line = input(prompt)
+    if line.strip() == '"""':
+        lines: list[str] = []
+        with contextlib.suppress(EOFError):
+            while (line := input(more)).strip() != '"""':
+                lines.append(line)
+        return "\n".join(lines)
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        try:
+            lines.append(input(more))
+        except EOFError:
+            break
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""Attention on a mesh: each device computes its rows and its heads.
+
+XLA cuts array operations up by itself, but not a kernel: it would gather the operands
+of one on every device. So the cut is made here, along B and N, whose parts need nothing
+of each other; along T, whose parts hand their keys around (`kernels.ring`); and along
+the slots of a cache, whose parts' results are joined.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from llama_jax import kernels
+from llama_jax.errors import ConfigError
+from llama_jax.kernels import ring
+from llama_jax.kernels.blocks import passes_of
+from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.reference import Slots
+from llama_jax.model.cache_slots import AXES as SLOTS
+from llama_jax.model.cache_slots import cut_axes, first_slot
+from llama_jax.runtime import Rules, Runtime
+from llama_jax.sharding import axes_size, divisible
+from llama_jax.types import Array, Float, Int, Mesh
+
+Name = Literal["xla", "mosaic_tpu"]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Slots,
+    v: Slots,
+    *,
+    q_start: Int[Array, " B"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    runtime: Runtime,
+    mesh: Mesh | None,
+) -> Float[Array, "B T N H"]:
+    """`kernels.attention` by the runtime's choice, on a mesh where there is one.
+
+    Args:
+      q: of all tokens, in the order of `ring_order` where that says one.
+      k: of the same tokens, or of a cache's slots, in eight bits too.
+      v: likewise.
+      q_start: the slot of each row's first query in a cache; None where there is none.
+      segment_ids: of packed rows.
+      runtime: whose choice.
+      mesh: whose devices.
+
+    Raises:
+      ConfigError: the runtime names an implementation that cannot be cut so.
+    """
+    name = kernels.resolve(runtime.attention, q, k, q_start=q_start)
+    run = functools.partial(kernels.attention, implementation=name)
+    if mesh is None or mesh.size == 1:
+        return run(q, k, v, q_start=q_start, segment_ids=segment_ids)
+    if q_start is None and ring_order(q.shape[1], runtime.rules, mesh) is not None:
+        parts = _of_parts(name, runtime)
+        return _around_the_ring(q, k, v, segment_ids, parts, runtime.rules, mesh)
+    if q_start is not None and cut_axes(k, runtime.rules, mesh):
+        parts = _of_parts(name, runtime)
+        if isinstance(k, QuantizedSlots) and runtime.attention == "auto":
+            parts = "xla"  # widens within its products, the kernel's pass before it
+        return _over_cut_slots(q, k, v, q_start, parts, runtime.rules, mesh)
+    if name == "xla" and not isinstance(k, QuantizedSlots):
+        return run(q, k, v, q_start=q_start, segment_ids=segment_ids)
+    rows, _, heads, _ = divisible(q.shape, "B T N H", runtime.rules, mesh)
+    kv_heads = divisible(k.shape, "B K T H", runtime.rules, mesh)[1]
+    heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
+
+    def on_device(q: Array, k: Slots, v: Slots, rest: Any) -> Array:
+        return run(q, mine(k), mine(v), q_start=rest[0], segment_ids=rest[1])
+
+    of_queries = PartitionSpec(rows, None, heads)
+    of_slots = PartitionSpec(rows, kv_heads)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(of_queries, of_slots, of_slots, PartitionSpec(rows)),
+        out_specs=of_queries,
+        check_vma=False,
+    )(q, k, v, (q_start, segment_ids))
+
+
+def ring_order(length: int, rules: Rules, mesh: Mesh | None) -> np.ndarray | None:
+    """The order in which a mesh holds the tokens of rows that attend to themselves.
+
+    None where no mesh axis cuts T, or not into the ring's two chunks for each device:
+    then tokens lie as they come.
+    """
+    axes = dict(rules.activations).get("T") or ()
+    devices = 1 if mesh is None else axes_size(mesh, axes)
+    if devices == 1 or length % (2 * devices):
+        return None
+    return ring.zigzag_order(length, devices)
+
+
+def in_order(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
+    """What a mesh holds in `ring_order`, as the sequence has it; else as it is.
+
+    Args:
+      x: something of each token.
+      axes: its letters, T among them.
+      rules: how letters map to mesh axes.
+      mesh: whose devices.
+    """
+    along = axes.split().index("T")
+    if mesh is None or ring_order(x.shape[along], rules, mesh) is None:
+        return x
+    place = divisible(x.shape, axes, rules, mesh)
+    return jax.shard_map(
+        functools.partial(ring.in_order, axis_name=place[along], axis=along),
+        mesh=mesh,
+        in_specs=place,
+        out_specs=place,
+        check_vma=False,
+    )(x)
+
+
+def _of_parts(name: str, runtime: Runtime) -> Name:
+    """The implementation of attention whose results over parts can be joined."""
+    if name == "mosaic_tpu":
+        return "mosaic_tpu"
+    if name != "xla" and runtime.attention != "auto":
+        raise ConfigError(
+            f"runtime: attention={runtime.attention!r} cannot join what several "
+            "devices find in parts of a sequence; choose 'xla', 'mosaic_tpu' or 'auto'"
+        )
+    return "xla"
+
+
+def _around_the_ring(
+    q: Array, k: Any, v: Any, ids: Any, name: Name, rules: Rules, mesh: Mesh
+) -> Array:
+    rows, tokens, heads, _ = divisible(q.shape, "B T N H", rules, mesh)
+    kv_heads = divisible(k.shape, "B K T H", rules, mesh)[1]
+    heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
+
+    def on_device(q: Array, k: Array, v: Array, ids: Any) -> Array:
+        return ring.ring_attention(
+            q,
+            mine(k),
+            mine(v),
+            axis_name=tokens,
+            segment_ids=ids,
+            implementation=name,
+        )
+
+    of_queries = PartitionSpec(rows, tokens, heads)
+    of_keys = PartitionSpec(rows, kv_heads, tokens)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(of_queries, of_keys, of_keys, PartitionSpec(rows, tokens)),
+        out_specs=of_queries,
+        check_vma=False,
+    )(q, k, v, ids)
+
+
+def _over_cut_slots(
+    q: Array, k: Slots, v: Slots, q_start: Array, name: Name, rules: Rules, mesh: Mesh
+) -> Array:
+    """Each device looks into its slots; what they find is joined.
+
+    Queries are gathered where `tensor` cuts the slots, and the results cut along N
+    again.
+    """
+    rows, kv_heads, cut, _ = divisible(k.shape, SLOTS, rules, mesh)
+    heads = divisible(q.shape, "B T N H", rules, mesh)[2]
+    # Of the axes that cut N, those that cut K cut it here too, and none does the rest.
+    heads = heads if kv_heads else None
+    scatter = None
+    of_heads = dict(rules.activations).get("N") or ()
+    cut_by = (cut,) if isinstance(cut, str) else tuple(cut)
+    if heads is None and set(of_heads) <= set(cut_by):
+        ways = axes_size(mesh, of_heads)
+        scatter = of_heads if ways > 1 and q.shape[2] % ways == 0 else None
+    passes = passes_of(name)
+
+    def on_device(q: Array, k: Slots, v: Slots, start: Array) -> Array:
+        start = start - first_slot(k, cut)
+        wide = (dequantize_slots(slots, q.dtype) for slots in (k, v))
+        found, lse = passes.forward(q.swapaxes(1, 2), *wide, start, None)
+        most = jax.lax.pmax(lse, cut)
+        part = jnp.exp(lse - most)  # -inf where this device has nothing to see
+        weight = jax.lax.psum(part, cut)
+        found = found * (part / weight)[..., None]
+        if scatter:
+            found = jax.lax.psum_scatter(
+                found, scatter, scatter_dimension=1, tiled=True
+            )
+            rest = tuple(axis for axis in cut_by if axis not in scatter)
+            found = jax.lax.psum(found, rest) if rest else found
+        else:
+            found = jax.lax.psum(found, cut)
+        return found.swapaxes(1, 2).astype(q.dtype)
+
+    of_slots = PartitionSpec(rows, kv_heads, cut)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(
+            PartitionSpec(rows, None, heads),
+            of_slots,
+            of_slots,
+            PartitionSpec(rows),
+        ),
+        out_specs=PartitionSpec(rows, None, heads or scatter),
+        check_vma=False,
+    )(q, k, v, q_start)
+
+
+def _shared_heads(
+    q: Array, k: Slots, heads: Any, kv_heads: Any, mesh: Mesh
+) -> tuple[Any, Callable[[Slots], Any]]:
+    """How N is cut, and how a device takes the key/value heads it needs.
+
+    Fewer key/value heads than parts of N: every device has them all, and takes one.
+    """
+    if heads is None or kv_heads is not None:
+        return heads, lambda x: x
+    parts, count = axes_size(mesh, heads), k.shape[1]
+    if parts % count or q.shape[2] % parts:
+        return None, lambda x: x
+
+    def take(x: Slots) -> Any:
+        mine = jax.lax.axis_index(heads) * count // parts
+        return jax.tree.map(
+            lambda part: jax.lax.dynamic_slice_in_dim(part, mine, 1, 1), x
+        )
+
+    return heads, take

@@ -1,0 +1,1 @@
+"""Tokenizers and prompt formats: text to token ids and back."""

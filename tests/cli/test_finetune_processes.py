@@ -1,0 +1,180 @@
+"""A run over several processes has the losses of one, and others may go on with it."""
+
+import pathlib
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from support.runs import SECONDS, Place, check_visits, ended, make_place
+from support.tolerances import EQUAL_FORWARD
+
+from llama_jax.conversion.peft import read_peft
+from llama_jax.loading import load
+from llama_jax.params import flatten
+from llama_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.slow  # each test starts several processes
+
+EPOCHS, STEPS = 2, 15
+NEVER = (-1, -1)
+ON_TWO = ("--mesh", "fsdp=-1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("runs"))
+
+
+def watched(place: Place) -> tuple[str, ...]:
+    """Flags with which everything happens that may happen in a run."""
+    data = str(place.folder / "records.jsonl")
+    return (
+        "--eval-data", data, "--eval-every", "6", "--sample-prompt", "12 cats",
+        "--sample-every", "7", "--sample-tokens", "4",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(place: Place) -> list[Any]:
+    """The records of a run in one process."""
+    return place.finish("alone", *watched(place), epochs=EPOCHS)
+
+
+def two(
+    place: Place, name: str, *flags: str, pause: float = 0.0, delays: Any = NEVER
+) -> list[tuple[int, str, str]]:
+    """What came of two processes that run, or resume, to the end."""
+    running = place.start_all(
+        name, *flags, count=2, delays=delays, pause=pause, epochs=EPOCHS
+    )
+    return ended(running)
+
+
+def check(found: list[Any], wanted: list[Any]) -> None:
+    """Each step is there once, with the numbers of one process."""
+    assert [one["step"] for one in found] == list(range(1, STEPS + 1))
+    for one, other in zip(found, wanted, strict=True):
+        for name in ("loss", "grad_norm", "eval_loss", "eval_loss_before"):
+            assert (name in one) == (name in other)
+            if name in one:
+                assert one[name] == pytest.approx(other[name], rel=EQUAL_FORWARD)
+        for name in ("tokens", "targets", "records", "epoch", "learning_rate"):
+            assert one[name] == other[name]
+
+
+def check_leaves(found: Any, wanted: Any) -> None:
+    wanted = flatten(wanted)
+    for path, leaf in flatten(found).items():
+        size = np.max(np.abs(wanted[path]))
+        # What AdamW makes of a gradient that is nearly zero is its sign.
+        np.testing.assert_allclose(leaf, wanted[path], atol=1e-3 * size, err_msg=path)
+
+
+def test_two_processes_train_as_one(place: Place, alone: list[Any]) -> None:
+    (status, out, err), (status_1, out_1, err_1) = two(
+        place, "two", *ON_TWO, *watched(place)
+    )
+    assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
+    assert (out, out_1) == ("", "")
+    assert "held-out loss" in err
+    assert "held-out loss" not in err_1
+    check(place.metrics("two"), alone)
+    check_visits(place, "two", EPOCHS)
+    folder, other = place.folder / "two", place.folder / "alone"
+    assert {file.name for file in folder.iterdir()} == {
+        file.name for file in other.iterdir()
+    }
+    written = [read_metrics(one / "samples.jsonl") for one in (folder, other)]
+    assert written[0] == written[1]
+    check_leaves(load(folder / "model").params, load(other / "model").params)
+
+
+def until(place: Place, name: str, steps: int) -> None:
+    end = time.monotonic() + SECONDS
+    while len(place.metrics(name)) < steps and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def test_sigterm_to_one_of_two_saves_in_both_and_one_goes_on(
+    place: Place, alone: list[Any]
+) -> None:
+    flags = (*ON_TWO, *watched(place))
+    running = place.start_all(
+        "asked", *flags, count=2, delays=NEVER, pause=0.2, epochs=EPOCHS
+    )
+    until(place, "asked", 4)
+    running[1].send_signal(signal.SIGTERM)
+    (status, _, err), (status_1, _, err_1) = ended(running)
+    assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
+    done = len(place.metrics("asked"))
+    assert 4 <= done < STEPS
+    assert f"stopped behind step {done}; resume with: python -m" in err
+    assert not (place.folder / "asked" / "model").exists()
+    check(place.finish("asked", epochs=EPOCHS), alone)
+    check_visits(place, "asked", EPOCHS)
+
+
+def test_what_one_began_two_go_on_with(place: Place, alone: list[Any]) -> None:
+    status, _ = place.run("grown", *watched(place), epochs=EPOCHS, pause=0.2, delay=1.2)
+    assert status == -signal.SIGKILL
+    before = len(place.metrics("grown"))
+    [(status, _, err), (status_1, _, err_1)] = two(place, "grown", *ON_TWO)
+    assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
+    assert 0 < before < STEPS
+    check(place.metrics("grown"), alone)
+    check_visits(place, "grown", EPOCHS)
+
+
+def test_two_of_which_one_is_killed_go_on(place: Place, alone: list[Any]) -> None:
+    flags = (*ON_TWO, *watched(place))
+    [(status, _, err), (status_1, _, _)] = two(
+        place, "torn", *flags, pause=0.2, delays=(-1, 1.5)
+    )
+    assert status_1 == -signal.SIGKILL
+    assert status == 1
+    assert "error: process 1 (" in err
+    assert "Traceback" not in err
+    [(status, _, err), (status_1, _, err_1)] = two(place, "torn")
+    assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
+    check(place.metrics("torn"), alone)
+    check_visits(place, "torn", EPOCHS)
+
+
+def test_two_processes_write_one_adapter(place: Place) -> None:
+    flags = ("--method", "lora", "--lora-rank", "2")
+    wanted = place.finish("lora-alone", *flags, epochs=EPOCHS)
+    # Whole in each process, adapters are gathered without a meeting of the two.
+    (status, _, err), (status_1, _, err_1) = two(
+        place, "lora", *flags, "--mesh", "data=2"
+    )
+    assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
+    check(place.metrics("lora"), wanted)
+    config = load(place.folder / "base").model.config
+    found, other = (
+        read_peft(place.folder / name / "adapter", config)[0]
+        for name in ("lora", "lora-alone")
+    )
+    check_leaves(found, other)
+
+
+def test_each_process_keeps_its_rows_of_a_batch_that_is_skipped(
+    tmp_path: pathlib.Path,
+) -> None:
+    place = make_place(tmp_path, broken=True)
+    flags = ("--mesh", "data=2", "--max-skipped", "2")
+    (status, _, err), (status_1, _, _) = two(place, "skipped", *flags)
+    # 1 is that of a process which heard of it from the other one.
+    assert (status, status_1) in ((2, 2), (2, 1), (1, 2))
+    assert "4 steps had a loss or a gradient that was not finite" in err
+    assert (place.folder / "skipped" / "checkpoints" / "4").is_dir()
+    assert "skipped-000001-of-process-*.npz" in err
+    for step in (1, 2, 3, 4):
+        rows = []
+        for index in range(2):
+            name = f"skipped-{step:06d}-of-process-{index}.npz"
+            with np.load(place.folder / "skipped" / name) as kept:
+                rows.append(kept["tokens"])
+        assert rows[0].shape == rows[1].shape == (2, rows[0].shape[1])
+        assert np.any(rows[0] != rows[1])

@@ -1,0 +1,322 @@
+"""GGUF files that are refused: other models, damaged files, hostile ones."""
+
+import pathlib
+import random
+import struct
+import sys
+import time
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from support.foreign import write_llama2c_tokenizer
+from support.foreign_gguf import (
+    GQA,
+    LLAMA31,
+    gguf,
+    lazy,
+    make,
+    metadata,
+    renamed,
+    write,
+    write_foreign,
+)
+
+from llama_jax.conversion.gguf import is_gguf, read_gguf, write_gguf
+from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.source import Export
+from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError, TokenizerError
+from llama_jax.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """272 pieces: special ones, bytes and some letters."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.bin"
+    return Tokenizer(from_llama2c(write_llama2c_tokenizer(path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.expert_count": 8}, "expert_count is 8, but only 0 is supported"),
+        ({"llama.rope.scaling.type": "yarn"}, "scaling.type is 'yarn'; the kinds none"),
+        ({"llama.rope.scaling.factor": -2.0}, "rope_scaling factor is -2.0"),
+        ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5, but only 1.0"),
+        ({"llama.rope.dimension_count": 2}, "dimension_count is 2, but only 4"),
+        ({"llama.attention.value_length": 8}, "value_length is 8, but only 4"),
+        ({"llama.attention.causal": False}, "causal is False, but only True"),
+        ({"llama.attention.sliding_window": 8}, "sliding_window not understood"),
+        ({"llama.logit_scale": 0.5}, "logit_scale not understood"),
+        ({"llama.feed_forward_length": [96, 96]}, "which no model has"),
+        ({"llama.block_count": 0}, "block_count is 0, which no model has"),
+        ({"llama.block_count": 2**31 - 1}, "only 21 tensors"),
+        ({"llama.context_length": True}, "context_length is True, which"),
+        ({"llama.attention.head_count": 5}, "not a multiple of head_count 5"),
+        ({"llama.attention.head_count_kv": 3}, "not a multiple of num_kv_heads 3"),
+        ({"llama.vocab_size": 9}, "vocab_size is not 272"),
+        ({"llama.rope.freq_base": "1e4"}, "freq_base is '1e4', which is not a number"),
+        ({"llama.context_length": None}, "lacks llama.context_length"),
+        ({"split.count": 3}, "llama-gguf-split --merge"),
+        ({"general.type": "adapter"}, "general.type is 'adapter'"),
+        ({"general.alignment": 32}, "general.alignment is of another type"),
+        ({"general.alignment": "x"}, "general.alignment is of another type"),
+        ({"tensors.blk.0.attn_q.bias": 32}, "holds tensors that a GGUF"),
+        ({"tensors.rope_freqs.weight": 2}, "not the factors of a published Llama 3"),
+        ({"tensors.rope_freqs.weight": 3}, "the shape .3. instead of .2."),
+    ],
+)
+def test_a_model_that_is_not_understood_is_refused(
+    tmp_path: pathlib.Path, changes: dict[str, Any], message: str
+) -> None:
+    fields, tensors = metadata(GQA), renamed(make(GQA)[0])
+    for key, value in changes.items():
+        if key.startswith("tensors."):
+            tensors[key.removeprefix("tensors.")] = np.full(value, 3.0, np.float32)
+        elif value is None:
+            del fields[key]
+        else:
+            fields[key] = value
+    path = write_foreign(tmp_path / "x.gguf", fields, tensors)
+    with pytest.raises(LlamaJaxError, match=message) as error:
+        read_gguf(path).leaves()
+    assert str(path) in str(error.value)
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    tensors = renamed(make(GQA)[0])
+    path = write_foreign(tmp_path / "x", metadata(GQA), tensors, architecture="qwen2")
+    with pytest.raises(ConfigError, match="'qwen2', but only 'llama'"):
+        read_gguf(path)
+    big = {"endianess": gguf.GGUFEndian.BIG}
+    path = write_foreign(tmp_path / "y", metadata(GQA), tensors, **big)
+    with pytest.raises(CheckpointError, match="for big-endian machines"):
+        read_gguf(path)
+
+
+def test_gguf_files_are_recognised_by_what_is_in_them(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "model.bin", GQA)
+    (tmp_path / "other.bin").write_bytes(b"GGU")
+    (tmp_path / "other.gguf").write_bytes(b"")
+    assert is_gguf(tmp_path / "model.bin")
+    assert is_gguf(tmp_path / "other.gguf")
+    assert not is_gguf(tmp_path / "other.bin")
+    assert not is_gguf(tmp_path)
+    assert not is_gguf(tmp_path / "absent.gguf")
+
+
+def test_without_gguf_only_quantized_files_are_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "q.gguf", GQA, kind="q8_0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    write(tmp_path / "f.gguf", GQA, kind="float16")
+    assert read_gguf(tmp_path / "f.gguf").config == GQA
+    for refused in (
+        lambda: read_gguf(tmp_path / "q.gguf"),
+        lambda: write(tmp_path / "r.gguf", GQA, kind="q8_0"),
+    ):
+        with pytest.raises(CheckpointError, match=r'pip install "llama-jax\[gguf\]"'):
+            refused()
+
+
+def test_what_cannot_be_written_is_refused(
+    tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
+) -> None:
+    path = tmp_path / "x.gguf"
+    with pytest.raises(ConfigError, match="'q4_0' is unknown; choose from float32"):
+        write(path, GQA, kind="q4_0")
+    with pytest.raises(TokenizerError, match="do not fit a model with vocab_size 270"):
+        write(path, GQA.replace(vocab_size=270), tokenizer=tiny_tokenizer)
+    for kind, number in (("float16", 7e4), ("q8_0", 1e7)):
+        ours = {name: array * number for name, array in make(GQA)[1].items()}
+        with pytest.raises(CheckpointError, match="does not fit into float16"):
+            write_gguf(path, Export(GQA, lazy(ours), None), kind=kind)
+
+
+def test_llama_3_tokenizers_are_refused(
+    tmp_path: pathlib.Path, assets: pathlib.Path
+) -> None:
+    pytest.importorskip("tiktoken", reason="needs tiktoken")
+    tokenizer = Tokenizer.from_file(assets / "tokenizers" / "llama3.model")
+    config = GQA.replace(vocab_size=128_256, embed_dim=2)
+    with pytest.raises(ConfigError, match="only SentencePiece tokenizers"):
+        write(tmp_path / "x.gguf", config, tokenizer=tokenizer)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def tensor(name: str, *shape: int, kind: int = 0, offset: int = 0) -> bytes:
+    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + dims + struct.pack("<IQ", kind, offset)
+
+
+LLAMA = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+ALIGNMENT = text("general.alignment") + struct.pack("<I", 4)
+HUGE = (1 << 64) - 1
+
+
+def container(
+    *tensors: bytes, entries: bytes = LLAMA, counts: Any = None, data: int = 128
+) -> bytes:
+    """A file by hand: descriptions of tensors, and so many bytes of data."""
+    numbers = counts or (len(tensors), entries.count(b"general.") or 1)
+    head = b"GGUF" + struct.pack("<IQQ", 3, *numbers) + entries + b"".join(tensors)
+    return head + b"\0" * (-len(head) % 32 + data)
+
+
+HOSTILE = {
+    "empty": (b"", "is not a GGUF file"),
+    "short": (b"GGUF\3\0", "is not a GGUF file"),
+    "zip": (b"PK\3\4" + b"\0" * 40, "is not a GGUF file"),
+    "version 1": (b"GGUF\1\0\0\0" + b"\0" * 40, "is version 1 of GGUF"),
+    "version 4": (b"GGUF\4\0\0\0" + b"\0" * 40, "is version 4 of GGUF"),
+    "no counts": (b"GGUF\3\0\0\0", "ends before it is complete"),
+    "many tensors": (container(counts=(HUGE, 1)), "would have 18,446,7"),
+    "many entries": (container(counts=(0, 1 << 40)), "1,099,511,627,776 entries"),
+    "some tensors": (container(counts=(9, 1)), "the name of a tensor would have 0"),
+    "long name": (
+        container(entries=struct.pack("<Q", 1 << 50), counts=(0, 1)),
+        "the name of an entry of the metadata would have",
+    ),
+    "no text": (
+        container(entries=struct.pack("<Q", 2) + b"\xff\xfe"),
+        "the name of an entry of the metadata is no text",
+    ),
+    "long value": (
+        container(entries=text("a") + struct.pack("<IQ", 8, HUGE)),
+        "ends before it is complete",
+    ),
+    "long array": (
+        container(entries=text("a") + struct.pack("<IIQ", 9, 12, HUGE)),
+        "ends before it is complete",
+    ),
+    "array of many texts": (
+        container(entries=text("a") + struct.pack("<IIQ", 9, 8, 1 << 60)),
+        "a would have 1,152,921,504,606,846,976 texts",
+    ),
+    "nested arrays": (
+        container(entries=text("a") + struct.pack("<IIQ", 9, 9, 1) * 1000),
+        "a is of the unknown type 9",
+    ),
+    "unknown type": (
+        container(entries=text("a") + struct.pack("<I", 77)),
+        "a is of the unknown type 77",
+    ),
+    "an entry twice": (container(entries=LLAMA * 2), "architecture is there twice"),
+    "a tensor twice": (container(tensor("a", 4), tensor("a", 4)), "a is there twice"),
+    "no axes": (container(tensor("a")), "a has 0 axes"),
+    "many axes": (container(tensor("a", 1, 1, 1, 1, 1)), "a has 5 axes"),
+    "an empty axis": (container(tensor("a", 4, 0)), "impossible shape"),
+    "too large a product": (
+        container(tensor("a", 1 << 32, 1 << 32, 1 << 32)),
+        "impossible shape",
+    ),
+    "too large": (container(tensor("a", 1 << 40)), "a ends at"),
+    "large by one": (container(tensor("a", 33)), "a ends at"),
+    "behind the end": (
+        container(tensor("a", 1, offset=128)),
+        "would begin at byte 128",
+    ),
+    "far behind the end": (
+        container(tensor("a", 1, offset=HUGE - 31)),
+        "would begin at",
+    ),
+    "odd place": (container(tensor("a", 1, offset=4)), "would begin at byte 4"),
+    "overlapping": (
+        container(tensor("a", 9), tensor("b", 8, offset=32)),
+        "b begins within a",
+    ),
+    "the same place": (container(tensor("a", 9), tensor("b", 9)), "b begins within a"),
+    "alignment 24": (container(entries=ALIGNMENT + b"\x18\0\0\0"), "alignment is 24"),
+    "alignment 0": (container(entries=ALIGNMENT + b"\0\0\0\0"), "alignment is 0"),
+    "large alignment": (
+        container(tensor("a", 1), entries=ALIGNMENT + b"\0\0\0\x80"),
+        "a would begin at byte 0",
+    ),
+    "unknown tensor type": (container(tensor("a", 32, kind=99)), "of the type 99"),
+    "removed tensor type": (container(tensor("a", 32, kind=4)), "of the type 4"),
+    "half a block": (container(tensor("a", 31, kind=8)), "blocks of 32"),
+    "nothing": (container(), "lacks llama.block_count"),
+    "no architecture": (container(entries=b"", counts=(0, 0)), "architecture is None"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused_at_once(tmp_path: pathlib.Path, what: str) -> None:
+    data, message = HOSTILE[what]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    start = time.monotonic()
+    with pytest.raises(LlamaJaxError, match=message) as error:
+        read_gguf(path)
+    seconds = time.monotonic() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(path) in str(error.value)
+    # The first quantized tensor imports gguf, which takes a moment and some memory.
+    assert seconds < 5
+    assert peak < 1 << 20 or "type" in what
+
+
+def test_every_shortened_file_is_refused(
+    tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
+) -> None:
+    path = tmp_path / "x.gguf"
+    write(path, GQA, kind="bfloat16", tokenizer=tiny_tokenizer)
+    whole = path.read_bytes()
+    for size in [*range(0, 400), *range(400, len(whole), 611)]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError):
+            read_gguf(path)
+
+
+def test_mutated_files_are_refused_or_read(
+    tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
+) -> None:
+    config = GQA.replace(num_layers=1, rope_scaling=LLAMA31)
+    path = tmp_path / "x.gguf"
+    write(path, config, kind="q8_0", tokenizer=tiny_tokenizer)
+    whole = path.read_bytes()
+    # The tokens are most of the header; what lies around them is what matters.
+    tokens = whole.index(b"tokenizer.ggml.tokens")
+    types = whole.index(b"tokenizer.ggml.add_space_prefix")
+    end = whole.index(b"output.weight") + 48
+    rng = random.Random(0)
+    refused, longest, slowest = 0, 0, 0.0
+    for _ in range(600):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            low, high = rng.choice(((4, tokens), (tokens, types), (types, end)))
+            at = rng.randrange(low, high)
+            choice = rng.randrange(4)
+            if choice == 0:
+                data[at] = rng.choice((0, 1, 9, 127, 128, 255))
+            elif choice == 1:
+                data[at] ^= 1 << rng.randrange(8)
+            elif choice == 2:
+                number = rng.choice((0, 1, 1 << 31, 1 << 32, 1 << 62, HUGE))
+                data[at : at + 8] = number.to_bytes(8, "little")
+            else:
+                data[at : at + rng.randrange(1, 40)] = b""
+        path.write_bytes(data)
+        start = time.monotonic()
+        try:
+            source = read_gguf(path)
+            for name, leaf in source.leaves().items():
+                array = leaf.read()
+                assert (array.shape, array.dtype) == (leaf.shape, leaf.dtype), name
+            tokenizer, _ = source.find_tokenizer()
+            ids = tokenizer.encode("the tea", bos=True, eos=True)
+            assert tokenizer.decode(ids) == "the tea" or data[tokens:] != whole[tokens:]
+        except LlamaJaxError as error:
+            longest = max(longest, len(str(error)))
+            refused += 1
+        slowest = max(slowest, time.monotonic() - start)
+    assert 300 < refused < 600
+    assert longest < 1000
+    assert slowest < 2

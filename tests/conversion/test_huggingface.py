@@ -1,0 +1,240 @@
+"""Hugging Face folders: the configuration, the files, and what is refused."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from support.foreign import (
+    TINY,
+    meta_tensors,
+    write_llama2c,
+    write_llama2c_tokenizer,
+    write_pth,
+)
+
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.config import RopeScaling
+from llama_jax.conversion import convert, open_source
+from llama_jax.conversion.huggingface import (
+    config_from_hugging_face,
+    config_to_hugging_face,
+    write_hugging_face,
+)
+from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
+from llama_jax.conversion.source import Export
+from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
+
+LLAMA3 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_seq_len=8192,
+)
+DESCRIBED = config_to_hugging_face(TINY, np.float16, {"bos": 1, "eos": 2})
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder of Hugging Face's, in one file."""
+    write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
+    source = write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
+    convert(source, tmp_path / "hf", target_format="hf")
+    return tmp_path / "hf"
+
+
+def edit(folder: pathlib.Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def tensors_of(folder: pathlib.Path) -> dict[str, LazyLeaf]:
+    found = read_safetensors(folder / "model.safetensors")
+    arrays = {name: tensor.read().copy() for name, tensor in found.items()}
+    return {name: lazy(array) for name, array in arrays.items()}
+
+
+def lazy(array: np.ndarray) -> LazyLeaf:
+    return LazyLeaf(array.shape, array.dtype, lambda: array)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tied_embeddings": True},
+        {"head_dim": 6},
+        {"num_kv_heads": 2},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
+    ],
+)
+def test_a_configuration_comes_back_as_it_was(change: dict[str, Any]) -> None:
+    config = TINY.replace(**change)
+    described = json.loads(json.dumps(config_to_hugging_face(config, "float16", {})))
+    assert config_from_hugging_face(described) == config
+
+
+def test_newer_files_nest_the_rotary_facts() -> None:
+    fields = dict(DESCRIBED)
+    del fields["rope_theta"], fields["rope_scaling"]
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert config_from_hugging_face(fields) == TINY.replace(rope_theta=5e5)
+    fields["rope_parameters"] = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    found = config_from_hugging_face(fields)
+    assert found == TINY.replace(rope_theta=5e5, rope_scaling=LLAMA3)
+
+
+def test_a_file_of_an_early_llama_lacks_what_came_later() -> None:
+    fields = dict(DESCRIBED)
+    for name in ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling"):
+        del fields[name]
+    assert config_from_hugging_face(fields) == TINY
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3"),
+        ({"rope_scaling": 3}, "rope_scaling is 3"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "factor"),
+        ({"rope_theta": "1e4"}, "rope_theta"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 33}, None),
+        ({"hidden_size": 32.0}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"vocab_size": 1 << 40}, "vocab_size"),
+        ({"tie_word_embeddings": "no"}, "tied_embeddings"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(
+    change: dict[str, Any], said: str | None
+) -> None:
+    fields = DESCRIBED | change
+    if said is None:  # width and heads need not agree where head_dim is given
+        assert config_from_hugging_face(fields).embed_dim == 33
+        del fields["head_dim"]
+        said = "head_dim"
+    with pytest.raises(ConfigError, match=said):
+        config_from_hugging_face(fields)
+
+
+def test_what_is_unset_or_inert_is_passed_over() -> None:
+    extra = {"sliding_window": None, "use_bfoo": False, "torch_dtype": "float16"}
+    assert config_from_hugging_face(DESCRIBED | extra) == TINY
+
+
+def test_large_models_lie_in_several_files(
+    tmp_path: pathlib.Path, folder: pathlib.Path
+) -> None:
+    source = open_source(folder)
+    tokenizer, _ = source.find_tokenizer()
+    split = tmp_path / "split"
+    split.mkdir()
+    model = Export(source.config, source.leaves(), tokenizer)
+    write_hugging_face(split, model, shard_bytes=40_000)
+    index = json.loads((split / "model.safetensors.index.json").read_text())
+    files = sorted(split.glob("model-*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == 4 * 44192
+    again = open_source(split)
+    for path, leaf in source.leaves().items():
+        assert again.leaves()[path].read().tobytes() == leaf.read().tobytes()
+    files[1].rename(split / "elsewhere")
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_source(split)
+    files[0].rename(files[1])
+    with pytest.raises(CheckpointError):
+        open_source(split)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "a/b.safetensors", 3])
+def test_an_index_cannot_name_files_elsewhere(folder: pathlib.Path, name: Any) -> None:
+    index = {"weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="weight_map"):
+        open_source(folder)
+
+
+def test_older_folders_hold_what_pytorch_wrote(folder: pathlib.Path) -> None:
+    leaves = open_source(folder).leaves()
+    wanted = {path: leaf.read().tobytes() for path, leaf in leaves.items()}
+    tensors = tensors_of(folder)
+    arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    inverse = np.ones(TINY.head_dim // 2, np.float32)
+    arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = inverse
+    write_pth(folder / "pytorch_model.bin", arrays)
+    (folder / "model.safetensors").unlink()
+    found = open_source(folder).leaves()
+    for path, data in wanted.items():
+        assert found[path].read().tobytes() == data
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_tied_embeddings_must_be_the_embedding(
+    folder: pathlib.Path, equal: bool
+) -> None:
+    tensors = tensors_of(folder)
+    if equal:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    list(write_safetensors(folder / "model.safetensors", tensors))
+    edit(folder, tie_word_embeddings=True)
+    leaves = open_source(folder).leaves()
+    assert "lm_head" not in leaves
+    if equal:
+        assert leaves["transformer/embedding"].read().shape == (272, 32)
+        return
+    with pytest.raises(CheckpointError, match="ties the embeddings"):
+        leaves["transformer/embedding"].read()
+
+
+def test_added_tokens_are_named_and_those_beyond_the_model_left_out(
+    folder: pathlib.Path,
+) -> None:
+    grown = np.zeros((274, 32), np.float32)
+    tensors = tensors_of(folder)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = lazy(grown)
+    list(write_safetensors(folder / "model.safetensors", tensors))
+    edit(folder, vocab_size=274)
+    added = {"[PAD]": 272, "<|im_end|>": 273, "<never>": 274, "<s>": 1}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer, file = open_source(folder).find_tokenizer()
+    assert dict(tokenizer.added_tokens) == {272: "[PAD]", 273: "<|im_end|>"}
+    assert file == folder / "tokenizer.model"
+    convert(folder, folder.parent / "ours")
+    convert(folder.parent / "ours", folder.parent / "back", target_format="hf")
+    again, _ = open_source(folder.parent / "back").find_tokenizer()
+    assert again.added_tokens == tokenizer.added_tokens
+    (folder / "added_tokens.json").write_text('{"a": "b"}')
+    with pytest.raises(TokenizerError, match="integer"):
+        open_source(folder).find_tokenizer()
+
+
+def test_either_tokenizer_file_is_found_and_without_one_it_is_asked_for(
+    folder: pathlib.Path,
+) -> None:
+    (folder / "tokenizer.model").unlink()
+    tokenizer, file = open_source(folder).find_tokenizer()
+    assert file.name == "tokenizer.json"  # made from the other, and read back
+    assert tokenizer.encode("the", bos=True, eos=False)[0] == 1
+    file.unlink()
+    with pytest.raises(TokenizerError, match="--tokenizer"):
+        open_source(folder).find_tokenizer()

@@ -1,0 +1,140 @@
+"""safetensors files: what is written is read, what is damaged is refused."""
+
+import json
+import pathlib
+import random
+import struct
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
+from llama_jax.errors import CheckpointError
+
+ARRAYS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b.weight": np.arange(4, dtype=np.float16),
+    "c": np.arange(8).astype(ml_dtypes.bfloat16).reshape(2, 2, 2),
+}
+
+
+def lazy(array: np.ndarray) -> LazyLeaf:
+    return LazyLeaf(array.shape, array.dtype, lambda: array)
+
+
+def write(path: pathlib.Path, header: Any, data: bytes = b"", pad: int = 0) -> None:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(content) + pad) + content + data)
+
+
+def entry(shape: Any, begin: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "x.safetensors"
+    written = write_safetensors(file, {n: lazy(a) for n, a in ARRAYS.items()})
+    assert list(written) == ["a", "b.weight", "c"]
+    found = read_safetensors(file)
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert found[name].read().tobytes() == array.tobytes()
+
+
+def test_the_reference_implementation_reads_and_writes_the_same_file(
+    tmp_path: pathlib.Path,
+) -> None:
+    numpy = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
+    arrays = {name: array for name, array in ARRAYS.items() if name != "c"}
+    list(write_safetensors(tmp_path / "x", {n: lazy(a) for n, a in arrays.items()}))
+    found = numpy.load_file(tmp_path / "x")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    numpy.save_file(arrays, tmp_path / "y", metadata={"format": "pt"})
+    assert (tmp_path / "y").read_bytes() == (tmp_path / "x").read_bytes()
+
+
+HUGE = 1 << 62
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        ({"a": entry([2], 0, 8)}, b"1234567", "describes"),
+        ({"a": entry([2], 0, 8)}, b"123456789", "describes"),
+        ({"a": entry([2], 0, 4)}, b"1234", "instead of"),
+        ({"a": entry([3], 0, 8)}, b"12345678", "instead of"),
+        ({"a": entry([0], 0, 0)}, b"", "instead of"),
+        ({"a": entry([HUGE, HUGE], 0, 8)}, b"12345678", "instead of"),
+        ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234", "begins at"),
+        ({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, b"123456", "begins at"),
+        ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"1" * 12, "begins at"),
+        ({"a": entry([1], 4, 8)}, b"12345678", "begins at"),
+        ({"a": entry([1], HUGE, HUGE + 4)}, b"1234", "begins at"),
+        ({"a": entry([-1], 0, 4)}, b"1234", "damaged"),
+        ({"a": entry([1.0], 0, 4)}, b"1234", "damaged"),
+        ({"a": entry("1", 0, 4)}, b"1234", "damaged"),
+        ({"a": entry([1] * 99, 0, 4)}, b"1234", "damaged"),
+        ({"a": entry([1], 0, 4, ["F32"])}, b"1234", "damaged"),
+        ({"a": entry([1], 0, 4, "I8")}, b"1234", "I8"),
+        ({"a": {"dtype": "F32"}}, b"", "damaged"),
+        ({"a": 3}, b"", "damaged"),
+        ([1], b"", "no JSON object"),
+        (b'{"a": 1, "a": 2}', b"", "header is damaged"),
+        (b"{", b"", "header is damaged"),
+        (b"\xff", b"", "header is damaged"),
+        (b"[" * 100_000, b"", "damaged"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", "damaged"),
+    ],
+)
+def test_a_header_that_lies_is_refused(
+    tmp_path: pathlib.Path, header: Any, data: bytes, said: str
+) -> None:
+    write(tmp_path / "x", header, data)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_safetensors(tmp_path / "x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pad", [1, 10**9, 1 << 62])
+def test_a_header_longer_than_the_file_is_not_read(
+    tmp_path: pathlib.Path, pad: int
+) -> None:
+    write(tmp_path / "x", {}, pad=pad)
+    with pytest.raises(CheckpointError, match="header would have"):
+        read_safetensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize("size", [0, 3, 7])
+def test_a_file_too_short_for_a_header_is_refused(
+    tmp_path: pathlib.Path, size: int
+) -> None:
+    (tmp_path / "x").write_bytes(bytes(size))
+    with pytest.raises(CheckpointError):
+        read_safetensors(tmp_path / "x")
+
+
+def test_mutated_files_are_refused_or_read(tmp_path: pathlib.Path) -> None:
+    rng, file = random.Random(0), tmp_path / "x"
+    list(write_safetensors(file, {n: lazy(a) for n, a in ARRAYS.items()}))
+    good = file.read_bytes()
+    refused = 0
+    for _ in range(400):
+        data = bytearray(good)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        file.write_bytes(data)
+        try:
+            read = [tensor.read() for tensor in read_safetensors(file).values()]
+            assert sum(array.nbytes for array in read) <= len(data)
+        except CheckpointError as error:
+            refused += "\n" not in str(error)
+    assert 200 < refused < 400

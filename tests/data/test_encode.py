@@ -1,0 +1,286 @@
+"""Formats of training: prompts as in inference, answers learnt, texts whole."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.data.encode import DATA_FORMATS, Encoder
+from llama_jax.data.files import Place
+from llama_jax.data.infilling import Cut, cut, encode_cut
+from llama_jax.data.records import Content, Dialog, Pair, Record
+from llama_jax.errors import DataError, PromptError
+from llama_jax.loading import bundled
+from llama_jax.text.dialogs import Message
+from llama_jax.text.prompt_formats import FORMATS, infilling_prompt
+from llama_jax.text.tokenizer import Tokenizer
+
+PLACE = Place("a.jsonl", "line", 7)
+SINGLE_TURN = ("alpaca", "wizardlm-7b")
+TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    """The bundled tokenizer, with names for ids of every format and of infilling."""
+    plain = Tokenizer.from_file(bundled() / "tokenizer.model")
+    names = (
+        "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>", "<step>", "<|start_header_id|>",
+        "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
+    )  # fmt: skip
+    added = dict(enumerate(names, start=plain.vocab_size))
+    return Tokenizer(plain.contents, added_tokens=added)
+
+
+def dialog(*texts: str, system: str | None = None) -> Dialog:
+    messages = [] if system is None else [Message(role="system", content=system)]
+    for i, text in enumerate(texts):
+        role: Any = "assistant" if i % 2 else "user"
+        messages.append(Message(role=role, content=text))
+    return Dialog(messages)
+
+
+def encode(
+    tokenizer: Tokenizer, content: Content, format: str, length: int = 4096, **more: Any
+) -> list[tuple[list[int], list[bool]]]:
+    encoder = Encoder(tokenizer=tokenizer, format=format, length=length, **more)
+    found = encoder.encode(Record(PLACE, content), 0, 0).examples
+    return [(example.ids.tolist(), example.mask.tolist()) for example in found]
+
+
+def learnt(ids: Sequence[int], mask: Sequence[bool]) -> list[list[int]]:
+    """The runs of ids that are learnt."""
+    runs: list[list[int]] = [[]]
+    for id, is_learnt in zip(ids, mask, strict=True):
+        if is_learnt:
+            runs[-1].append(id)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_prompts_of_training_are_those_of_inference(
+    small: Tokenizer, format: str
+) -> None:
+    told = dialog("Who are you?", "A model.", "Sure?", "Yes.")
+    if format in SINGLE_TURN:
+        told = dialog("Who are you?", "A model.")
+    ((ids, mask),) = encode(small, told, format)
+    prompt = FORMATS[format].encode(small, told.messages[:-1])
+    assert ids[: len(prompt)] == prompt
+    last = learnt(ids, mask)[-1]
+    assert ids[len(prompt) :] == last
+    assert last[-1] in FORMATS[format].stop_ids(small)
+    answer = told.messages[-1]["content"]
+    assert small.decode(last[:-1]).strip() == answer
+
+
+def test_llama2_pairs_have_their_own_begin_and_end_and_answers_are_learnt(
+    llama2_tokenizer: Tokenizer,
+) -> None:
+    t = llama2_tokenizer
+    ((ids, mask),) = encode(
+        t, dialog("Hi", "Hello", "Bye", " Ciao ", system="Be kind."), "llama2-chat"
+    )
+    pairs = [
+        ("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]", " Hello "),
+        ("[INST] Bye [/INST]", " Ciao "),
+    ]
+    expected = [t.encode(p + a, bos=True, eos=True) for p, a in pairs]
+    assert ids == [id for pair in expected for id in pair]
+    answers = [[*t.encode_infilling(a), t.eos_id] for _, a in pairs]
+    assert learnt(ids, mask) == answers
+
+
+@given(texts=st.lists(TEXT, min_size=2, max_size=6))
+def test_all_answers_and_nothing_else_are_learnt(
+    small: Tokenizer, texts: list[str]
+) -> None:
+    told = dialog(*texts)
+    ((ids, mask),) = encode(small, told, "vicuna")
+    answers = [
+        [*small.encode_infilling(f" {text}"), small.eos_id] for text in texts[1::2]
+    ]
+    assert learnt(ids, mask) == answers
+    assert not mask[0]
+    # What the user said last is not there without an answer.
+    assert mask[-1]
+
+
+@given(prompt=TEXT, response=TEXT)
+def test_a_plain_pair_is_prompt_response_and_end(
+    small: Tokenizer, prompt: str, response: str
+) -> None:
+    ((ids, mask),) = encode(small, Pair(prompt, response), "text")
+    given = small.encode(prompt, bos=True, eos=False)
+    assert ids == [*given, *small.encode_infilling(response), small.eos_id]
+    assert mask == [False] * len(given) + [True] * (len(ids) - len(given))
+
+
+def test_a_pair_is_a_dialog_to_a_chat_format(small: Tokenizer) -> None:
+    for format in ("llama2-chat", "alpaca"):
+        pair = encode(small, Pair("Hi", "Hello"), format)
+        assert pair == encode(small, dialog("Hi", "Hello"), format)
+
+
+def test_an_input_is_appended_where_the_format_has_no_place_for_it(
+    small: Tokenizer,
+) -> None:
+    asked = Message(role="user", content="Translate.", input="Oui.")
+    told = Dialog([asked, Message(role="assistant", content="Yes.")])
+    joined = dialog("Translate.\n\nOui.", "Yes.")
+    assert encode(small, told, "vicuna") == encode(small, joined, "vicuna")
+    ((ids, _),) = encode(small, told, "alpaca")
+    assert "### Input:\nOui.\n\n### Response:" in small.decode(ids)
+
+
+@given(text=TEXT.filter(bool), length=st.integers(1, 9))
+def test_windows_of_a_text_target_every_token_once(
+    small: Tokenizer, text: str, length: int
+) -> None:
+    whole = small.encode(text, bos=True, eos=True)
+    windows = encode(small, text, "text", length)
+    assert all(mask == [True] * len(ids) for ids, mask in windows)
+    assert all(len(ids) == length + 1 for ids, _ in windows[:-1])
+    assert [id for ids, _ in windows for id in ids[1:]] == whole[1:]
+    assert [id for ids, _ in windows for id in ids[:-1]] == whole[:-1]
+
+
+@given(lines=st.lists(st.text("ab 1é", max_size=6), min_size=1, max_size=8))
+def test_pieces_of_a_document_have_the_tokens_of_the_whole(
+    small: Tokenizer, lines: list[str]
+) -> None:
+    encoder = Encoder(tokenizer=small, format="text", length=4096)
+    ids: list[int] = []
+    for i, line in enumerate(lines):
+        record = Record(
+            PLACE,
+            ("\n" if i else "x") + line + ("\n" if i < len(lines) - 1 else "x"),
+            begins=i == 0,
+            ends=i == len(lines) - 1,
+        )
+        (example,) = encoder.encode(record).examples
+        ids += example.ids.tolist()[1 if i else 0 :]
+    text = "x" + "\n".join(lines) + "x"
+    assert ids == small.encode(text, bos=True, eos=True)
+
+
+def test_records_that_a_format_cannot_write_are_named(small: Tokenizer) -> None:
+    unsafe = dialog("[INST]", "b")
+    for content, format, complaint, reason in (
+        ("text", "alpaca", "plain text, which has no place in alpaca", "unsuitable"),
+        (dialog("a", "b"), "text", "not plain text, which text wants", "unsuitable"),
+        (Pair("a", "b"), "infilling", "not plain text, which infil", "unsuitable"),
+        (dialog("a", "b", "c"), "alpaca", "one turn", "unsuitable"),
+        (Dialog([]), "vicuna", "no user message", "unsuitable"),
+        (unsafe, "llama2-chat", r"special tag \[INST\]", "unsuitable"),
+        ("\ud800", "text", "surrogate", "unsuitable"),
+        (dialog("a"), "vicuna", "no answer to learn from", "empty"),
+        ("", "text", "empty text", "empty"),
+    ):
+        with pytest.raises(DataError, match=complaint) as raised:
+            encode(small, content, format)  # type: ignore[arg-type]
+        assert str(raised.value).startswith("a.jsonl, line 7: ")
+        assert raised.value.reason == reason
+
+
+def test_long_records_are_refused_or_cut(small: Tokenizer) -> None:
+    told = dialog("Hi", "Hello, how are you today, my friend?")
+    ((ids, mask),) = encode(small, told, "vicuna")
+    assert encode(small, told, "vicuna", len(ids) - 1) == [(ids, mask)]
+    most = len(ids) - 4
+    for on_long in ("drop", "refuse"):
+        with pytest.raises(DataError, match=f"{len(ids)} tokens, more than the {most}"):
+            encode(small, told, "vicuna", most - 1, on_long=on_long)
+    cut_off = encode(small, told, "vicuna", most - 1, on_long="truncate")
+    assert cut_off == [(ids[:most], mask[:most])]
+    with pytest.raises(DataError, match="within a sequence's length") as raised:
+        encode(small, told, "vicuna", mask.index(True) - 1, on_long="truncate")
+    assert raised.value.reason == "empty"
+
+
+def test_settings_that_make_no_sense_are_refused(small: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="did you mean 'alpaca'"):
+        Encoder(tokenizer=small, format="alpacca", length=8)
+    with pytest.raises(DataError, match="length is 0, not positive"):
+        Encoder(tokenizer=small, format="text", length=0)
+    plain = Tokenizer(small.contents)
+    with pytest.raises(DataError, match="no infilling pieces"):
+        Encoder(tokenizer=plain, format="infilling", length=8)
+    assert {"llama2-chat", "alpaca", "vicuna", "orca2", "wizardlm"} < {*DATA_FORMATS}
+
+
+# Infilling
+
+
+@given(text=TEXT, record=st.integers(0, 10**9))
+def test_a_cut_document_is_the_whole_document(text: str, record: int) -> None:
+    parts = cut(text, 1, record)
+    assert parts == cut(text, 1, record)
+    if parts is not None:
+        assert parts.prefix + parts.middle + parts.suffix == text
+
+
+def test_cuts_are_as_frequent_and_as_even_as_the_papers() -> None:
+    text = "x" * 99
+    cuts = [cut(text, 0, record) for record in range(8000)]
+    made = [parts for parts in cuts if parts is not None]
+    assert len(made) / len(cuts) == pytest.approx(0.9, abs=0.01)
+    first = np.mean([parts.suffix_first for parts in made])
+    assert first == pytest.approx(0.5, abs=0.02)
+    # Of two even cuts the smaller and the larger lie at a third and two thirds.
+    lengths = np.array([[len(part) for part in parts[:3]] for parts in made])
+    assert lengths.mean(axis=0) == pytest.approx([33, 33, 33], abs=1)
+    ends = np.concatenate([lengths[:, 0], lengths[:, 0] + lengths[:, 1]])
+    counts = np.histogram(ends, bins=10, range=(0, 100))[0]
+    assert counts / len(ends) == pytest.approx([0.1] * 10, abs=0.01)
+    assert not any(cut(text, 0, record, rate=0.0) for record in range(99))
+
+
+def check_layout(t: Tokenizer) -> None:
+    pieces = t.infilling
+    assert pieces is not None
+    prefix, middle, suffix = "def f(x):\n    re", "turn x", "\n\nf(2)\n"
+    psm = encode_cut(t, Cut(prefix, middle, suffix, False))
+    prompt = infilling_prompt(t, prefix, suffix)
+    assert psm == [*prompt, *t.encode_infilling(middle), pieces.end]
+    spm = encode_cut(t, Cut(prefix, middle, suffix, True))
+    assert spm == [
+        t.bos_id, pieces.prefix, pieces.suffix, *t.encode_infilling(suffix),
+        pieces.middle, *t.encode(prefix + middle, bos=False, eos=False), pieces.end,
+    ]  # fmt: skip
+
+
+def test_infilling_examples_have_the_papers_layout(small: Tokenizer) -> None:
+    check_layout(small)
+
+
+def test_infilling_examples_with_code_llamas_pieces(assets: Any) -> None:
+    check_layout(Tokenizer.from_file(assets / "tokenizers" / "codellama.model"))
+
+
+@given(text=st.text("ab \n", min_size=1, max_size=40), record=st.integers(0, 99))
+def test_documents_that_do_not_fit_stay_text(
+    small: Tokenizer, text: str, record: int
+) -> None:
+    encoder = Encoder(tokenizer=small, format="infilling", length=16, seed=3)
+    found = encoder.encode(Record(PLACE, text), record).examples
+    parts = cut(text, 3, record)
+    made = None if parts is None else encode_cut(small, parts)
+    if made is not None and len(made) <= 17:
+        assert [example.ids.tolist() for example in found] == [made]
+        assert found[0].mask.all()
+    else:
+        windows = encode(small, text, "text", 16)
+        assert [e.ids.tolist() for e in found] == [ids for ids, _ in windows]
+
+
+def test_a_piece_of_a_document_stays_text(small: Tokenizer) -> None:
+    encoder = Encoder(tokenizer=small, format="infilling", length=99, infilling_rate=1)
+    piece = Record(PLACE, "a b", begins=True, ends=False)
+    (example,) = encoder.encode(piece).examples
+    assert example.ids.tolist() == small.encode("a b", bos=True, eos=False)

@@ -1,0 +1,228 @@
+"""What the compilers make of decoding: nothing copied, nothing compiled twice."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support.models import TALKING, TINY, random_params, talking_model
+from support.programs import (
+    cache_layer_size,
+    compile_decoding,
+    needs_tpu_compiler,
+    weight_sizes,
+    whole_results,
+)
+
+from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.config import LlamaConfig, preset
+from llama_jax.errors import MeshError
+from llama_jax.generation import decode as decoding
+from llama_jax.generation.completion import text_completion
+from llama_jax.generation.generate import generate, stream
+from llama_jax.generation.sampling import Sampling
+from llama_jax.kernels import Implementation
+from llama_jax.model.cache import init_cache
+from llama_jax.model.transformer import Llama
+from llama_jax.planning.topology import tpu_topology
+from llama_jax.runtime import Runtime
+
+SLOTS = 768
+# No weight, cache layer or activation of the same size as another kind of them.
+GROUPED = TINY.replace(
+    vocab_size=1100,
+    embed_dim=256,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_dim=640,
+    max_seq_len=1024,
+)
+UNGROUPED = GROUPED.replace(num_kv_heads=8)
+
+programs = pytest.mark.parametrize("program", ["decode_step", "advance"])
+batches = pytest.mark.parametrize("batch", [1, 16])
+
+
+def check_nothing_is_copied(
+    compiled: Any, config: LlamaConfig, batch: int, slots: int, itemsize: int
+) -> None:
+    """Neither a weight nor a layer of the cache is made anew, in or around the loop."""
+    layer = cache_layer_size(config, batch, slots)
+    weights = weight_sizes(config)
+    assert not whole_results(compiled.as_text(), {layer, *weights})
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * config.num_layers * layer * itemsize
+    # With one row there is no room even for the smallest of them. Sixteen rows have
+    # activations of the size of a small model's weights.
+    room = min(layer, *weights) if batch == 1 else layer // 2
+    assert memory.temp_size_in_bytes < room * itemsize
+
+
+@programs
+@batches
+@pytest.mark.parametrize("config", [GROUPED, UNGROUPED], ids=["grouped", "ungrouped"])
+def test_decoding_copies_no_weight_and_no_cache(
+    config: LlamaConfig, batch: int, program: str
+) -> None:
+    compiled = compile_decoding(program, config, batch=batch, slots=SLOTS)
+    check_nothing_is_copied(compiled, config, batch, SLOTS, itemsize=4)
+
+
+def test_a_copied_cache_would_be_noticed() -> None:
+    cache = jax.ShapeDtypeStruct((4, SLOTS, 32), jnp.float32)
+    turned = jax.jit(lambda cache: jnp.sin(cache.swapaxes(0, 1)))
+    found = whole_results(turned.lower(cache).compile().as_text(), {4 * SLOTS * 32})
+    assert found.total() == 1
+
+
+def test_decoding_writes_into_the_cache_that_it_was_given() -> None:
+    model = Llama(TINY, Runtime())
+    params = random_params(TINY)
+    cache = init_cache(TINY, batch=2, num_slots=16, dtype="float32")
+    places = [layer.unsafe_buffer_pointer() for layer in (*cache.k, *cache.v)]
+    tokens = jnp.ones((2,), jnp.int32)
+    _, after = decoding.decode_step(model, params, cache, tokens)
+    assert all(layer.is_deleted() for layer in (*cache.k, *cache.v))
+    assert [layer.unsafe_buffer_pointer() for layer in (*after.k, *after.v)] == places
+
+
+_compilations: list[str] = []
+
+
+@functools.cache
+def _listen() -> None:
+    def heard(event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            _compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+
+
+@pytest.fixture
+def compilations() -> list[str]:
+    """Grows by one with every program that is compiled."""
+    _listen()
+    _compilations.clear()
+    return _compilations
+
+
+FIRST = {"max_new_tokens": 18, "sampling": Sampling(seed=1)}
+
+
+@pytest.fixture(scope="module")
+def warm() -> Loaded:
+    """A model that has answered once: two rows, buckets of 16 tokens and 32 slots."""
+    _listen()
+    _compilations.clear()
+    loaded = talking_model(TALKING.replace(max_seq_len=128))
+    generate(loaded, [[1, 7, 8], [1, 9]], **FIRST)
+    assert _compilations, "the first call compiles, or nothing is counted"
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sampling": Sampling(temperature=0)},
+        {"sampling": Sampling(temperature=1.3, top_p=0.5, top_k=7, min_p=0.01)},
+        {"sampling": Sampling(seed=77)},
+        {"sampling": Sampling(repetition_penalty=1.2, logit_bias={5: 2.0})},
+        {"max_new_tokens": 17},
+        {"max_new_tokens": 3},
+        {"stop": ("the end",)},
+        {"stop_ids": (3, 4, 5)},
+    ],
+    ids=str,
+)
+def test_another_request_of_the_same_buckets_compiles_nothing(
+    warm: Loaded, compilations: list[str], other: dict[str, Any]
+) -> None:
+    programs = decoding.start._cache_size(), decoding.advance._cache_size()
+    prompts = [[1, *range(20, 33)], [1, 30]]
+    generate(warm, prompts, **(FIRST | other))
+    assert compilations == []
+    assert programs == (decoding.start._cache_size(), decoding.advance._cache_size())
+
+
+def test_another_text_compiles_nothing(warm: Loaded, compilations: list[str]) -> None:
+    text_completion(warm, ["once upon"], max_new_tokens=20)
+    compilations.clear()
+    text_completion(warm, ["the sun"], max_new_tokens=19)
+    assert compilations == []
+
+
+def test_chunks_of_any_size_run_one_program(
+    warm: Loaded, compilations: list[str]
+) -> None:
+    list(stream(warm, [[1, 7, 8]], max_new_tokens=20, chunk=8))
+    compilations.clear()
+    for chunk in (1, 5, 32, 100):
+        list(stream(warm, [[1, 7, 8]], max_new_tokens=20, chunk=chunk))
+    assert compilations == []
+
+
+def test_a_request_of_a_larger_bucket_compiles_anew(
+    warm: Loaded, compilations: list[str]
+) -> None:
+    generate(warm, [[1, 7, 8]], max_new_tokens=20)
+    compilations.clear()
+    generate(warm, [[1, 7, 8]], max_new_tokens=100)
+    assert compilations
+
+
+@needs_tpu_compiler
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+@programs
+@batches
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-70b"])
+@pytest.mark.parametrize("attention", ["xla", "mosaic_tpu"])
+def test_decoding_on_a_tpu_copies_no_weight_and_no_cache(
+    name: str, batch: int, program: str, attention: Implementation
+) -> None:
+    config = preset(name).replace(num_layers=2)
+    device = tpu_topology("v5e:2x2")[0]
+    compiled = compile_decoding(
+        program,
+        config,
+        batch=batch,
+        slots=2048,
+        dtype="bfloat16",
+        device=device,
+        attention=attention,
+    )
+    check_nothing_is_copied(compiled, config, batch, 2048, itemsize=2)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 << 20
+    kernels = compiled.as_text().count("tpu_custom_call")
+    assert (kernels > 0) == (attention == "mosaic_tpu")
+
+
+@needs_tpu_compiler
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_llama2_7b_decodes_on_one_v5e_chip() -> None:
+    config = preset("llama2-7b")
+    device = tpu_topology("v5e:2x2")[0]
+    compiled = compile_decoding(
+        "advance", config, batch=1, slots=2048, dtype="bfloat16", device=device
+    )
+    check_nothing_is_copied(compiled, config, 1, 2048, itemsize=2)
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
+
+
+@needs_tpu_compiler
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_a_slice_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(MeshError, match="v5e:1000x3"):
+        tpu_topology("v5e:1000x3")
+
+
+def test_a_missing_tpu_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install libtpu"):
+        tpu_topology("v5e:2x2")

@@ -1,0 +1,378 @@
+"""Generation: pieces equal the whole, rows ignore their neighbours, limits hold."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import oracle
+from support.models import forward, talking_model
+from support.tolerances import LOGPROBS_FLOAT32
+
+from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.errors import ConfigError, PromptError
+from llama_jax.generation import decode as decoding
+from llama_jax.generation.completion import chat_completion, text_completion
+from llama_jax.generation.generate import Completion, generate, stream
+from llama_jax.generation.sampling import Sampling
+from llama_jax.runtime import Runtime
+from llama_jax.text.prompt_formats import UNSAFE_ANSWER
+from llama_jax.text.tokenizer import StreamDecoder
+
+GREEDY = Sampling(temperature=0)
+# All of one bucket of rows, prompt length and slots (the whole context of 32), so that
+# little is compiled.
+PROMPTS = [[1, 263, 270, 300], [1, 281], [1, 299, 310, 262, 265, 290], [1, 261, 304]]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return talking_model()
+
+
+def run(loaded: Loaded, **options: Any) -> list[Completion]:
+    """Complete `PROMPTS`, by default at random, with everything that can be told."""
+    defaults = {
+        "sampling": Sampling(temperature=0.8, top_p=0.95, seed=3),
+        "max_new_tokens": NEW,
+        "stop_ids": (),
+        "logprobs": 3,
+    }
+    prompts = options.pop("prompts", PROMPTS)
+    return generate(loaded, prompts, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def sampled(loaded: Loaded) -> list[Completion]:
+    return run(loaded)
+
+
+@pytest.fixture(scope="module")
+def greedy(loaded: Loaded) -> list[Completion]:
+    return run(loaded, sampling=GREEDY)
+
+
+def test_completions_are_as_long_as_asked_and_are_the_tokens_text(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    assert [completion.prompt_ids for completion in sampled] == list(
+        map(tuple, PROMPTS)
+    )
+    for completion in sampled:
+        assert len(completion.token_ids) == NEW
+        assert completion.finish_reason == "length"
+        assert completion.text == loaded.tokenizer.decode(completion.token_ids)
+    assert len({completion.token_ids for completion in sampled}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8, 31])
+def test_streamed_pieces_equal_the_whole(
+    loaded: Loaded, sampled: list[Completion], chunk: int
+) -> None:
+    deltas: list[list[Any]] = [[] for _ in PROMPTS]
+    setting = Sampling(temperature=0.8, top_p=0.95, seed=3)
+    for delta in stream(
+        loaded,
+        PROMPTS,
+        sampling=setting,
+        max_new_tokens=NEW,
+        stop_ids=(),
+        logprobs=3,
+        chunk=chunk,
+    ):
+        deltas[delta.completion].append(delta)
+    for parts, whole in zip(deltas, sampled, strict=True):
+        assert "".join(part.text for part in parts) == whole.text
+        assert sum((part.token_ids for part in parts), ()) == whole.token_ids
+        assert sum((part.logprobs for part in parts), ()) == whole.logprobs
+        assert sum((part.top_logprobs for part in parts), ()) == whole.top_logprobs
+        reasons = [part.finish_reason for part in parts]
+        assert reasons == [None] * (len(parts) - 1) + ["length"]
+        assert len(parts) > 1 + (NEW - 1) // (chunk + 1)
+
+
+def test_logprobs_equal_those_of_one_forward(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    model, params, _ = loaded
+    for whole in sampled:
+        assert whole.logprobs is not None
+        assert whole.top_logprobs is not None
+        row = jnp.asarray([[*whole.prompt_ids, *whole.token_ids, *[0] * 6]])[:, :32]
+        logits, _ = forward(model, params, row)
+        wanted = oracle.log_softmax(logits[0])[len(whole.prompt_ids) - 1 :]
+        for step, token in enumerate(whole.token_ids):
+            near = {"abs": LOGPROBS_FLOAT32, "rel": LOGPROBS_FLOAT32}
+            assert whole.logprobs[step] == pytest.approx(wanted[step, token], **near)
+            top = whole.top_logprobs[step]
+            assert [logprob for _, logprob in top] == pytest.approx(
+                sorted(wanted[step], reverse=True)[:3], **near
+            )
+            for id, logprob in top:
+                assert logprob == pytest.approx(wanted[step, id], **near)
+
+
+def test_the_greedy_token_is_the_first_of_the_likeliest(
+    greedy: list[Completion],
+) -> None:
+    # The four ids without a text are banned from being drawn, not from being likely.
+    unnamed = range(320, 324)
+    for whole in greedy:
+        assert whole.logprobs is not None
+        assert whole.top_logprobs is not None
+        for token, logprob, top in zip(
+            whole.token_ids, whole.logprobs, whole.top_logprobs, strict=True
+        ):
+            assert [p for _, p in top] == sorted((p for _, p in top), reverse=True)
+            named = [pair for pair in top if pair[0] not in unnamed]
+            assert named[0] == (token, logprob)
+    assert not any(token in unnamed for c in greedy for token in c.token_ids)
+
+
+def test_without_logprobs_there_are_none(
+    loaded: Loaded, greedy: list[Completion]
+) -> None:
+    plain = run(loaded, sampling=GREEDY, logprobs=None)
+    assert [c.token_ids for c in plain] == [c.token_ids for c in greedy]
+    assert all(c.logprobs is None and c.top_logprobs is None for c in plain)
+
+
+# Neighbours and seeds
+
+
+def test_neighbours_change_no_bit_of_a_completion(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    others = [[1, 305], PROMPTS[2], [1, 290, 280, 270, 264, 266, 269], [1, 300, 300]]
+    mixed = run(
+        loaded,
+        prompts=others,
+        sampling=[
+            GREEDY,
+            Sampling(temperature=0.8, top_p=0.95, seed=3),
+            Sampling(temperature=2.0, top_p=1.0, seed=99, frequency_penalty=1.0),
+            Sampling(top_k=2, repetition_penalty=1.5),
+        ],
+    )
+    assert mixed[1] == sampled[2]
+    assert mixed[0] != sampled[0]
+
+
+def test_each_prompt_has_the_sampling_it_was_given(
+    loaded: Loaded, sampled: list[Completion], greedy: list[Completion]
+) -> None:
+    random = Sampling(temperature=0.8, top_p=0.95, seed=3)
+    mixed = run(loaded, sampling=[GREEDY, random, GREEDY, random])
+    assert mixed == [greedy[0], sampled[1], greedy[2], sampled[3]]
+
+
+def test_samples_of_a_prompt_differ_and_the_first_is_that_of_one(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    several = run(loaded, prompts=PROMPTS[:2], num_samples=2)
+    assert [c.prompt_ids for c in several] == [
+        tuple(PROMPTS[row]) for row in (0, 0, 1, 1)
+    ]
+    assert [several[0], several[2]] == sampled[:2]
+    assert several[0].token_ids != several[1].token_ids
+    assert several[2].token_ids != several[3].token_ids
+
+
+def test_another_seed_draws_other_tokens(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    other = run(loaded, sampling=Sampling(temperature=0.8, top_p=0.95, seed=4))
+    pairs = zip(other, sampled, strict=True)
+    assert all(one.token_ids != two.token_ids for one, two in pairs)
+
+
+# Ends
+
+
+def test_a_stop_id_ends_a_row_and_is_not_part_of_it(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    ends = {sampled[0].token_ids[0], sampled[1].token_ids[9]}
+    for found, whole in zip(run(loaded, stop_ids=[*ends]), sampled, strict=True):
+        at = [i for i, token in enumerate(whole.token_ids) if token in ends]
+        end = at[0] if at else NEW
+        assert found.token_ids == whole.token_ids[:end]
+        assert found.text == loaded.tokenizer.decode(whole.token_ids[:end])
+        assert found.finish_reason == ("stop" if at else "length")
+        assert whole.logprobs is not None
+        assert found.logprobs == whole.logprobs[:end]
+
+
+def test_the_end_of_sequence_is_the_stop_id_unless_others_are_given(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    always = Sampling(temperature=0, logit_bias={loaded.tokenizer.eos_id: 1e4})
+    for ended in run(loaded, sampling=always, stop_ids=None):
+        assert (ended.text, ended.token_ids, ended.finish_reason) == ("", (), "stop")
+    for going in run(loaded, sampling=always):
+        assert going.token_ids == (loaded.tokenizer.eos_id,) * NEW
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_a_stop_string_ends_the_text_wherever_it_falls(
+    loaded: Loaded, sampled: list[Completion], data: st.DataObject
+) -> None:
+    number = data.draw(st.integers(0, len(PROMPTS) - 1))
+    text = sampled[number].text
+    begin = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(begin + 1, min(len(text), begin + 6)))
+    stop = text[begin:end]
+    chunk = data.draw(st.integers(1, 8))
+    stopped = run(loaded, stop=[stop], chunk=chunk)
+    for found, whole in zip(stopped, sampled, strict=True):
+        assert found.text == whole.text.partition(stop)[0]
+        assert found.token_ids == whole.token_ids[: len(found.token_ids)]
+        if found.finish_reason == "stop":
+            # No token follows the one that completed the stop string. (One that ends
+            # with the last token's unfinished character is found behind the last.)
+            decoder = StreamDecoder(loaded.tokenizer)
+            assert stop not in decoder.push(found.token_ids[:-1])
+            assert stop in whole.text
+        else:
+            assert len(found.token_ids) == NEW
+    assert stop not in stopped[number].text
+
+
+def test_a_completion_ends_with_the_context(loaded: Loaded) -> None:
+    prompts = [list(range(100, 112)), list(range(100, 116)), [1, 270], [1]]
+    found = run(loaded, prompts=prompts, max_new_tokens=None)
+    assert [len(c.token_ids) for c in found] == [20, 16, 30, 31]
+    assert {c.finish_reason for c in found} == {"length"}
+
+
+# Echo
+
+
+def test_echo_puts_the_prompt_in_front(
+    loaded: Loaded, greedy: list[Completion]
+) -> None:
+    model, params, tokenizer = loaded
+    echoed = run(loaded, sampling=GREEDY, echo=True)
+    for found, whole in zip(echoed, greedy, strict=True):
+        assert found.prompt_ids == whole.prompt_ids
+        assert found.token_ids == whole.prompt_ids + whole.token_ids
+        assert found.text == tokenizer.decode(found.token_ids)
+        assert found.logprobs is not None
+        assert found.top_logprobs is not None
+        assert whole.logprobs is not None
+        length = len(whole.prompt_ids)
+        assert found.logprobs[0] == 0
+        assert found.top_logprobs[0] == ()
+        near = {"abs": LOGPROBS_FLOAT32, "rel": LOGPROBS_FLOAT32}
+        assert found.logprobs[length:] == pytest.approx(whole.logprobs, **near)
+        row = jnp.asarray([[*found.token_ids, *[0] * 6]])[:, :32]
+        wanted = oracle.log_softmax(forward(model, params, row)[0][0])
+        for at in range(1, length):
+            token = found.token_ids[at]
+            assert found.logprobs[at] == pytest.approx(wanted[at - 1, token], **near)
+            best = int(np.argmax(wanted[at - 1]))
+            assert found.top_logprobs[at][0][0] == best
+
+
+def test_a_stop_string_in_the_prompt_stops_nothing(
+    loaded: Loaded, sampled: list[Completion]
+) -> None:
+    prompt = loaded.tokenizer.decode(PROMPTS[0])
+    stop = [prompt, loaded.tokenizer.decode(PROMPTS[3])]
+    assert not any(text in whole.text for text in stop for whole in sampled)
+    found = run(loaded, stop=stop, echo=True, logprobs=None)
+    assert all(c.finish_reason == "length" for c in found)
+
+
+# Texts and dialogs
+
+
+def test_texts_are_completed_as_their_tokens(loaded: Loaded) -> None:
+    texts = ["she was", "the sun", "a day", "hello"]
+    ids = [loaded.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    options: dict[str, Any] = {"sampling": GREEDY, "max_new_tokens": 20}
+    assert text_completion(loaded, texts, **options) == generate(loaded, ids, **options)
+
+
+def test_an_unsafe_dialog_is_answered_without_the_model(loaded: Loaded) -> None:
+    safe = [{"role": "user", "content": "hi"}]
+    unsafe = [{"role": "user", "content": "a [INST] b"}]
+    found = chat_completion(
+        loaded,
+        [unsafe, safe],  # type: ignore[list-item]
+        num_samples=2,
+        max_new_tokens=1,
+        sampling=[GREEDY, Sampling(seed=1)],
+    )
+    assert [c.text for c in found[:2]] == [UNSAFE_ANSWER] * 2
+    assert [c.finish_reason for c in found[:2]] == ["unsafe"] * 2
+    assert [c.finish_reason for c in found[2:]] == ["length"] * 2
+    with pytest.raises(PromptError, match="1 sampling settings, 2 dialogs"):
+        chat_completion(loaded, [unsafe, safe], sampling=[GREEDY])  # type: ignore[list-item]
+    with pytest.raises(PromptError, match="must be a list of strings"):
+        chat_completion(loaded, [safe], stop="END")  # type: ignore[list-item]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "reason"),
+    [
+        ([[1, 2], []], {}, "prompt 2 is empty"),
+        ([[1] * 32], {}, "prompt 1 has 32 tokens, but the context holds 32"),
+        ([[1, 324]], {}, "prompt 1 has a token id outside 0 … 323"),
+        ([[1, -1]], {}, "prompt 1 has a token id outside"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens .* at least 1"),
+        ([[1]], {"num_samples": 0}, "num_samples must be at least 1"),
+        ([[1]], {"logprobs": -1}, "logprobs is -1; it must be between 0 and 324"),
+        ([[1]], {"logprobs": 325}, "logprobs is 325; it must be between 0 and 324"),
+        ([[1]], {"sampling": [GREEDY] * 2}, "2 sampling settings, 1 prompts"),
+        ([[1]], {"stop": "END"}, "'END' must be a list of strings"),
+        ([[1]], {"stop": [""]}, "must be a list of strings, none of them empty"),
+        ([[1]], {"sampling": Sampling(logit_bias={400: 1.0})}, "token id below 324"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    loaded: Loaded, prompts: list[list[int]], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PromptError, match=reason):
+        generate(loaded, prompts, **options)
+
+
+def test_an_empty_text_is_refused(loaded: Loaded) -> None:
+    with pytest.raises(PromptError, match="prompt 2 is empty"):
+        text_completion(loaded, ["a", ""])
+
+
+def test_stacked_layers_are_refused() -> None:
+    stacked = talking_model(runtime=Runtime(layer_layout="stacked"))
+    with pytest.raises(ConfigError, match="layer_layout='unrolled'"):
+        generate(stacked, [[1, 2]])
+
+
+def test_no_prompts_have_no_completions(loaded: Loaded) -> None:
+    assert generate(loaded, []) == []
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "smallest", "wanted"),
+    [
+        (1, 64, 16, 16),
+        (17, 64, 16, 32),
+        (32, 64, 16, 32),
+        (40, 50, 16, 50),
+        (3, 9, 1, 4),
+    ],
+)
+def test_buckets_are_powers_of_two_within_their_limits(
+    size: int, limit: int, smallest: int, wanted: int
+) -> None:
+    assert decoding.bucket(size, limit, smallest) == wanted

@@ -1,0 +1,434 @@
+"""The GPU's kernels: numbers by interpreting them, programs by the GPU's compilers."""
+
+import functools
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.gpus import (
+    arrays,
+    assert_like_the_reference,
+    assert_near,
+    compiled,
+    h100,
+    lowered,
+    pages_of,
+    program,
+    quantized,
+    run,
+    wide,
+    with_gradient,
+)
+
+from llama_jax.errors import MeshError
+from llama_jax.kernels import reference
+from llama_jax.kernels.gpu import (
+    cudnn,
+    decode_triton,
+    flash_triton,
+    flash_triton_backward,
+)
+from llama_jax.kernels.gpu import flash_mosaic as flash_mosaic_gpu
+from llama_jax.kernels.quantized_slots import QuantizedSlots
+from llama_jax.planning import topology
+
+Shape = jax.ShapeDtypeStruct
+
+small = functools.partial(
+    flash_triton.flash_attention, block_q=16, block_kv=16, interpret=True
+)
+decode = functools.partial(decode_triton.decode_attention, interpret=True)
+paged = functools.partial(decode_triton.paged_attention, interpret=True)
+hopper = functools.partial(
+    flash_mosaic_gpu.flash_attention, block_kv=64, interpret=True
+)
+needs_simulator = pytest.mark.skipif(
+    not hasattr(flash_mosaic_gpu.plgpu, "InterpretGPUParams"),
+    reason="this jax simulates no Hopper",
+)
+
+# A segment in two pieces, a row of one segment.
+SEGMENTS = jnp.asarray([[7] * 11 + [1] * 19 + [7] * 10, [3] * 40], jnp.int32)
+
+
+def starts(*slots: int) -> Any:
+    return jnp.asarray(slots, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "settings"),
+    [
+        ((2, 37, 4, 2, 37, 64), "float32", {}),
+        ((2, 18, 2, 2, 50, 80), "float32", {"q_start": starts(0, 32)}),
+        ((2, 40, 4, 1, 40, 96), "bfloat16", {"segment_ids": SEGMENTS}),
+        ((2, 1, 4, 2, 30, 128), "bfloat16", {"q_start": starts(0, 29)}),
+    ],
+    ids=["plain", "over a cache", "packed", "one query"],
+)
+def test_flash_and_its_gradient_equal_the_reference(
+    shape: Any, dtype: str, settings: dict[str, Any]
+) -> None:
+    assert_like_the_reference(small, shape, dtype=dtype, **settings)
+
+
+def test_flash_reads_nothing_behind_a_rows_last_query_and_repeats_itself() -> None:
+    q, k, v, given = arrays((2, 5, 2, 16), *[(2, 1, 40, 16)] * 2, (2, 5, 2, 16))
+    first = starts(3, 20)
+
+    inputs = q, k, v, given
+    both = program(with_gradient(small, q_start=first), *inputs)
+    behind = (np.arange(40) >= np.asarray(first)[:, None] + 5)[:, None, :, None]
+    clean = both(*inputs)
+    dirty = (jnp.where(behind, jnp.nan, x) for x in (k, v))
+    again = both(q, *dirty, given)
+    jax.tree.map(np.testing.assert_array_equal, clean, again)
+    of_slots = clean[1][1:]
+    assert all(not np.where(behind, x, 0).any() for x in of_slots)
+
+
+def test_blocks_without_a_common_segment_are_left_out() -> None:
+    ids = jnp.asarray([[0] * 16 + [1] * 32 + [0] * 16], jnp.int32)
+    edges = flash_triton_backward.edges(ids, flash_triton_backward.Tiles(16, 16, 4, 2))
+    assert edges is not None
+    np.testing.assert_array_equal(edges.first_kv, [[0, 1, 1, 0]])
+    np.testing.assert_array_equal(edges.last_q, [[4, 3, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "first", "eight_bits"),
+    [
+        ((3, 1, 8, 2, 200, 64), "float32", (0, 70, 199), False),
+        ((2, 3, 4, 4, 100, 80), "bfloat16", (0, 97), False),
+        ((1, 20, 8, 2, 70, 96), "float32", (50,), False),
+        ((2, 1, 8, 1, 200, 128), "bfloat16", (5, 197), True),
+    ],
+    ids=str,
+)
+def test_decoding_equals_the_reference(
+    shape: Any, dtype: str, first: Any, eight_bits: bool
+) -> None:
+    b, t, n, heads, s, h = shape
+    q, *slots = arrays((b, t, n, h), *[(b, heads, s, h)] * 2, dtype=dtype)
+    if eight_bits:
+        slots = quantized(*slots)
+    attend = functools.partial(decode, q_start=starts(*first), block_kv=32, splits=3)
+    found = run(attend, q, *slots)
+    assert found.dtype == dtype
+    exact = functools.partial(reference.attention, q_start=starts(*first))
+    assert_near(found, run(exact, *wide((q, *slots))))
+
+
+@pytest.mark.parametrize(("size", "eight_bits"), [(16, False), (12, True)])
+def test_paged_decoding_equals_the_reference(size: int, eight_bits: bool) -> None:
+    k, v, table = pages_of(2, 2, size, 6, 64, "float32")
+    (q,) = arrays((2, 1, 8, 64))
+    if eight_bits:
+        k, v = quantized(k, v)
+    first = starts(4, 6 * size - 1)
+    attend = functools.partial(paged, q_start=first, block_kv=32, splits=2)
+    exact = functools.partial(reference.paged_attention, q_start=first)
+    inputs = q, k, v, table
+    assert_near(run(attend, *inputs), run(exact, *inputs))
+
+
+def test_decoding_reads_nothing_behind_a_rows_last_query_nor_its_neighbours() -> None:
+    q, k, v = arrays((2, 1, 2, 16), *[(2, 1, 90, 16)] * 2)
+
+    def step(q: Any, k: Any, v: Any, first: Any) -> Any:
+        return decode(q, k, v, q_start=first, block_kv=16, splits=3)
+
+    attend = program(step, q, k, v, starts(40, 60))
+    clean = attend(q, k, v, starts(40, 60))
+    behind = (np.arange(90) > 40)[:, None]
+    k, v = (jnp.where(behind, jnp.nan, x).at[1].set(7) for x in (k, v))
+    dirty = attend(q, k, v, starts(40, 3))
+    np.testing.assert_array_equal(clean[0], dirty[0])
+
+
+@needs_simulator
+@pytest.mark.parametrize(
+    ("shape", "dtype", "settings"),
+    [
+        ((2, 20, 1, 1, 200, 128), "float16", {"q_start": starts(100, 10)}),
+        ((2, 40, 1, 1, 40, 96), "bfloat16", {"segment_ids": SEGMENTS}),
+    ],
+    ids=["over a cache", "packed"],
+)
+def test_hoppers_flash_equals_the_reference(
+    shape: Any, dtype: str, settings: dict[str, Any]
+) -> None:
+    b, t, n, heads, s, h = shape
+    inputs = arrays((b, t, n, h), *[(b, heads, s, h)] * 2, dtype=dtype)
+    attend = program(functools.partial(hopper, **settings), *inputs)
+    found = attend(*inputs)
+    assert found.dtype == dtype
+    exact = functools.partial(reference.attention, **settings)
+    assert_near(found, run(exact, *wide(inputs)))
+    np.testing.assert_array_equal(found, attend(*inputs))
+
+
+@needs_simulator
+def test_the_gradient_of_hoppers_flash_equals_the_references() -> None:
+    shape = 1, 140, 2, 1, 140, 64
+    assert_like_the_reference(hopper, shape, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("queries", "settings"),
+    [
+        (6, {}),
+        (1, {"q_start": starts(0, 3)}),
+        (1, {}),
+        (3, {"q_start": starts(0, 3)}),
+        (6, {"segment_ids": starts(0, 0, 1, 1, 1, 2)[None].repeat(2, 0)}),
+    ],
+    ids=["causal", "one query", "one slot", "over a cache", "packed"],
+)
+def test_what_cudnn_is_told_is_what_the_reference_computes(
+    queries: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA reads the same instructions, where there is no cuDNN."""
+    told = jax.nn.dot_product_attention
+
+    def by_xla(*arguments: Any, implementation: str, **others: Any) -> Any:
+        assert implementation == "cudnn"
+        return told(*arguments, **others, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    inputs = arrays((2, queries, 4, 16), *[(2, 2, 6, 16)] * 2, dtype="bfloat16")
+    attend = functools.partial(cudnn.cudnn_attention, **settings)
+    exact = functools.partial(reference.attention, **settings)
+    assert_near(run(attend, *inputs), run(exact, *wide(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("queries", "settings", "calls", "mask"),
+    [
+        (64, {}, ["fmhaSoftmax", "fmhaSoftmaxBackward"], "CAUSAL"),
+        (1, {"q_start": starts(0, 3)}, ["fmhaSoftmax"], "PADDING"),
+        (
+            *(4, {"q_start": starts(0, 3)}),
+            *(["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"], "NO_MASK"),
+        ),
+    ],
+    ids=["causal", "one query", "over a cache"],
+)
+def test_cudnn_is_called_forward_and_backward(
+    queries: int,
+    settings: dict[str, Any],
+    calls: list[str],
+    mask: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+
+    monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91000)
+    q = Shape((2, queries, 8, 128), jnp.bfloat16)
+    slots = Shape((2, 2, 64, 128), jnp.bfloat16)
+    attend = functools.partial(cudnn.cudnn_attention, **settings)
+
+    def total(*inputs: Any) -> Any:
+        return attend(*inputs).astype(jnp.float32).sum()
+
+    backward = len(calls) == 2  # which cuDNN has for even lengths only
+    text = lowered(jax.grad(total, (0, 1, 2)) if backward else attend, q, slots, slots)
+    assert re.findall(r"__cudnn\$(\w+)", text) == calls
+    assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {mask}
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "packed"),
+    [
+        (64, "float16", True),
+        (80, "float32", False),
+        (96, "bfloat16", True),
+        (128, "bfloat16", False),
+    ],
+)
+def test_flash_and_its_gradient_lower_for_cuda(
+    width: int, dtype: str, packed: bool
+) -> None:
+    def total(q: Any, k: Any, v: Any, numbers: Any) -> Any:
+        name = "segment_ids" if packed else "q_start"
+        out = flash_triton.flash_attention(q, k, v, **{name: numbers})
+        return out.astype(jnp.float32).sum()
+
+    q, slots = Shape((2, 200, 8, width), dtype), Shape((2, 2, 200, width), dtype)
+    numbers = Shape((2, 200) if packed else (2,), jnp.int32)
+    text = lowered(jax.grad(total, (0, 1, 2)), q, slots, slots, numbers)
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+def test_hoppers_flash_lowers_for_cuda() -> None:
+    q = Shape((2, 200, 8, 128), jnp.bfloat16)
+    slots, ids = Shape((2, 2, 200, 128), jnp.bfloat16), Shape((2, 200), jnp.int32)
+
+    def attend(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        return flash_mosaic_gpu.flash_attention(q, k, v, segment_ids=ids)
+
+    assert "mosaic_gpu" in lowered(attend, q, slots, slots, ids)
+
+
+def caches(rows: int, heads: int, slots: int, width: int, dtype: str) -> Any:
+    """Shapes of dense and paged slots, plain and in eight bits, with their tables."""
+    table = Shape((rows, slots // 64), jnp.int32)
+    for shape in ((rows, heads, slots, width), (rows * slots // 64, heads, 64, width)):
+        of_pages = () if shape[0] == rows else (table,)
+        yield Shape(shape, dtype), of_pages
+        eight = Shape(shape, jnp.int8), Shape(shape[:-1], jnp.float32)
+        yield QuantizedSlots(*eight), of_pages
+
+
+def any_decode(q: Any, k: Any, v: Any, start: Any, *table: Any) -> Any:
+    attend = decode_triton.paged_attention if table else decode_triton.decode_attention
+    return attend(q, k, v, *table, q_start=start)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(128, "bfloat16"), (80, "float32")])
+def test_decoding_lowers_for_cuda(width: int, dtype: str) -> None:
+    q, start = Shape((2, 1, 8, width), dtype), Shape((2,), jnp.int32)
+    for slots, table in caches(2, 2, 512, width, dtype):
+        text = lowered(any_decode, q, slots, slots, start, *table)
+        assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "given"),
+    [
+        ((1, 4096, 32, 32, 4096, 128), None),  # 7B
+        ((1, 4096, 64, 8, 4096, 128), None),  # 70B
+        ((2, 200, 64, 8, 4096, 128), "q_start"),
+        ((2, 4096, 32, 32, 4096, 128), "segment_ids"),
+        ((2, 1000, 32, 32, 1000, 64), None),
+        ((1, 1000, 32, 32, 1000, 80), None),
+        ((1, 1000, 32, 32, 1000, 96), None),
+    ],
+    ids=str,
+)
+def test_hoppers_flash_compiles_for_an_h100(
+    assets: pathlib.Path, shape: Any, given: str | None, dtype: str
+) -> None:
+    b, t, n, heads, s, h = shape
+    device = h100(assets)
+    q, slots = Shape((b, t, n, h), dtype), Shape((b, heads, s, h), dtype)
+    numbers = {"q_start": Shape((b,), jnp.int32), "segment_ids": Shape((b, t), "int32")}
+
+    def attend(q: Any, k: Any, v: Any, *numbers: Any) -> Any:
+        settings = dict(zip([given], numbers, strict=True)) if given else {}
+        return flash_mosaic_gpu.flash_attention(q, k, v, **settings)
+
+    extra = [numbers[given]] if given else []
+    made = compiled(attend, device, q, slots, slots, *extra)
+    text = made.as_text()
+    assert "mosaic_gpu" in text
+    # The logsumexp and small tables: no copy of queries, keys or values.
+    assert made.memory_analysis().temp_size_in_bytes < 5 * b * n * (t + 256) + 4096
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("width", [80, 128])
+def test_flash_and_its_gradient_compile_for_an_h100(
+    assets: pathlib.Path, width: int, dtype: str
+) -> None:
+    device = h100(assets)
+
+    def total(q: Any, k: Any, v: Any, start: Any) -> Any:
+        out = flash_triton.flash_attention(q, k, v, q_start=start)
+        return out.astype(jnp.float32).sum()
+
+    q, slots = Shape((2, 2000, 32, width), dtype), Shape((2, 8, 2000, width), dtype)
+    start = Shape((2,), jnp.int32)
+    made = compiled(jax.grad(total, (0, 1, 2)), device, q, slots, slots, start)
+    assert made.as_text().count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize(("rows", "n", "heads"), [(1, 64, 8), (8, 32, 32)])
+def test_decoding_compiles_for_an_h100_and_copies_no_cache(
+    assets: pathlib.Path, rows: int, n: int, heads: int
+) -> None:
+    device = h100(assets)
+    q, start = Shape((rows, 1, n, 128), jnp.bfloat16), Shape((rows,), jnp.int32)
+    for slots, table in caches(rows, heads, 4096, 128, "bfloat16"):
+        made = compiled(any_decode, device, q, slots, slots, start, *table)
+        assert made.as_text().count("__gpu$xla.gpu.triton") == 1
+        # Partial outputs of every split, far less than any layer of the cache.
+        assert made.memory_analysis().temp_size_in_bytes < 2**21
+
+
+@pytest.mark.gpu_compile
+def test_tiles_that_an_h100_cannot_hold_are_refused(assets: pathlib.Path) -> None:
+    device = h100(assets)
+    big = functools.partial(flash_triton.flash_attention, block_q=512, block_kv=512)
+    q = Shape((1, 1024, 8, 128), jnp.bfloat16)
+    slots = Shape((1, 8, 1024, 128), jnp.bfloat16)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit"):
+        compiled(big, device, q, slots, slots)
+
+
+@pytest.mark.gpu_compile
+def test_gpus_that_cannot_be_described_are_refused(assets: pathlib.Path) -> None:
+    h100(assets)
+    with pytest.raises(MeshError, match="no GPUs '1x1x8' of this target_config"):
+        topology.gpu_topology("1x1x8", "not a description")
+
+
+def test_without_xlas_plugin_there_are_no_gpus_to_compile_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps jax-cuda13-plugin"):
+        topology.gpu_topology("1x1x8", "")
+
+
+REFUSED = [
+    (flash_triton.flash_attention, (1, 8, 3, 2, 8, 16), "float32", {}, "no multiple"),
+    (flash_triton.flash_attention, (1, 8, 2, 2, 8, 512), "float32", {}, "at most 256"),
+    (
+        *(flash_triton.flash_attention, (1, 8, 2, 2, 8, 16), "float32"),
+        *({"block_q": 24}, "block_q is 24; write a power of two"),
+    ),
+    (
+        *(flash_triton.flash_attention, (2, 40, 2, 2, 50, 16), "float32"),
+        *({"segment_ids": SEGMENTS}, "leave segment_ids out with a cache"),
+    ),
+    (flash_mosaic_gpu.flash_attention, (1, 8, 2, 2, 8, 64), "float32", {}, "bfloat16"),
+    (
+        *(flash_mosaic_gpu.flash_attention, (1, 8, 2, 2, 8, 64), "bfloat16"),
+        *({"block_kv": 100}, "multiples of 64"),
+    ),
+    (flash_mosaic_gpu.flash_attention, (1, 8, 2, 2, 8, 40), "bfloat16", {}, "of 16"),
+    (cudnn.cudnn_attention, (1, 8, 2, 2, 8, 64), "float32", {}, "not in float32"),
+    (cudnn.cudnn_attention, (1, 8, 2, 2, 8, 60), "bfloat16", {}, "multiples of 8"),
+    (
+        *(decode_triton.decode_attention, (1, 1, 2, 2, 8, 16), "float32"),
+        *({"q_start": starts(1), "block_kv": 20}, "a power of two"),
+    ),
+    (
+        *(decode_triton.decode_attention, (1, 1, 3, 2, 8, 16), "float32"),
+        *({"q_start": starts(1)}, "do not fit"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("attend", "shape", "dtype", "settings", "says"), REFUSED)
+def test_what_a_kernel_cannot_do_is_refused_in_a_sentence(
+    attend: Any, shape: Any, dtype: str, settings: dict[str, Any], says: str
+) -> None:
+    b, t, n, heads, s, h = shape
+    inputs = arrays((b, t, n, h), *[(b, heads, s, h)] * 2, dtype=dtype)
+    with pytest.raises(ValueError, match=says):
+        attend(*inputs, **settings)
+
+
+def test_cudnn_refuses_slots_of_eight_bits() -> None:
+    q, *slots = arrays((1, 2, 2, 64), *[(1, 2, 4, 64)] * 2, dtype="bfloat16")
+    with pytest.raises(ValueError, match="eight bits"):
+        cudnn.cudnn_attention(q, *quantized(*slots))

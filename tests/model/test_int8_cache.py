@@ -1,0 +1,480 @@
+"""A cache in eight bits: near the full one, equal to the numbers that it holds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.models import (
+    TALKING,
+    TINY,
+    forward,
+    random_params,
+    random_tokens,
+    talking_model,
+)
+from support.programs import (
+    cache_layer_size,
+    compile_decoding,
+    needs_tpu_compiler,
+    weight_sizes,
+    whole_results,
+)
+from support.tolerances import DECODE_FLOAT32, EQUAL_FORWARD, INT8_CACHE_LOGITS
+
+from llama_jax import kernels, plan, sample
+from llama_jax.cli import command as cli
+from llama_jax.config import LlamaConfig, preset
+from llama_jax.errors import ConfigError
+from llama_jax.generation import decode as decoding
+from llama_jax.generation.generate import generate
+from llama_jax.generation.sampling import Sampling
+from llama_jax.kernels import QuantizedSlots, quantize_slots
+from llama_jax.kernels.quantized_slots import dequantize_slots
+from llama_jax.model import cache as caches
+from llama_jax.model import cache_slots as slots
+from llama_jax.model.cache import KVCache, grow, init_cache
+from llama_jax.model.transformer import Llama, apply
+from llama_jax.planning import programs
+from llama_jax.planning.memory import footprint
+from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.workload import Workload
+from llama_jax.runtime import Runtime
+from llama_jax.sharding import cache_shardings, make_mesh, param_shardings, parse_mesh
+
+B, T = 8, 16
+EIGHT = Runtime(cache_dtype="int8")
+MESHES = (
+    "data=2,fsdp=2,tensor=2",
+    "data=2,tensor=4",  # two key/value heads for four devices: slots are cut
+    "fsdp=2,sequence=2,tensor=2",
+)
+eight_devices = pytest.mark.skipif(
+    len(jax.devices()) < 8, reason="needs eight devices (tests/conftest.py)"
+)
+every_mesh = pytest.mark.parametrize("text", MESHES)
+
+
+def numbers(layers: Sequence[Any]) -> list[Any]:
+    return [layer.values for layer in layers]
+
+
+def assert_same(
+    found: Any, wanted: Any, cache: KVCache, other: KVCache, rows: int = B
+) -> None:
+    """Equal logits, but in a row of which a rounding fell the other way.
+
+    Numbers that are computed in another shape differ in their last bits, and one in
+    100,000 of them lies that near to the middle of a step.
+    """
+    turned = np.zeros(rows, bool)
+    for one, two in zip(
+        numbers((*cache.k, *cache.v)), numbers((*other.k, *other.v)), strict=True
+    ):
+        size = min(one.shape[2], two.shape[2])
+        apart = np.abs(
+            np.asarray(one[:, :, :size], int) - np.asarray(two[:, :, :size], int)
+        )
+        assert apart.max() <= 1
+        turned |= apart.any(axis=(1, 2, 3))
+    assert turned.sum() <= 1
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    np.testing.assert_allclose(
+        found[~turned], wanted[~turned], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
+    )
+    assert_near(found, wanted)
+
+
+def assert_near(found: Any, wanted: Any) -> None:
+    spread = np.asarray(wanted).std()
+    apart = np.abs(np.asarray(found) - np.asarray(wanted)).max()
+    assert apart < INT8_CACHE_LOGITS * spread
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, Any]:
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> jax.Array:
+    return random_tokens(TINY, B, T)
+
+
+LENGTHS = (3, 16, 1, 8, 9, 15, 2, 4)
+
+
+def decoded(
+    runtime: Runtime, params: Any, tokens: Any, mesh: Any = None, steps: int = 3
+) -> tuple[list[Any], list[KVCache]]:
+    """Logits and caches of prompts that are read and a few steps behind them."""
+    model = Llama(TINY, runtime, mesh)
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+    logits, cache = decoding.prefill(model, params, tokens, lengths, 32)
+    found, held = [logits], [jax.tree.map(jnp.copy, cache)]
+    for step in range(steps):
+        new = jnp.full((B,), 5 + step, jnp.int32)
+        logits, cache = decoding.decode_step(model, params, cache, new)
+        found.append(logits)
+        held.append(jax.tree.map(jnp.copy, cache))
+    return found, held
+
+
+# What it holds.
+
+
+@pytest.mark.parametrize("name", ["int4", "bfloat16", ""])
+def test_another_type_of_cache_is_refused(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"cache_dtype is .*; choose from int8, None"):
+        Runtime(cache_dtype=name)
+
+
+def test_slots_are_rounded_once_and_to_half_a_step(params: Any, tokens: Any) -> None:
+    _, full = decoded(Runtime(), params, tokens)
+    _, eight = decoded(EIGHT, params, tokens)
+    for whole, held in (
+        (full[-1].k[0], eight[-1].k[0]),
+        (full[-1].v[0], eight[-1].v[0]),
+    ):
+        assert isinstance(held, QuantizedSlots)
+        assert (held.values.dtype, held.scales.dtype) == (jnp.int8, jnp.float32)
+        apart = np.abs(np.asarray(dequantize_slots(held, jnp.float32) - whole))
+        step = np.asarray(held.scales)[..., None]
+        assert (apart <= step * (0.5 + 1e-4)).all()
+        assert np.abs(np.asarray(held.values)).max() == 127
+    # What was written is not touched again: rounding twice would lose more.
+    for before, after in zip(eight[0].k, eight[-1].k, strict=True):
+        for row, length in enumerate(LENGTHS):
+            for one, other in zip(before, after, strict=True):
+                np.testing.assert_array_equal(
+                    one[row, :, :length], other[row, :, :length]
+                )
+
+
+def test_an_empty_cache_is_int8_with_scales_and_grows() -> None:
+    empty = init_cache(TINY, 2, 4, "int8")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(empty))
+    layer = 2 * TINY.num_kv_heads * 4
+    assert size == 2 * TINY.num_layers * layer * (TINY.head_dim + 4) + 2 * 4
+    full = jax.tree.map(lambda x: x + 1, empty)
+    grown = grow(full, 7)
+    assert grown.num_slots == 7
+    for one, small in zip(grown.k[0], full.k[0], strict=True):
+        assert one.dtype == small.dtype
+        np.testing.assert_array_equal(one[:, :, :4], small)
+        np.testing.assert_array_equal(one[:, :, 4:], 0)
+
+
+# What is read of it.
+
+
+def test_decoding_is_near_that_over_a_full_cache(params: Any, tokens: Any) -> None:
+    wanted, _ = decoded(Runtime(), params, tokens)
+    found, _ = decoded(EIGHT, params, tokens)
+    # A prompt attends to its own keys and values before they are rounded.
+    np.testing.assert_allclose(
+        found[0], wanted[0], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
+    )
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert_near(one, other)
+        assert not np.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_equals_that_over_a_cache_of_the_rounded_numbers(
+    params: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rounded(new: Any, dtype: Any) -> Any:
+        return dequantize_slots(quantize_slots(new), dtype)
+
+    def run(runtime: Runtime) -> tuple[list[Any], KVCache]:
+        model = Llama(TINY, runtime)
+        # Jitted anew: what is patched must not stay in a cache of programs.
+        step = jax.jit(lambda *a, **k: apply(model, *a, **k))
+        cache = init_cache(TINY, B, 32, runtime.slot_dtype)
+        found = []
+        for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
+            logits, cache = step(params, part, cache=cache)
+            found.append(logits)
+        return found, cache
+
+    found, cache = run(EIGHT)
+    for module in (caches, slots):
+        monkeypatch.setattr(module, "held", rounded)
+    wanted, other = run(Runtime())
+    again = other._replace(
+        k=tuple(map(quantize_slots, other.k)), v=tuple(map(quantize_slots, other.v))
+    )
+    for one, two in zip(found, wanted, strict=True):
+        assert_same(one, two, cache, again)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_over_int8_slots_is_that_over_their_numbers(
+    heads: int, kv_heads: int, queries: int
+) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (3, queries, heads, 8))
+    k, v = (
+        quantize_slots(jax.random.normal(key, (3, kv_heads, 48, 8))) for key in keys[1:]
+    )
+    start = jnp.asarray([0, 8, 3])
+    wide = [dequantize_slots(x, jnp.float32) for x in (k, v)]
+    attention = jax.jit(kernels.attention)
+    found = attention(q, k, v, q_start=start)
+    wanted = attention(q, *wide, q_start=start)
+    np.testing.assert_allclose(found, wanted, rtol=DECODE_FLOAT32, atol=DECODE_FLOAT32)
+
+
+@pytest.mark.parametrize("widths", [(16,), (1, 15), (7, 8, 1), (3,) * 5, (1,) * 16])
+def test_any_split_of_ragged_rows_equals_one_call(
+    params: Any, tokens: Any, widths: tuple[int, ...]
+) -> None:
+    model = Llama(TINY, EIGHT)
+    lengths = np.asarray(LENGTHS)
+    whole, wanted = forward(
+        model, params, tokens, cache=init_cache(TINY, B, 32, "int8"), lengths=lengths
+    )
+    cache, done = init_cache(TINY, B, 32, "int8"), 0
+    found = np.zeros_like(whole)
+    for width in widths:
+        real = np.clip(lengths - done, 0, width)
+        part = tokens[:, done : done + width]
+        logits, cache = forward(model, params, part, cache=cache, lengths=real)
+        found[:, done : done + width] = logits
+        done += width
+    np.testing.assert_array_equal(cache.length, np.minimum(lengths, done))
+    seen = np.arange(T)[None] < np.minimum(lengths, done)[:, None]
+
+    def only(held: KVCache) -> KVCache:
+        keep = np.arange(32)[None] < np.minimum(lengths, done)[:, None]
+
+        def kept(x: Any) -> Any:
+            return x * keep.reshape(B, 1, 32, *(1 for _ in x.shape[3:]))
+
+        return jax.tree.map(lambda x: kept(x) if x.ndim > 1 else x, held)
+
+    found, whole = (np.where(seen[..., None], x, 0) for x in (found, whole))
+    assert_same(found, whole, only(cache), only(wanted))
+
+
+# Meshes.
+
+
+@pytest.fixture(scope="module")
+def eight(params: Any, tokens: Any) -> tuple[list[Any], list[KVCache]]:
+    """What one device finds."""
+    return decoded(EIGHT, params, tokens)
+
+
+@eight_devices
+@every_mesh
+def test_meshes_equal_one_device(
+    params: Any, tokens: Any, eight: tuple[list[Any], list[KVCache]], text: str
+) -> None:
+    mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
+    placed = jax.device_put(params, param_shardings(TINY, EIGHT, mesh))
+    found, held = decoded(EIGHT, placed, tokens, mesh)
+    wanted, alone = eight
+    places = cache_shardings(TINY, EIGHT, mesh, B, 32)
+    for cache in held:
+        for part, place in zip(cache.k[0], places.k[0], strict=True):
+            assert part.addressable_shards[0].data.nbytes * 8 == part.nbytes
+            assert part.sharding.is_equivalent_to(place, part.ndim)
+    for one, other, cache, same in zip(found, wanted, held, alone, strict=True):
+        assert_same(one, other, cache, same)
+
+
+@eight_devices
+@pytest.mark.parametrize("text", ["data=2,tensor=4", "sequence=4,tensor=2"])
+def test_several_tokens_are_written_into_cut_slots(
+    params: Any, tokens: Any, text: str
+) -> None:
+    mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
+    placed = jax.device_put(params, param_shardings(TINY, EIGHT, mesh))
+    found = []
+    for on, weights in ((mesh, placed), (None, params)):
+        model = Llama(TINY, EIGHT, on)
+        first = caches.NewCache(32)
+        _, cache = forward(model, weights, tokens[:, :5], cache=first)
+        logits, cache = forward(model, weights, tokens[:, 5:], cache=cache)
+        found.append((logits, cache))
+    (one, cache), (other, alone) = found
+    assert_same(one, other, cache, alone)
+
+
+# Generation.
+
+
+def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
+    config = TALKING.replace(num_layers=1)
+    loaded = talking_model(config, EIGHT)
+    prompts = [[1, 50, 60], [1, 70]]
+    options: dict[str, Any] = {
+        "sampling": Sampling(temperature=0),
+        "max_new_tokens": 6,
+        "stop_ids": (),
+    }
+    wrote = [c.token_ids for c in generate(loaded, prompts, **options)]
+    for prompt, ids in zip(prompts, wrote, strict=True):
+        tokens = jnp.asarray([prompt], jnp.int32)
+        model, lengths = loaded.model, jnp.asarray([len(prompt)])
+        logits, cache = decoding.prefill(model, loaded.params, tokens, lengths, 32)
+        assert isinstance(cache.k[0], QuantizedSlots)
+        for token in ids:
+            assert int(logits[0].argmax()) == token
+            new = jnp.asarray([token], jnp.int32)
+            logits, cache = decoding.decode_step(model, loaded.params, cache, new)
+    sizes = decoding.start._cache_size(), decoding.advance._cache_size()
+    generate(loaded, [[1, 90], [1, 50, 61, 3]], **options)
+    assert sizes == (decoding.start._cache_size(), decoding.advance._cache_size())
+
+
+def test_decoding_writes_into_the_cache_that_it_was_given(params: Any) -> None:
+    cache = init_cache(TINY, 2, 16, "int8")
+
+    def places(cache: KVCache) -> list[int]:
+        leaves = jax.tree.leaves((cache.k, cache.v))
+        return [leaf.unsafe_buffer_pointer() for leaf in leaves]
+
+    before, token = places(cache), jnp.ones((2,), jnp.int32)
+    _, after = decoding.decode_step(Llama(TINY, EIGHT), params, cache, token)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((cache.k, cache.v)))
+    assert places(after) == before
+
+
+# What compilers make of it.
+
+SLOTS = 768
+# No weight, cache layer or activation of the same size as another kind of them.
+MEDIUM = TINY.replace(
+    vocab_size=1100,
+    embed_dim=256,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_dim=640,
+    max_seq_len=1024,
+)
+
+
+def check_nothing_is_copied(
+    compiled: Any, config: LlamaConfig, batch: int, slots: int
+) -> None:
+    layer = cache_layer_size(config, batch, slots)
+    assert not whole_results(compiled.as_text(), {layer, *weight_sizes(config)})
+    memory = compiled.memory_analysis()
+    scales = 4 * layer // config.head_dim
+    held = 2 * config.num_layers * (layer + scales)
+    assert memory.alias_size_in_bytes >= held
+
+
+@pytest.mark.parametrize("program", ["decode_step", "advance"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_decoding_copies_no_cache(batch: int, program: str) -> None:
+    compiled = compile_decoding(
+        program, MEDIUM, batch=batch, slots=SLOTS, cache_dtype="int8"
+    )
+    check_nothing_is_copied(compiled, MEDIUM, batch, SLOTS)
+    # Of one head of one row keys and values are widened at a time, whatever there are.
+    one = 2 * 4 * SLOTS * MEDIUM.head_dim
+    rest = batch * (MEDIUM.mlp_dim + 6 * MEDIUM.vocab_size) * 4 + (64 << 10)
+    assert compiled.memory_analysis().temp_size_in_bytes < one + rest
+
+
+@needs_tpu_compiler
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-70b"])
+@pytest.mark.parametrize("attention", ["xla", "mosaic_tpu"])
+def test_decoding_on_a_tpu_copies_no_cache(
+    name: str, batch: int, attention: kernels.Implementation
+) -> None:
+    config = preset(name).replace(num_layers=2)
+    compiled = compile_decoding(
+        "advance",
+        config,
+        batch=batch,
+        slots=2048,
+        dtype="bfloat16",
+        device=tpu_topology("v5e:2x2")[0],
+        attention=attention,
+        cache_dtype="int8",
+    )
+    check_nothing_is_copied(compiled, config, batch, 2048)
+    memory = compiled.memory_analysis()
+    # A copy in bfloat16 of a layer's keys is 4 MiB where it is smallest, for one row of
+    # 70B, and 64 MiB or more for 16 rows, whose logits are there three times at most.
+    most = 4 << 20 if batch == 1 else 3 * 4 * batch * config.vocab_size
+    assert memory.temp_size_in_bytes < most
+    calls = compiled.as_text().count("tpu_custom_call")
+    assert (calls > 0) == (attention == "mosaic_tpu")
+
+
+# Plans.
+
+
+def work(task: Any = "decode", **fields: Any) -> Workload:
+    return Workload(
+        config=TINY,
+        task=task,
+        batch=8,
+        seq=32,
+        dtype="float32",
+        cache_dtype="int8",
+        **fields,
+    )
+
+
+@eight_devices
+@every_mesh
+def test_plans_count_the_cache_as_it_lies(text: str) -> None:
+    mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
+    cache = init_cache(TINY, 8, 32, "int8")
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert footprint(work(), {"data": 1}).cache == whole
+    placed = jax.device_put(cache, cache_shardings(TINY, EIGHT, mesh, 8, 32))
+    part = sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed)
+    )
+    held = footprint(work(), dict(mesh.shape))
+    assert held.cache == part
+    built = programs.program(work(), mesh)
+    assert programs.shard_bytes_of(built.kinds["cache"]) == part
+    assert footprint(work("prefill"), dict(mesh.shape)).cache == part
+
+
+def test_a_plan_of_training_has_no_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.run(plan.main, ["--task", "lora", "--cache-dtype", "int8"])
+    assert exit.value.code == 2
+    assert "--cache-dtype: --task lora keeps no cache" in capsys.readouterr().err
+
+
+def test_a_plan_advises_a_cache_in_eight_bits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["--topology", "v5e:1x1", "--batch", "8", "--seq", "4096"]
+    assert plan.main([*asked, "--quantize", "int8"]) == 0
+    assert "What would fit: --cache-dtype int8; or" in capsys.readouterr().out
+    assert plan.main([*asked, "--quantize", "int8", "--cache-dtype", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "int8 weights, int8 cache" in out
+    assert "  fits: 15.87 of 16.91 GB" in out
+
+
+def test_the_command_that_samples_holds_its_cache_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Runtime] = []
+
+    def load(*_: Any, runtime: Runtime, **__: Any) -> None:
+        asked.append(runtime)
+
+    monkeypatch.setattr(cli, "load", load)
+    cli.load_from(sample.parse(["--cache-dtype", "int8"]))
+    cli.load_from(sample.parse([]))
+    assert [runtime.cache_dtype for runtime in asked] == ["int8", None]

@@ -1,0 +1,124 @@
+"""Writes GGUF files for tests, with gguf's own writer too."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from support.foreign import TINY, meta_tensors, ours_from_meta
+
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.conversion.gguf import rope_factors, write_gguf
+from llama_jax.conversion.source import Export
+from llama_jax.text.tokenizer import Tokenizer
+
+gguf = pytest.importorskip("gguf")
+
+GQA = TINY.replace(num_kv_heads=2)
+LLAMA31 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_seq_len=8192,
+)
+# Names of GGUF for Meta's: the weights behind them are the same.
+NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "attention_norm": "attn_norm",
+    "wq": "attn_q",
+    "wk": "attn_k",
+    "wv": "attn_v",
+    "wo": "attn_output",
+    "w1": "ffn_gate",
+    "w2": "ffn_down",
+    "w3": "ffn_up",
+}
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights under GGUF's names."""
+    out = {}
+    for name, array in tensors.items():
+        parts = name.split(".")
+        kind = NAMES.get(parts[-2], parts[-2])
+        out[
+            f"blk.{parts[1]}.{kind}.weight" if "layers" in name else f"{kind}.weight"
+        ] = array
+    return out
+
+
+def make(
+    config: LlamaConfig, dtype: Any = np.float32, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Random weights under Meta's names, and under ours."""
+    tensors = meta_tensors(config, dtype=dtype, seed=seed)
+    if config.tied_embeddings:
+        del tensors["output.weight"]
+    return tensors, ours_from_meta(config, tensors)
+
+
+def lazy(ours: Mapping[str, np.ndarray]) -> dict[str, LazyLeaf]:
+    return {n: LazyLeaf(a.shape, a.dtype, lambda a=a: a) for n, a in ours.items()}
+
+
+def write(
+    path: pathlib.Path,
+    config: LlamaConfig,
+    *,
+    kind: Any = "float32",
+    tokenizer: Tokenizer | None = None,
+    dtype: Any = np.float32,
+) -> dict[str, np.ndarray]:
+    """Write random weights by our writer; they are returned."""
+    _, ours = make(config, dtype)
+    write_gguf(path, Export(config, lazy(ours), tokenizer), kind=kind)
+    return ours
+
+
+def metadata(config: LlamaConfig) -> dict[str, Any]:
+    """What a file must say at least."""
+    return {
+        "llama.block_count": config.num_layers,
+        "llama.embedding_length": config.embed_dim,
+        "llama.feed_forward_length": config.mlp_dim,
+        "llama.attention.head_count": config.num_heads,
+        "llama.attention.head_count_kv": config.num_kv_heads,
+        "llama.context_length": config.max_seq_len,
+        "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
+    }
+
+
+def write_foreign(
+    path: pathlib.Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    kinds: Mapping[str, Any] | None = None,
+    architecture: str = "llama",
+    **options: Any,
+) -> pathlib.Path:
+    """A file by gguf's own writer; `kinds` are the types of tensors that are bytes."""
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    for key, value in fields.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, array in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=(kinds or {}).get(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def effective(config: LlamaConfig) -> RopeScaling | None:
+    """Scaling that changes none of a short head's frequencies is lost."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == "linear":
+        return scaling
+    factors = rope_factors(scaling, config.head_dim, config.rope_theta)
+    return scaling if (factors != 1).any() else None
