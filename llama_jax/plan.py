@@ -17,11 +17,12 @@ from llama_jax.checkpoint.model_folder import is_checkpoint, read_config
 from llama_jax.cli import command as cli
 from llama_jax.config import EXAMPLE_MODEL, PRESETS, LlamaConfig, parse_model
 from llama_jax.errors import ConfigError
-from llama_jax.planning.answer import Compiled
-from llama_jax.planning.hardware import CHIPS, Topology, local_topology, parse_topology
+from llama_jax.planning.chips import CHIPS
+from llama_jax.planning.compiled import Compiled
 from llama_jax.planning.memory import Quantization, Task, Workload
 from llama_jax.planning.report import MOST_SEQ, describe, lines, table, table_lines
 from llama_jax.planning.search import Plan, advice, ranked, search
+from llama_jax.planning.topology import Topology, local_topology, parse_topology
 from llama_jax.runtime import CacheDType, DType, Remat
 from llama_jax.sharding import parse_mesh
 
@@ -69,7 +70,7 @@ def compiled_plans(
       MeshError: the compiler is not installed, or knows no such chips.
     """
     # Formulas are to answer in a second, without all that the programs import.
-    from llama_jax.planning.compiling import compile_first_that_fits, devices_of
+    from llama_jax.planning.compiler import compile_first_that_fits, devices_of
 
     config = None
     if args.gpu_target_config:
@@ -137,7 +138,7 @@ def workload(
         rank=args.lora_rank,
         remat=args.remat or ("block" if trains else "none"),
         flash=topology.chip.flash,
-        gpu=topology.chip.links == "host" and bool(topology.chip.flops),
+        gpu=topology.chip.is_gpu,
     )
 
 

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 
 DELAY_SLOTS = 4
 """Bundles after a branch that are executed whether it is taken or not."""
@@ -245,7 +245,7 @@ def operand_tiles(program: str) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _device(chip: str) -> Any:
-    return tpu_topology(CHIPS[chip].slice_name)[0]
+    return tpu_devices(CHIPS[chip].slice_name)[0]
 
 
 def describing(chip: Chip) -> Any:

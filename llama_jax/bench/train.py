@@ -20,8 +20,8 @@ from llama_jax.errors import ConfigError
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
 from llama_jax.params import count_params
-from llama_jax.planning.hardware import local_topology
 from llama_jax.planning.roofline import train_flops
+from llama_jax.planning.topology import local_topology
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import divisible
 from llama_jax.train.loss import next_token_loss

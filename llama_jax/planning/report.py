@@ -5,10 +5,10 @@ from typing import Any
 
 from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.params import count_params, param_shapes
-from llama_jax.planning.answer import Compiled
-from llama_jax.planning.hardware import Topology, parse_topology
+from llama_jax.planning.compiled import Compiled
 from llama_jax.planning.memory import Quantization, Workload
 from llama_jax.planning.search import Plan, fits_somehow
+from llama_jax.planning.topology import Topology, parse_topology
 
 COMMON = (
     ("Colab", "v5e:1x1"),

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from llama_jax.config import LlamaConfig
 from llama_jax.params import axes_of, leaf_paths, weight_shape
-from llama_jax.planning.hardware import Topology, axis_bandwidths
 from llama_jax.planning.memory import (
     Footprint,
     Shard,
@@ -22,6 +21,7 @@ from llama_jax.planning.memory import (
     sizes_of,
     trained_numbers,
 )
+from llama_jax.planning.topology import Topology, axis_bandwidths
 from llama_jax.runtime import MESH_AXES
 
 _LAYERS = "transformer/layers/"

@@ -7,9 +7,10 @@ from typing import NamedTuple, get_args
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
-from llama_jax.planning.hardware import DEFAULT_GPU_FRACTION, Topology
+from llama_jax.planning.chips import DEFAULT_GPU_FRACTION
 from llama_jax.planning.memory import Footprint, Workload, footprint, shards
 from llama_jax.planning.roofline import Bound, bound
+from llama_jax.planning.topology import Topology
 from llama_jax.runtime import MESH_AXES, Remat, Rules
 
 MOST_TRAINED_TOKENS = 4 << 20
@@ -50,8 +51,7 @@ class Plan(NamedTuple):
     def raises_fraction(self) -> bool:
         """Whether jax must be told to take more of a GPU than it does by itself."""
         chip = self.topology.chip
-        on_gpu = chip.links == "host" and bool(chip.flops)
-        return on_gpu and self.held.total > DEFAULT_GPU_FRACTION * chip.hbm_bytes
+        return chip.is_gpu and self.held.total > DEFAULT_GPU_FRACTION * chip.hbm_bytes
 
     @property
     def rank(self) -> tuple[float, float]:

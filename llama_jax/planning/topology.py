@@ -1,94 +1,163 @@
-"""Devices that are not there, for which programs can be compiled all the same."""
+"""Topologies: a number of chips and how they are connected.
 
-import importlib.util
+TPU topologies are written as in jax and libtpu (`v5e:4x4`, `v5p:2x2x1`). GPU topologies
+are the number of GPUs of one host (`h100:8`), or hosts by GPUs per host (`h100:2x8`).
+"""
+
+import dataclasses
+import difflib
+import math
 import os
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
-from jax.experimental import topologies
 
 from llama_jax.errors import MeshError
+from llama_jax.planning.chips import CHIPS, Chip
+from llama_jax.runtime import MESH_AXES
 
-# What libtpu must find in the environment of a host without a TPU: it would ask the
-# cloud's metadata server, and wait for other processes to leave the chip.
-_HOST_WITHOUT_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+_SLICES = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: (
+        (1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8),
+        (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16), (16, 16, 16),
+    ),
+}  # fmt: skip
+_GPU_HOSTS = ((1, 1), (1, 2), (1, 4), (1, 8), *((2**n, 8) for n in range(1, 8)))
 
 
-def tpu_topology(name: str) -> list[Any]:
-    """The devices of a TPU slice, as placements of arguments in ahead-of-time compiles.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """A number of chips of one kind, connected in a shape.
 
-    `jax.jit(f).lower(shapes).compile()`, with shapes whose sharding names these
-    devices, runs the TPU's real compiler, which refuses what would not fit. Nothing
-    can be run on them. On a host without a TPU this sets what libtpu wants to know in
-    the process's environment, which libtpu reads once: call it before anything else
-    uses libtpu.
+    Attributes:
+      chip: the kind of chip.
+      shape: the sides of a torus; for GPUs, (hosts, GPUs per host).
+    """
 
-    Args:
-      name: generation and chips, such as `v5e:2x2`, `v6e:4x4` or `v5p:2x2x1`.
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """Number of chips."""
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        shape = self.shape
+        if self.chip.links == "host" and shape[0] == 1:
+            shape = shape[1:]
+        return f"{self.chip.name}:{'x'.join(map(str, shape))}"
+
+    def larger(self) -> Iterator["Topology"]:
+        """Larger topologies of the same chip that exist, smallest first."""
+        torus = self.chip.links == "torus"
+        shapes = _SLICES[self.chip.dimensions] if torus else _GPU_HOSTS
+        for shape in shapes:
+            if math.prod(shape) > self.chips:
+                yield Topology(chip=self.chip, shape=shape)
+
+
+def parse_topology(text: str) -> Topology:
+    """Parse `v5e:16x16`, `v5p:4x4x4`, `h100:8` or `h100:2x8`; `t4` is a single chip.
 
     Raises:
-      ImportError: libtpu is not installed.
-      MeshError: libtpu knows no such slice.
+      MeshError: no chip has this name, or the shape does not suit it.
+
+    >>> topology = parse_topology("v5e:4x4")
+    >>> topology.chips, topology.chip.limit_bytes
+    (16, 16911433728)
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            "compiling for a TPU needs its compiler; pip install libtpu (Linux, x86)"
-        )
-    if jax.default_backend() != "tpu":
-        for variable, value in _HOST_WITHOUT_TPU.items():
-            os.putenv(variable, value)  # for the C library alone
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # the plugin raises what XLA's status happens to be
+    name, colon, shape = text.partition(":")
+    chip = CHIPS.get(name)
+    if chip is None:
+        close = difflib.get_close_matches(name, CHIPS, n=1)
         raise MeshError(
-            f"there is no TPU slice {name!r}, or libtpu cannot say ({error}); "
-            "write generation and chips, such as v5e:2x2"
-        ) from error
+            f"topology {text!r}: no chip is called {name!r}; "
+            + (f"did you mean {close[0]!r}? " if close else "")
+            + f"Known chips: {', '.join(CHIPS)}"
+        )
+    parts = shape.split("x") if colon else ["1"] * chip.dimensions
+    are_sizes = all(part.isdecimal() and int(part) for part in parts)
+    if chip.links == "host":
+        parts = ["1", *parts] if len(parts) == 1 else parts
+        example = f"{name}:8, or {name}:2x8 for two hosts"
+    else:
+        example = f"{name}:{'x'.join('4' * chip.dimensions)}"
+    if not are_sizes or len(parts) != chip.dimensions:
+        raise MeshError(
+            f"topology {text!r}: {shape!r} is not a shape of {name}; write {example}"
+        )
+    return Topology(chip=chip, shape=tuple(map(int, parts)))
 
 
-def gpu_topology(name: str, target_config: str) -> list[Any]:
-    """The devices of a GPU cluster, as placements of arguments like `tpu_topology`'s.
+def local_topology() -> Topology:
+    """Describe the devices of this machine.
 
-    XLA:GPU compiles for them on any host, down to machine code, Pallas kernels too,
-    but for what calls cuDNN, which needs its library. Triton kernels must be lowered
-    in `jax.sharding.use_abstract_mesh` of a mesh whose `abstract_device` is the GPU.
-
-    Args:
-      name: slices, hosts and GPUs of each, such as `1x1x8`, or `1x2x8` for sixteen.
-      target_config: the GPU, as the text of an XLA `GpuTargetConfigProto`; what
-        `--xla_dump_to` writes as `*.gpu_target_config.pbtxt` where there is such a GPU.
-
-    Raises:
-      ImportError: XLA's GPU plugin is not installed.
-      MeshError: the name or the text says nothing to the plugin.
+    A CPU is a chip with its share of the host's memory and unknown rates. So is an
+    accelerator that is not in the table; jax may report its memory.
     """
-    if not any(map(_is_there, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))):
-        raise ImportError(
-            "compiling for a GPU needs XLA's plugin of jax's own version; pip install "
-            "--no-deps jax-cuda13-plugin jax-cuda13-pjrt (Linux; no CUDA is needed)"
+    devices = jax.devices()
+    first = devices[0]
+    for chip in sorted(CHIPS.values(), key=lambda chip: -max(map(len, chip.kinds))):
+        if first.device_kind.startswith(chip.kinds):
+            break
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if first.platform == "cpu":
+            memory //= len(devices)
+        chip = Chip(
+            name=first.platform,
+            kinds=(first.device_kind,),
+            hbm_bytes=memory,
+            limit_bytes=memory,
+            hbm_bandwidth=None,
+            flops={},
+            links="host",
+            link_bandwidth=0.0,
+            flash=False,
         )
-    try:
-        described = topologies.get_topology_desc(
-            topology_name="",
-            platform="cuda",
-            topology=name,
-            target_config=target_config,
-        )
-        return list(described.devices)
-    except Exception as error:  # the plugin raises what XLA's status happens to be
-        raise MeshError(
-            f"there are no GPUs {name!r} of this target_config ({error}); write "
-            "slices, hosts and GPUs of each, such as 1x1x8"
-        ) from error
+    stats = first.memory_stats() if first.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        chip = dataclasses.replace(chip, limit_bytes=int(stats["bytes_limit"]))
+    coordinates = [getattr(device, "coords", None) for device in devices]
+    shape: tuple[int, ...] = (1, len(devices))
+    if chip.links == "torus":
+        extents = [
+            max(axis) + 1 for axis in zip(*filter(None, coordinates), strict=True)
+        ]
+        shape = tuple(extents[: chip.dimensions])
+    elif first.platform != "cpu":
+        hosts = len({device.process_index for device in devices})
+        shape = (hosts, len(devices) // hosts)
+    return Topology(chip=chip, shape=shape)
 
 
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of what it would be in
-        return False
+def axis_bandwidths(topology: Topology, mesh: Mapping[str, int]) -> dict[str, float]:
+    """Bytes/s that each chip can receive along each mesh axis, all axes at once.
+
+    The last mesh axis is laid along the last dimension of the topology. An axis that
+    takes a whole ring has two links per chip, otherwise one (the end of a line has no
+    second neighbour). An axis across hosts is limited by the network, which all chips
+    of a host on that axis share.
+    """
+    chip, remaining = topology.chip, list(topology.shape)
+    rates = {}
+    for axis in reversed(MESH_AXES):
+        size, links, inside = mesh.get(axis, 1), 0, 1
+        for index in reversed(range(len(remaining))):
+            part = math.gcd(size, remaining[index])
+            if part == 1:
+                continue
+            size, remaining[index] = size // part, remaining[index] // part
+            ring = part == topology.shape[index] and part % chip.ring == 0
+            links += 2 if ring else 1
+            if index == len(remaining) - 1:
+                inside = part
+        if chip.links == "torus":
+            rates[axis] = max(links, 1) * chip.link_bandwidth
+        elif mesh.get(axis, 1) == inside:
+            rates[axis] = chip.link_bandwidth
+        else:
+            rates[axis] = min(chip.link_bandwidth, inside * chip.network_bandwidth)
+    return rates

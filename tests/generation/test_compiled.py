@@ -26,7 +26,7 @@ from llama_jax.generation.sampling import Sampling
 from llama_jax.kernels import Implementation
 from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import Llama
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.runtime import Runtime
 
 SLOTS = 768
@@ -184,7 +184,7 @@ def test_decoding_on_a_tpu_copies_no_weight_and_no_cache(
     name: str, batch: int, program: str, attention: Implementation
 ) -> None:
     config = preset(name).replace(num_layers=2)
-    device = tpu_topology("v5e:2x2")[0]
+    device = tpu_devices("v5e:2x2")[0]
     compiled = compile_decoding(
         program,
         config,
@@ -205,7 +205,7 @@ def test_decoding_on_a_tpu_copies_no_weight_and_no_cache(
 @pytest.mark.slow
 def test_llama2_7b_decodes_on_one_v5e_chip() -> None:
     config = preset("llama2-7b")
-    device = tpu_topology("v5e:2x2")[0]
+    device = tpu_devices("v5e:2x2")[0]
     compiled = compile_decoding(
         "advance", config, batch=1, slots=2048, dtype="bfloat16", device=device
     )
@@ -219,10 +219,10 @@ def test_llama2_7b_decodes_on_one_v5e_chip() -> None:
 @pytest.mark.slow
 def test_a_slice_that_does_not_exist_is_refused_by_name() -> None:
     with pytest.raises(MeshError, match="v5e:1000x3"):
-        tpu_topology("v5e:1000x3")
+        tpu_devices("v5e:1000x3")
 
 
 def test_a_missing_tpu_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install libtpu"):
-        tpu_topology("v5e:2x2")
+        tpu_devices("v5e:2x2")

@@ -18,7 +18,7 @@ from support.programs import needs_tpu_compiler
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import Implementation, attention, explain, resolve
 from llama_jax.kernels import dispatch as choice
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh
 
@@ -214,14 +214,14 @@ def test_a_runtime_refuses_an_unknown_implementation() -> None:
 @needs_tpu_compiler
 @pytest.mark.tpu_compile
 def test_the_probe_compiles_a_kernel_for_a_real_tpu() -> None:
-    found = explain(device=tpu_topology("v5e:2x2")[0])
+    found = explain(device=tpu_devices("v5e:2x2")[0])
     assert str(found) == "mosaic_tpu"
 
 
 @needs_tpu_compiler
 @pytest.mark.tpu_compile
 def test_the_probe_is_not_disturbed_by_what_is_being_traced() -> None:
-    chip = tpu_topology("v5e:2x2")[0]
+    chip = tpu_devices("v5e:2x2")[0]
     mesh = make_mesh({"data": 8})
     found = []
 
@@ -249,8 +249,8 @@ def test_stock_colab_falls_back_with_the_remedy() -> None:
     """The real compiler that refuses all Pallas kernels, in a process of its own."""
     program = (
         "from llama_jax.kernels import explain\n"
-        "from llama_jax.planning.topology import tpu_topology\n"
-        "print(explain(device=tpu_topology('v5e:2x2')[0]))\n"
+        "from llama_jax.planning.target_devices import tpu_devices\n"
+        "print(explain(device=tpu_devices('v5e:2x2')[0]))\n"
     )
     # This process may have told jax where another libtpu is.
     environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}

@@ -34,7 +34,7 @@ from llama_jax.kernels.gpu import (
 )
 from llama_jax.kernels.gpu import flash_mosaic as flash_mosaic_gpu
 from llama_jax.kernels.quantized_slots import QuantizedSlots
-from llama_jax.planning import topology
+from llama_jax.planning import target_devices
 
 Shape = jax.ShapeDtypeStruct
 
@@ -377,15 +377,15 @@ def test_tiles_that_an_h100_cannot_hold_are_refused(assets: pathlib.Path) -> Non
 def test_gpus_that_cannot_be_described_are_refused(assets: pathlib.Path) -> None:
     h100(assets)
     with pytest.raises(MeshError, match="no GPUs '1x1x8' of this target_config"):
-        topology.gpu_topology("1x1x8", "not a description")
+        target_devices.gpu_devices("1x1x8", "not a description")
 
 
 def test_without_xlas_plugin_there_are_no_gpus_to_compile_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(target_devices.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps jax-cuda13-plugin"):
-        topology.gpu_topology("1x1x8", "")
+        target_devices.gpu_devices("1x1x8", "")
 
 
 REFUSED = [

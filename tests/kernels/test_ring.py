@@ -16,7 +16,7 @@ from support.tolerances import FLASH, FLASH_GRADIENT
 from llama_jax.kernels import reference
 from llama_jax.kernels.blocks import join, passes_of
 from llama_jax.kernels.ring import ring_attention, zigzag_order
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 
 # Compiling what the interpreter makes of a kernel takes the time, not running it.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -220,7 +220,7 @@ ROWS = 4
 
 def held_by_a_chip(topology: str, length: int, *, gradient: bool) -> int:
     """Bytes of the program's arguments, results and all between, by the compiler."""
-    mesh = Mesh(np.array(tpu_topology(topology)), ("sequence",))
+    mesh = Mesh(np.array(tpu_devices(topology)), ("sequence",))
     attend: Any = on_ring(mesh, "mosaic_tpu", packed=False, interpret=False)
 
     def array(spec: P, *shape: int) -> Any:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from support.programs import needs_tpu_compiler
 
 from llama_jax.kernels import token_losses
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.sharding import make_mesh
 
 CLOSE = 1e-5  # absolute, of nats and their gradients in float32
@@ -147,7 +147,7 @@ def test_a_chunk_of_nothing_is_refused() -> None:
 @pytest.mark.tpu_compile
 @pytest.mark.slow
 def test_the_loss_of_a_large_batch_fits_a_tpu_chip() -> None:
-    place = SingleDeviceSharding(tpu_topology("v5e:2x2")[0])
+    place = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

@@ -9,7 +9,7 @@ from jax.sharding import SingleDeviceSharding
 from support.programs import needs_tpu_compiler
 
 from llama_jax.kernels.tpu.flash import flash_attention
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 
 CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
@@ -48,7 +48,7 @@ def programs(topology: str, shape: Shape, *, mapped: int | None = None) -> Any:
     Queries come with heads before slots, as the kernels read them: else XLA would have
     to turn them around here, where no projection before them could do it.
     """
-    place = SingleDeviceSharding(tpu_topology(topology)[0])
+    place = SingleDeviceSharding(tpu_devices(topology)[0])
     lead = () if mapped is None else (mapped,)
 
     def array(dtype: Any, *sizes: int) -> Any:

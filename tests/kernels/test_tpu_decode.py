@@ -21,7 +21,7 @@ from llama_jax.kernels.quantized_slots import (
 )
 from llama_jax.kernels.tpu.decode import decode_attention
 from llama_jax.kernels.tpu.paged import paged_attention
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 
 S, C = 384, 64
 # One slot, the borders of the 128-slot blocks that the tests ask for, and a full row.
@@ -299,7 +299,7 @@ def compiled(
     eight_bits: bool,
 ) -> tuple[Any, int]:
     """The program, and how many elements the keys have."""
-    place = SingleDeviceSharding(tpu_topology(topology)[0])
+    place = SingleDeviceSharding(tpu_devices(topology)[0])
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

@@ -17,7 +17,7 @@ from llama_jax.model import attention as attending
 from llama_jax.model.attention import attend
 from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.runtime import LayerLayout, Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 
@@ -134,7 +134,7 @@ def test_a_training_step_on_a_tpu_mesh_gathers_no_heads(layout: LayerLayout) -> 
     runtime = Runtime(
         dtype="bfloat16", attention="mosaic_tpu", layer_layout=layout, remat="block"
     )
-    devices = tpu_topology("v5e:2x4")
+    devices = tpu_devices("v5e:2x4")
     mesh = make_mesh({"data": 2, "tensor": 4}, devices)
     model = Llama(config, runtime, mesh)
     place = param_shardings(config, runtime, mesh)

@@ -39,7 +39,7 @@ from llama_jax.model.cache import KVCache, grow, init_cache
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.planning import programs
 from llama_jax.planning.memory import footprint
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import cache_shardings, make_mesh, param_shardings, parse_mesh
@@ -400,7 +400,7 @@ def test_decoding_on_a_tpu_copies_no_cache(
         batch=batch,
         slots=2048,
         dtype="bfloat16",
-        device=tpu_topology("v5e:2x2")[0],
+        device=tpu_devices("v5e:2x2")[0],
         attention=attention,
         cache_dtype="int8",
     )

@@ -24,7 +24,7 @@ from llama_jax.model.quantize import (
 )
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.params import count_params, flatten, stack_layers, unstack_layers
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, weight_shardings
 from llama_jax.weights import Adapted, Int8, dequantize
@@ -372,7 +372,7 @@ def test_a_gradient_over_a_quantized_base_widens_two_layers_of_eight_at_most(
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_training_step_on_a_tpu_multiplies_with_bits(kind: Any) -> None:
     config = preset("llama2-7b").replace(num_layers=4, vocab_size=1000)
-    place = SingleDeviceSharding(tpu_topology("v5e:2x2")[0])
+    place = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=place)
     # As on a TPU; by default it is as on the device that this process has.
     runtime = STACKED.replace(dtype="bfloat16", attention="mosaic_tpu")

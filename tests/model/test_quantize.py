@@ -38,7 +38,7 @@ from llama_jax.model.quantize import (
 )
 from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten, stack_layers, unstack_layers
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, weight_shardings
 from llama_jax.weights import KINDS, NF4_LEVELS, Int4, Quantized, dequantize, group_size
@@ -440,7 +440,7 @@ def test_decoding_on_a_tpu_multiplies_with_bits(kind: Any, batch: int) -> None:
         kind,
         batch=batch,
         slots=slots,
-        device=tpu_topology("v5e:2x2")[0],
+        device=tpu_devices("v5e:2x2")[0],
         dtype="bfloat16",
     )
     check_bits_are_held_as_bits(compiled, params, config, batch, slots, 2)
@@ -463,7 +463,7 @@ def test_llama2_7b_in_eight_bits_decodes_eight_rows_on_one_chip() -> None:
         "int8",
         batch=8,
         slots=2048,
-        device=tpu_topology("v5e:2x2")[0],
+        device=tpu_devices("v5e:2x2")[0],
         dtype="bfloat16",
     )
     check_bits_are_held_as_bits(compiled, params, config, 8, 2048, 2)

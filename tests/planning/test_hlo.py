@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from llama_jax.planning import hlo, traffic
+from llama_jax.planning import hlo, hlo_costs
 from llama_jax.runtime import MESH_AXES
 from llama_jax.sharding import make_mesh
 
@@ -19,7 +19,7 @@ SIZES = {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
 TURNS = 5
 
 
-def sent(function: Any, *shapes: tuple[int, ...]) -> list[traffic.Collective]:
+def sent(function: Any, *shapes: tuple[int, ...]) -> list[hlo_costs.Collective]:
     """The exchanges of a function of local parts, run on all devices of a mesh."""
     mesh = make_mesh(SIZES, jax.devices()[:8])
     whole = PartitionSpec()
@@ -32,7 +32,7 @@ def sent(function: Any, *shapes: tuple[int, ...]) -> list[traffic.Collective]:
     )
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     text = jax.jit(mapped).lower(*inputs).compile().as_text()
-    return traffic.collectives(hlo.parse(text), SIZES)
+    return hlo_costs.collectives(hlo.parse(text), SIZES)
 
 
 def repeated(once: Any) -> Any:
@@ -94,8 +94,8 @@ def test_products_count_once_for_each_turn() -> None:
 
     text = jax.jit(run).lower(jnp.ones((8, 64)), jnp.ones((64, 64))).compile().as_text()
     program = hlo.parse(text)
-    assert traffic.product_flops(program) == TURNS * 2 * 8 * 64 * 64
-    assert traffic.kernels(program) == 0
+    assert hlo_costs.product_flops(program) == TURNS * 2 * 8 * 64 * 64
+    assert hlo_costs.kernels(program) == 0
 
 
 # As TPUs print it: no count of turns but in the condition, products as convolutions,
@@ -181,13 +181,13 @@ def test_a_tpus_loops_are_counted_from_their_conditions() -> None:
 
 
 def test_an_asynchronous_exchange_of_a_tpu_counts_where_it_begins() -> None:
-    (found,) = traffic.collectives(hlo.parse(TPU), POD)
+    (found,) = hlo_costs.collectives(hlo.parse(TPU), POD)
     assert (found.kind, found.axes, found.dtype) == ("all-gather", "fsdp", "bf16")
     assert (found.times, found.nbytes) == (80, 80 * 15 * 8 * 512 * 2)
 
 
 def test_a_tpus_products_count_without_their_padding() -> None:
-    found = traffic.product_flops(hlo.parse(TPU))
+    found = hlo_costs.product_flops(hlo.parse(TPU))
     assert found == 80 * 4 * 2 * 16 * 64 * 32 * 8
     # A window that sticks out at both ends: of 7 offsets each of 4 taps meets 4.
     padded = (
@@ -199,7 +199,7 @@ def test_a_tpus_products_count_without_their_padding() -> None:
         "dim_labels=0b2f1_1o2i0->0b1f2\n}\n"
     )
     wanted = 2 * 16 * 4096 * (2 * 8192) * (4 * 128)
-    assert traffic.product_flops(hlo.parse(padded)) == wanted
+    assert hlo_costs.product_flops(hlo.parse(padded)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_groups_of_chips_are_named_by_their_axes(
         f"  ROOT %r = f32[16]{{0}} all-reduce(%a), channel_id=1, {groups}, "
         "use_global_device_ids=true, to_apply=%add\n}\n"
     )
-    (found,) = traffic.collectives(hlo.parse(text), POD)
+    (found,) = hlo_costs.collectives(hlo.parse(text), POD)
     assert found.axes == axes
     assert found.nbytes == pytest.approx(2 * 64 * (size - 1) / size)
 

@@ -20,10 +20,11 @@ from llama_jax.errors import MeshError
 from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import Llama, Transformer, apply
 from llama_jax.params import count_params, flatten, param_shapes
-from llama_jax.planning import hardware, memory, report, roofline, search
-from llama_jax.planning.hardware import CHIPS, parse_topology
+from llama_jax.planning import memory, report, roofline, search
+from llama_jax.planning.chips import CHIPS
 from llama_jax.planning.memory import Workload, footprint
-from llama_jax.planning.topology import tpu_topology
+from llama_jax.planning.target_devices import tpu_devices
+from llama_jax.planning.topology import axis_bandwidths, local_topology, parse_topology
 from llama_jax.runtime import MESH_AXES, TRAINING_RULES, DType, Remat, Runtime
 from llama_jax.sharding import cache_shardings, make_mesh, param_shardings, parse_mesh
 
@@ -352,18 +353,18 @@ def test_a_topology_that_cannot_be_read_is_refused(text: str, reason: str) -> No
 
 def test_an_axis_that_closes_a_ring_has_two_links() -> None:
     pod = parse_topology("v5e:16x16")
-    assert hardware.axis_bandwidths(pod, {"fsdp": 16, "tensor": 16}) == {
+    assert axis_bandwidths(pod, {"fsdp": 16, "tensor": 16}) == {
         "data": 50e9,
         "fsdp": 100e9,
         "sequence": 50e9,
         "tensor": 100e9,
     }
-    assert hardware.axis_bandwidths(pod, {"fsdp": 256})["fsdp"] == 200e9
-    assert hardware.axis_bandwidths(pod, {"fsdp": 64, "tensor": 4})["tensor"] == 50e9
+    assert axis_bandwidths(pod, {"fsdp": 256})["fsdp"] == 200e9
+    assert axis_bandwidths(pod, {"fsdp": 64, "tensor": 4})["tensor"] == 50e9
     hosts = parse_topology("h100:2x8")
-    rates = hardware.axis_bandwidths(hosts, {"data": 2, "tensor": 8})
+    rates = axis_bandwidths(hosts, {"data": 2, "tensor": 8})
     assert (rates["data"], rates["tensor"]) == (50e9, 450e9)
-    assert hardware.axis_bandwidths(hosts, {"fsdp": 16})["fsdp"] == 400e9
+    assert axis_bandwidths(hosts, {"fsdp": 16})["fsdp"] == 400e9
 
 
 def test_every_chip_says_what_it_is_good_at() -> None:
@@ -375,7 +376,7 @@ def test_every_chip_says_what_it_is_good_at() -> None:
 
 
 def test_this_machine_is_a_topology_too() -> None:
-    found = hardware.local_topology()
+    found = local_topology()
     assert found.chips == len(jax.devices())
     if jax.default_backend() == "cpu":
         assert found.chip.dtype == "float32"
@@ -562,7 +563,7 @@ def test_trainings_temporaries_are_near_what_the_compiler_allotted(
 @pytest.mark.slow
 def test_decodings_arguments_are_the_formulas_weights_and_cache() -> None:
     config = preset("llama2-7b").replace(num_layers=2)
-    device = tpu_topology("v5e:2x2")[0]
+    device = tpu_devices("v5e:2x2")[0]
     compiled = compile_decoding(
         "decode_step", config, batch=4, slots=2048, dtype="bfloat16", device=device
     )

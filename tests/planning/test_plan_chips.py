@@ -12,9 +12,9 @@ from support.programs import needs_tpu_compiler
 
 from llama_jax.config import preset
 from llama_jax.errors import MeshError
-from llama_jax.planning import compiling, search
-from llama_jax.planning.answer import Compiled
-from llama_jax.planning.hardware import parse_topology
+from llama_jax.planning import compiler, search
+from llama_jax.planning.compiled import Compiled
+from llama_jax.planning.topology import parse_topology
 from llama_jax.planning.workload import Workload
 from llama_jax.sharding import parse_mesh
 
@@ -81,10 +81,10 @@ def compiled(case: Case) -> tuple[search.Plan, Compiled]:
     )
     found = search.plan(work, topology, parse_mesh(case.mesh))
     try:
-        devices = compiling.devices_of(topology)
+        devices = compiler.devices_of(topology)
     except MeshError as error:
         pytest.skip(str(error))
-    return found, compiling.compile_plan(found, devices)
+    return found, compiler.compile_plan(found, devices)
 
 
 def assert_fits_as_the_formula_says(case: Case) -> tuple[search.Plan, Compiled]:

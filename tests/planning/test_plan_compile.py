@@ -13,10 +13,11 @@ from support.models import TINY
 from llama_jax import plan
 from llama_jax.cli import command as cli
 from llama_jax.config import parse_model
-from llama_jax.planning import compiling, gpus, programs, search
-from llama_jax.planning.answer import Compiled, CompiledBytes
-from llama_jax.planning.hardware import CHIPS, local_topology, parse_topology
+from llama_jax.planning import compiler, gpu_target_config, programs, search
+from llama_jax.planning.chips import CHIPS
+from llama_jax.planning.compiled import Compiled, CompiledBytes
 from llama_jax.planning.memory import Workload, footprint
+from llama_jax.planning.topology import local_topology, parse_topology
 from llama_jax.sharding import make_mesh, parse_mesh
 
 eight_devices = pytest.mark.skipif(
@@ -56,7 +57,7 @@ def test_programs_take_what_the_formula_counts(task: Any, text: str) -> None:
     if task == "decode":
         assert found["cache"] == held.cache
     compiled = built.lower().compile(compiler_options=QUICKLY)
-    answer = compiling.held_by(found, compiled.memory_analysis())
+    answer = compiler.held_by(found, compiled.memory_analysis())
     assert answer.padding <= 64
     arguments = answer.weights + answer.optimizer + answer.cache + answer.batch
     size = compiled.memory_analysis().argument_size_in_bytes
@@ -125,8 +126,8 @@ def test_what_the_compiler_refuses_is_followed_by_smaller_plans(
         fits = found.held.total <= 70 * mega
         return answer(found.held.total, 70 * mega, None if fits else "Ran out.")
 
-    monkeypatch.setattr(compiling, "compile_plan", fake)
-    tried = compiling.compile_first_that_fits(plans, ())
+    monkeypatch.setattr(compiler, "compile_plan", fake)
+    tried = compiler.compile_first_that_fits(plans, ())
     assert asked == [100, 80, 60]
     assert [one.fits for _, one in tried] == [False, False, True]
 
@@ -170,11 +171,11 @@ def test_the_part_of_the_peak_is_of_the_work_and_not_of_what_is_done_twice() -> 
 def test_the_compilers_sentence_and_number_are_read(
     error: str, sentence: str, needed: float
 ) -> None:
-    assert compiling.out_of_memory(error) == (sentence, int(needed * (1 << 30)))
+    assert compiler.out_of_memory(error) == (sentence, int(needed * (1 << 30)))
 
 
 def test_another_error_is_no_lack_of_memory() -> None:
-    assert compiling.out_of_memory("INTERNAL: Mosaic failed to compile") is None
+    assert compiler.out_of_memory("INTERNAL: Mosaic failed to compile") is None
 
 
 # GPUs that are not there.
@@ -188,7 +189,10 @@ def test_an_h100_is_described_as_xla_describes_a_real_one(
     assets: pathlib.Path,
 ) -> None:
     real = (assets / "gpu" / "h100.target_config.textproto").read_text("utf-8")
-    wanted, found = fields_of(real), fields_of(gpus.target_config(CHIPS["h100"]))
+    wanted, found = (
+        fields_of(real),
+        fields_of(gpu_target_config.target_config(CHIPS["h100"])),
+    )
     assert found.pop("minor") in ("0", "8")  # of both versions
     wanted.pop("minor")
     for name, nearly in (("memory_bandwidth", 1e-3), ("device_memory_size", 1e-4)):
@@ -200,7 +204,7 @@ def test_an_h100_is_described_as_xla_describes_a_real_one(
 def test_every_gpu_of_the_table_is_described() -> None:
     for chip in CHIPS.values():
         if chip.links == "host":
-            described = fields_of(gpus.target_config(chip))
+            described = fields_of(gpu_target_config.target_config(chip))
             assert int(described["device_memory_size"]) == chip.hbm_bytes
 
 

@@ -16,7 +16,7 @@ from support.tolerances import GPU_KERNEL
 
 from llama_jax.kernels import reference
 from llama_jax.kernels.quantized_slots import QuantizedSlots, quantize_slots
-from llama_jax.planning.topology import gpu_topology
+from llama_jax.planning.target_devices import gpu_devices
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -141,7 +141,7 @@ def h100(assets: pathlib.Path) -> Any:
     """An H100 to compile for, or a skipped test."""
     text = (assets / "gpu" / "h100.target_config.textproto").read_text("utf-8")
     try:
-        return gpu_topology("1x1x8", text)[0]
+        return gpu_devices("1x1x8", text)[0]
     except ImportError as error:
         pytest.skip(str(error))
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from llama_jax.errors import MeshError
-from llama_jax.planning.hardware import Chip
+from llama_jax.planning.chips import Chip
 
 
 class Multiprocessors(NamedTuple):

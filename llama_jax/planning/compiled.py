@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llama_jax.kernels.dispatch import Implementation
+from llama_jax.planning.hlo_costs import Collective
 from llama_jax.planning.search import Plan
-from llama_jax.planning.traffic import Collective
 
 
 class CompiledBytes(NamedTuple):

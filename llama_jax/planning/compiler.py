@@ -12,14 +12,14 @@ from jax.errors import JaxRuntimeError
 
 from llama_jax.errors import MeshError
 from llama_jax.kernels.dispatch import Implementation
-from llama_jax.planning import hlo, roofline, traffic
-from llama_jax.planning.answer import Compiled, CompiledBytes
-from llama_jax.planning.gpus import multiprocessors, target_config
-from llama_jax.planning.hardware import Topology, axis_bandwidths
+from llama_jax.planning import hlo, hlo_costs, roofline
+from llama_jax.planning.compiled import Compiled, CompiledBytes
+from llama_jax.planning.gpu_target_config import multiprocessors, target_config
+from llama_jax.planning.hlo_costs import Collective
 from llama_jax.planning.programs import abstract_gpu, program, shard_bytes_of
 from llama_jax.planning.search import Plan
-from llama_jax.planning.topology import gpu_topology, tpu_topology
-from llama_jax.planning.traffic import Collective
+from llama_jax.planning.target_devices import gpu_devices, tpu_devices
+from llama_jax.planning.topology import Topology, axis_bandwidths
 from llama_jax.runtime import MESH_AXES
 from llama_jax.sharding import make_mesh
 
@@ -38,16 +38,16 @@ def devices_of(topology: Topology, *, gpu_config: str | None = None) -> list[Any
 
     Args:
       topology: of TPUs or NVIDIA's GPUs.
-      gpu_config: a GPU as text (`topology.gpu_topology`); of the table if not given.
+      gpu_config: a GPU as text (`gpu_devices`); of the table if not given.
 
     Raises:
       MeshError: the compiler is not installed, or knows no such chips.
     """
     try:
         if topology.chip.links == "torus":
-            return tpu_topology(str(topology))
+            return tpu_devices(str(topology))
         text = gpu_config or target_config(topology.chip)
-        return gpu_topology("x".join(map(str, (1, *topology.shape))), text)
+        return gpu_devices("x".join(map(str, (1, *topology.shape))), text)
     except ImportError as error:
         raise MeshError(f"--compile for {topology}: {error}") from error
 
@@ -99,8 +99,8 @@ def compile_plan(
     seconds = time.perf_counter() - began
     held = held_by(kinds, compiled.memory_analysis())
     text = hlo.parse(compiled.as_text())
-    sent = traffic.collectives(text, built.mesh)
-    flops = traffic.product_flops(text)
+    sent = hlo_costs.collectives(text, built.mesh)
+    flops = hlo_costs.product_flops(text)
     if built.attention != "xla":
         flops += roofline.chip_attention_flops(work, found.mesh)
     peak = topology.chip.flops.get(work.dtype)
@@ -111,7 +111,7 @@ def compile_plan(
         total=sum(held),
         limit=topology.chip.limit_bytes,
         out_of_memory=None,
-        kernels=traffic.kernels(text),
+        kernels=hlo_costs.kernels(text),
         collectives=sent,
         product_flops=flops,
         compute_seconds=flops / peak if peak else None,
