@@ -206,6 +206,7 @@ def _config(header: Header, tensors: Mapping[str, LazyLeaf]) -> LlamaConfig:
         rope_scaling=_scaling(header, tensors, head_dim, theta),
         norm_eps=_number(header, _EPS),
         tied_embeddings=_HEAD not in tensors,
+        head="lm",
         **sizes,
     )
 

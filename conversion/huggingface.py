@@ -142,6 +142,7 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
         rope_scaling=scaling,
         norm_eps=float(eps),
         tied_embeddings=tied,
+        head="lm",
     )
 
 

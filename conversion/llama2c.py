@@ -177,6 +177,7 @@ def _config_from_header(header: tuple[int, ...]) -> LlamaConfig:
         rope_scaling=None,
         norm_eps=_EPS,
         tied_embeddings=vocab_size > 0,
+        head="lm",
     )
 
 

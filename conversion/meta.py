@@ -124,6 +124,7 @@ def config_from_params(
         rope_scaling=None,
         norm_eps=float(given["norm_eps"]),
         tied_embeddings=False,
+        head="lm",
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.axis_patterns import axes_shape, is_plain, rearrange, reverse
-from llama_jax.conversion.tensor_tables import Format, Rule
+from llama_jax.conversion.tensor_tables import ORBAX, Format, Rule
 from llama_jax.errors import CheckpointError
 from llama_jax.params import axis_sizes, leaf_paths, row_of
 
@@ -85,7 +85,12 @@ def export(
     """The tensors of a foreign checkpoint, made from our leaves when they are wanted.
 
     In the table's order, layer by layer; all of `leaf_paths(config)` must be there.
+
+    Raises:
+      ConfigError: the model has a scalar head, which foreign formats lack.
     """
+    if form is not ORBAX:
+        config.check_head("lm", f"export to {form.name}")
     sizes = pattern_sizes(config)
     tensors = {
         name: _moved(reverse(rule.pattern), leaves[path], sizes, "the model", name)

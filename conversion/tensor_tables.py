@@ -7,9 +7,7 @@ module that reads (and writes) its files.
 
 from typing import NamedTuple
 
-from llama_jax.params import AXES
-
-LAYERS = "transformer/layers/"
+from llama_jax.params import AXES, LAYERS
 
 
 class Rule(NamedTuple):
@@ -162,4 +160,4 @@ def _own(row: str) -> Rule:
     return Rule(row, source, f"{axes} -> {axes}")
 
 
-ORBAX = Format("llama_jax", tuple(_own(row) for row in AXES if row != "scalar_head"))
+ORBAX = Format("llama_jax", tuple(map(_own, AXES)))

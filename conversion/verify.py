@@ -76,6 +76,7 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
       ConfigError: they are of different models.
       CheckpointError: one of them is damaged.
     """
+    a.config.check_head("lm", "verify")
     _check_alike(a, b)
     tied = a.config.tied_embeddings and b.config.tied_embeddings
     left, right = (_leaves(source, with_head=not tied) for source in (a, b))

@@ -9,6 +9,10 @@ from typing import Any, Literal, get_args
 from llama_jax.errors import ConfigError
 
 RopeScalingKind = Literal["linear", "llama3"]
+Head = Literal["lm", "scalar"]
+"""What a model computes of each token: logits, or one number."""
+
+_HEADS: dict[Head, str] = {"lm": "a language model", "scalar": "a number per token"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ class LlamaConfig:
       rope_scaling: how they were stretched, None where they were not.
       norm_eps: added to the mean square in RMSNorm.
       tied_embeddings: the output projection is the embedding, transposed.
+      head: "lm" for a language model, "scalar" for a reward model or critic, whose
+        only weight besides the transformer's is `scalar_head`.
 
     Raises:
       ConfigError: a value is out of range, or two contradict each other.
@@ -114,12 +120,15 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None
     norm_eps: float
     tied_embeddings: bool
+    head: Head
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is bool:
                 wanted, fits = "true or false", isinstance(value, bool)
+            elif field.name == "head":
+                wanted, fits = " or ".join(map(repr, _HEADS)), value in get_args(Head)
             elif field.name == "rope_scaling":
                 wanted = "a RopeScaling or None"
                 fits = value is None or isinstance(value, RopeScaling)
@@ -149,7 +158,11 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "LlamaConfig":
-        """The inverse of `to_dict`; refuses a field that is missing or unknown."""
+        """The inverse of `to_dict`; a missing or unknown field is an error.
+
+        `head` may be missing, as in files of the first versions: it is "lm" then.
+        """
+        fields = {"head": "lm"} | fields
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - fields.keys()):
             raise ConfigError(f"config: missing {', '.join(missing)}")
@@ -166,6 +179,14 @@ class LlamaConfig:
     def replace(self, **changes: Any) -> "LlamaConfig":
         """A copy with some fields changed (and checked again)."""
         return dataclasses.replace(self, **changes)
+
+    def check_head(self, head: Head, what: str) -> None:
+        """Raise a `ConfigError` if this is not the head that `what` needs."""
+        if self.head != head:
+            raise ConfigError(
+                f"{what}: needs a model with head {head!r} ({_HEADS[head]}), but the "
+                f"head is {self.head!r} ({_HEADS[self.head]}); give another model"
+            )
 
 
 def _is_positive(value: Any, number: str) -> bool:
@@ -214,7 +235,7 @@ def _published(name: str) -> LlamaConfig:
     fields: dict[str, Any] = dict(zip(_COLUMNS, row, strict=True))
     head_dim = fields["embed_dim"] // fields["num_heads"]
     return LlamaConfig(
-        head_dim=head_dim, rope_scaling=None, tied_embeddings=False, **fields
+        head_dim=head_dim, rope_scaling=None, tied_embeddings=False, head="lm", **fields
     )
 
 
@@ -287,4 +308,5 @@ def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
         rope_scaling=None,
         norm_eps=1e-5,
         tied_embeddings=tied,
+        head="lm",
     )

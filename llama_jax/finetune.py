@@ -205,8 +205,8 @@ def begin(
     """
     weights = fingerprint(opened.leaves) if opened.leaves else None
     if before is not None:
-        same = before["model"] == config.to_dict() and before["weights"] == weights
-        if not same:
+        model = LlamaConfig.from_dict(before["model"])
+        if model != config or before["weights"] != weights:
             raise TrainError(
                 f"--checkpoint is not the model that the run in {output} was begun "
                 "with; name that one, or begin anew in another --output"

@@ -22,7 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.model.lora import Lora, adapt
 from llama_jax.model.quantize import check_kind, quantize_leaf
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Llama, ScalarModel, model_for
 from llama_jax.params import stack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import weight_shardings
@@ -85,7 +85,7 @@ def load(
     opened = open_model(path, tokenizer=tokenizer, max_seq_len=max_seq_len)
     runtime = default_runtime() if runtime is None else runtime
     params = read_weights(opened, runtime=runtime, mesh=mesh, quantize=quantize)
-    model = Llama(opened.config, runtime, mesh)
+    model = model_for(opened.config, runtime, mesh)
     if adapter is not None:
         adapters, lora = read_adapters(adapter, model)
         params = adapt(params, adapters, lora.scaling)
@@ -153,7 +153,9 @@ def read_weights(
     )
 
 
-def read_adapters(path: Path, model: Llama) -> tuple[dict[str, Any], Lora]:
+def read_adapters(
+    path: Path, model: Llama | ScalarModel
+) -> tuple[dict[str, Any], Lora]:
     """The adapters of a PEFT folder in a model's layout, on its devices, in float32.
 
     Raises:

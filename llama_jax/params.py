@@ -11,7 +11,7 @@ unrolled.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,8 @@ AXES: dict[str, str] = {
 }
 """Every weight and the letters of its axes; `NH` and `KH` are heads × head width."""
 
-Head = Literal["lm_head", "scalar_head"]
-
-_LAYERS = "transformer/layers/"
+LAYERS = "transformer/layers/"
+"""The prefix of every layer weight's path, in either layout."""
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:
@@ -56,9 +55,9 @@ def axis_sizes(config: LlamaConfig) -> dict[str, int]:
 
 def row_of(path: str) -> tuple[str, int | None]:
     """The row of `AXES` that a leaf belongs to, in either layout, and its layer."""
-    layer, _, weight = path.removeprefix(_LAYERS).partition("/")
-    if path.startswith(_LAYERS) and layer.isdecimal():
-        return _LAYERS + weight, int(layer)
+    layer, _, weight = path.removeprefix(LAYERS).partition("/")
+    if path.startswith(LAYERS) and layer.isdecimal():
+        return LAYERS + weight, int(layer)
     return path, None
 
 
@@ -94,20 +93,18 @@ def weight_shape(config: LlamaConfig, axes: str) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in axes.split())
 
 
-def leaf_paths(
-    config: LlamaConfig, layout: LayerLayout = "unrolled", head: Head = "lm_head"
-) -> Iterator[str]:
+def leaf_paths(config: LlamaConfig, layout: LayerLayout = "unrolled") -> Iterator[str]:
     """The path of every leaf, in the order of the forward pass."""
-    heads = {"lm_head", "scalar_head"}
-    wanted = set() if head == "lm_head" and config.tied_embeddings else {head}
-    layer_rows = [path for path in AXES if path.startswith(_LAYERS)]
+    absent = {"scalar": "lm_head", "lm": "scalar_head"}[config.head]
+    tied = config.tied_embeddings
+    layer_rows = [path for path in AXES if path.startswith(LAYERS)]
     for path in AXES:
-        if path in heads - wanted:
+        if path == absent or (path == "lm_head" and tied):
             continue
         if layout == "unrolled" and path == layer_rows[0]:
             for layer in range(config.num_layers):
                 for row in layer_rows:
-                    yield f"{_LAYERS}{layer}/{row.removeprefix(_LAYERS)}"
+                    yield f"{LAYERS}{layer}/{row.removeprefix(LAYERS)}"
         elif layout == "stacked" or path not in layer_rows:
             yield path
 
@@ -116,14 +113,13 @@ def param_shapes(
     config: LlamaConfig,
     layout: LayerLayout = "unrolled",
     *,
-    head: Head = "lm_head",
     dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
     """The tree of a model as `jax.ShapeDtypeStruct`s, no memory used."""
     return unflatten(
         {
             path: jax.ShapeDtypeStruct(weight_shape(config, axes_of(path)), dtype)
-            for path in leaf_paths(config, layout, head)
+            for path in leaf_paths(config, layout)
         }
     )
 
@@ -164,20 +160,20 @@ def stack_layers(
     layers = len(tree["transformer"]["layers"])
     stacked = {}
     for path, leaf in flat.items():
-        if not path.startswith(_LAYERS):
+        if not path.startswith(LAYERS):
             stacked[path] = leaf
             continue
-        layer, _, weight = path.removeprefix(_LAYERS).partition("/")
+        layer, _, weight = path.removeprefix(LAYERS).partition("/")
         if layer == "0":
-            rows = [flat[f"{_LAYERS}{index}/{weight}"] for index in range(layers)]
-            stacked[_LAYERS + weight] = stack(rows)
+            rows = [flat[f"{LAYERS}{index}/{weight}"] for index in range(layers)]
+            stacked[LAYERS + weight] = stack(rows)
     return unflatten(stacked)
 
 
 def unstack_layers(tree: Params) -> dict[str, Any]:
     """A stacked tree made unrolled; the inverse of `stack_layers`."""
     flat = flatten(tree)
-    rows = {path: leaf for path, leaf in flat.items() if path.startswith(_LAYERS)}
+    rows = {path: leaf for path, leaf in flat.items() if path.startswith(LAYERS)}
     layers = next(iter(rows.values())).shape[0]
     unrolled: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -186,6 +182,6 @@ def unstack_layers(tree: Params) -> dict[str, Any]:
         elif path == next(iter(rows)):
             for index in range(layers):
                 for row, stacked in rows.items():
-                    name = f"{_LAYERS}{index}/{row.removeprefix(_LAYERS)}"
+                    name = f"{LAYERS}{index}/{row.removeprefix(LAYERS)}"
                     unrolled[name] = stacked[index]
     return unflatten(unrolled)

@@ -14,7 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.kernels.quantized_slots import QuantizedSlots
 from llama_jax.model.cache import KVCache
-from llama_jax.params import Head, axes_of, axis_sizes, flatten, leaf_paths, unflatten
+from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, unflatten
 from llama_jax.runtime import MESH_AXES, MeshAxes, Rules, Runtime
 from llama_jax.types import Array, Mesh, Params
 from llama_jax.weights import Adapted, Quantized
@@ -156,7 +156,7 @@ def _entry(names: MeshAxes) -> str | MeshAxes | None:
 
 
 def param_shardings(
-    config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, head: Head = "lm_head"
+    config: LlamaConfig, runtime: Runtime, mesh: Mesh
 ) -> dict[str, Any]:
     """The tree of `NamedSharding`s of a model's weights on a mesh.
 
@@ -168,7 +168,7 @@ def param_shardings(
       MeshError: a mesh axis does not divide the axis of a weight that it splits.
     """
     flat = {}
-    for path in leaf_paths(config, runtime.layer_layout, head):
+    for path in leaf_paths(config, runtime.layer_layout):
         try:
             place = weight_spec(axes_of(path), config, runtime.rules, mesh)
         except MeshError as error:
@@ -210,8 +210,6 @@ def weight_shardings(
     config: LlamaConfig,
     runtime: Runtime,
     mesh: Mesh,
-    *,
-    head: Head = "lm_head",
 ) -> dict[str, Any]:
     """The same tree with a `NamedSharding` for each array of it.
 
@@ -225,12 +223,11 @@ def weight_shardings(
       config: of the model.
       runtime: its layout and its rules count.
       mesh: the devices.
-      head: what the tree has behind the transformer.
 
     Raises:
       MeshError: a mesh axis does not divide the axis of a weight that it splits.
     """
-    places = flatten(param_shardings(config, runtime, mesh, head=head))
+    places = flatten(param_shardings(config, runtime, mesh))
 
     def place(*entries: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*entries))

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.models import TINY, configs, random_params
 
-from llama_jax.config import LlamaConfig
-from llama_jax.model.transformer import Llama, ScalarModel
+from llama_jax.config import Head, LlamaConfig
+from llama_jax.model.transformer import model_for
 from llama_jax.params import (
     AXES,
-    Head,
     axes_of,
     axis_sizes,
     count_params,
@@ -41,24 +40,22 @@ ODD = TINY.replace(  # no two axes of one length, heads that do not add up to D
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
-@pytest.mark.parametrize("head", ["lm_head", "scalar_head"])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_table_of_axes_describes_the_models_own_tree(
     tied: bool, layout: LayerLayout, head: Head
 ) -> None:
-    config = ODD.replace(tied_embeddings=tied)
-    model = {"lm_head": Llama, "scalar_head": ScalarModel}[head](
-        config, Runtime(layer_layout=layout, param_dtype="bfloat16")
-    )
+    config = ODD.replace(tied_embeddings=tied, head=head)
+    model = model_for(config, Runtime(layer_layout=layout, param_dtype="bfloat16"))
     tokens = jnp.zeros((1, 1), jnp.int32)
     own = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    table = param_shapes(config, layout, head=head, dtype=jnp.bfloat16)
+    table = param_shapes(config, layout, dtype=jnp.bfloat16)
     assert flatten(table) == flatten(own)
-    assert list(leaf_paths(config, layout, head)) == list(flatten(table))
+    assert list(leaf_paths(config, layout)) == list(flatten(table))
 
 
 def test_every_row_of_the_table_is_some_models() -> None:
-    used = {*leaf_paths(TINY, "stacked"), *leaf_paths(TINY, "stacked", "scalar_head")}
-    assert used == set(AXES)
+    scalar = TINY.replace(head="scalar")
+    assert {*leaf_paths(TINY, "stacked"), *leaf_paths(scalar, "stacked")} == set(AXES)
 
 
 def test_axes_of_a_layer_lack_its_number() -> None:
@@ -97,9 +94,10 @@ def test_unflatten_is_the_inverse_of_flatten(tree: dict[str, Any]) -> None:
     assert all(isinstance(leaf, int) for leaf in flat.values())
 
 
-@given(configs(), st.sampled_from(["lm_head", "scalar_head"]))
+@given(configs(), st.sampled_from(["lm", "scalar"]))
 def test_stacking_and_unstacking_are_inverses(config: LlamaConfig, head: Head) -> None:
-    shapes = flatten(param_shapes(config, head=head))
+    config = config.replace(head=head)
+    shapes = flatten(param_shapes(config))
     unrolled = unflatten(
         {
             path: np.random.default_rng(index).normal(size=shape.shape)
@@ -107,7 +105,7 @@ def test_stacking_and_unstacking_are_inverses(config: LlamaConfig, head: Head) -
         }
     )
     stacked = stack_layers(unrolled, np.stack)
-    table = flatten(param_shapes(config, "stacked", head=head))
+    table = flatten(param_shapes(config, "stacked"))
     found = flatten(stacked)
     assert list(found) == list(table)
     assert all(found[path].shape == table[path].shape for path in table)

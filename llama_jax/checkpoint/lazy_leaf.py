@@ -22,14 +22,20 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import place, to_host
 from llama_jax.errors import CheckpointError, LlamaJaxError
-from llama_jax.params import Head, axes_of, flatten, leaf_paths, unflatten, weight_shape
+from llama_jax.params import (
+    LAYERS,
+    axes_of,
+    flatten,
+    leaf_paths,
+    unflatten,
+    weight_shape,
+)
 from llama_jax.types import Params
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes that are done, and all of them."""
 
 _MOST = 1 << 40  # no axis is longer
-LAYERS = "transformer/layers/"
 _DTYPES: dict[str, np.dtype] = {
     "<f4": np.dtype(np.float32),
     "<f2": np.dtype(np.float16),
@@ -99,7 +105,7 @@ def lazy_leaves(params: Params) -> dict[str, LazyLeaf]:
 
 
 def check_leaves(
-    leaves: Mapping[str, LazyLeaf], config: LlamaConfig, *, head: Head, where: Any
+    leaves: Mapping[str, LazyLeaf], config: LlamaConfig, *, where: Any
 ) -> None:
     """Refuse what is not exactly the weights of this configuration.
 
@@ -111,7 +117,7 @@ def check_leaves(
             f"{where}: the configuration has {config.num_layers} layers, but there are "
             f"only {len(leaves)} weights; the two do not belong together"
         )
-    wanted = set(leaf_paths(config, head=head))
+    wanted = set(leaf_paths(config))
     for what, paths in (
         ("lacks", wanted - leaves.keys()),
         ("also holds", leaves.keys() - wanted),

@@ -23,7 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.checkpoint.atomic_write import new_folder
 from llama_jax.checkpoint.gathering import gathered
 from llama_jax.checkpoint.lazy_leaf import (
-    LAYERS,
     LazyLeaf,
     Progress,
     check_leaves,
@@ -33,8 +32,15 @@ from llama_jax.checkpoint.lazy_leaf import (
 )
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
-from llama_jax.model.transformer import Llama
-from llama_jax.params import Head, axes_of, flatten, leaf_paths, unflatten, weight_shape
+from llama_jax.model.transformer import Llama, ScalarModel
+from llama_jax.params import (
+    LAYERS,
+    axes_of,
+    flatten,
+    leaf_paths,
+    unflatten,
+    weight_shape,
+)
 from llama_jax.runtime import DType, Runtime
 from llama_jax.sharding import param_shardings, weight_shardings
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer
@@ -52,9 +58,20 @@ _ADDED = "added_tokens.json"
 class Loaded(NamedTuple):
     """A checkpoint in memory; `model.config` and `model.runtime` say what and how."""
 
-    model: Llama
+    model: Llama | ScalarModel
     params: dict[str, Any]
     tokenizer: Tokenizer
+
+    @property
+    def language_model(self) -> Llama:
+        """The model, which must have an "lm" head.
+
+        Raises:
+          ConfigError: it has a scalar head, and no logits.
+        """
+        self.model.config.check_head("lm", "generation")
+        assert isinstance(self.model, Llama)
+        return self.model
 
 
 def save_params(
@@ -63,7 +80,6 @@ def save_params(
     config: LlamaConfig,
     *,
     tokenizer: Tokenizer | None = None,
-    head: Head = "lm_head",
     dtype: DType | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -77,7 +93,6 @@ def save_params(
       params: tree of arrays or of `LazyLeaf`s, in either layout, nested or flat.
       config: what the weights are.
       tokenizer: stored beside them.
-      head: what the tree has behind the transformer.
       dtype: of the weights on disk; as they are where not given.
       progress: told of the bytes that are written.
 
@@ -85,7 +100,7 @@ def save_params(
       CheckpointError: there is something at `path`, or the tree is not the config's.
     """
     leaves = lazy_leaves(params)
-    check_leaves(leaves, config, head=head, where="the parameters")
+    check_leaves(leaves, config, where="the parameters")
     if dtype is not None:
         leaves = {path: leaf.cast(jnp.dtype(dtype)) for path, leaf in leaves.items()}
     with gathered(leaves) as whole:
@@ -117,7 +132,6 @@ def load_params(
     *,
     runtime: Runtime,
     mesh: Mesh | None = None,
-    head: Head = "lm_head",
 ) -> dict[str, Any]:
     """The weights of a checkpoint in the runtime's dtype and layout.
 
@@ -128,20 +142,18 @@ def load_params(
       CheckpointError: a leaf is missing, damaged or not the config's.
       MeshError: the mesh does not divide the model.
     """
-    leaves = open_params(path, config, head=head)
-    return place_params(leaves, config, runtime=runtime, mesh=mesh, head=head)
+    leaves = open_params(path, config)
+    return place_params(leaves, config, runtime=runtime, mesh=mesh)
 
 
-def open_params(
-    path: Path, config: LlamaConfig, *, head: Head = "lm_head"
-) -> dict[str, LazyLeaf]:
+def open_params(path: Path, config: LlamaConfig) -> dict[str, LazyLeaf]:
     """The weights of a checkpoint, one for each layer, to be read when wanted.
 
     Raises:
       CheckpointError: a leaf is missing, damaged or not the config's.
     """
     leaves = open_leaves(pathlib.Path(path) / _PARAMS)
-    check_leaves(leaves, config, head=head, where=path)
+    check_leaves(leaves, config, where=path)
     return leaves
 
 
@@ -151,7 +163,6 @@ def place_params(
     *,
     runtime: Runtime,
     mesh: Mesh | None = None,
-    head: Head = "lm_head",
     quantize: Quantize | None = None,
 ) -> dict[str, Any]:
     """The leaves as arrays in the runtime's dtype and layout, on the mesh's devices.
@@ -164,15 +175,14 @@ def place_params(
       config: of the model.
       runtime: its dtype, layout and rules count.
       mesh: devices; where there is none, the default one.
-      head: what the tree has behind the transformer.
       quantize: what becomes of each as soon as it is in its place, given its path.
     """
     dtype = jnp.dtype(runtime.weight_dtype)
     shardings: Mapping[str, Any] = {}
     if mesh is not None:
-        shardings = flatten(param_shardings(config, runtime, mesh, head=head))
+        shardings = flatten(param_shardings(config, runtime, mesh))
     flat = {}
-    for path in leaf_paths(config, runtime.layer_layout, head):
+    for path in leaf_paths(config, runtime.layer_layout):
         sharding = shardings.get(path)
         axes = axes_of(path)
         if not axes.startswith("L "):
@@ -200,7 +210,7 @@ def place_params(
         flat[path] = stacked
     if mesh is not None and quantize is not None:
         # Its scales lie where the compiler put them.
-        places = weight_shardings(unflatten(flat), config, runtime, mesh, head=head)
+        places = weight_shardings(unflatten(flat), config, runtime, mesh)
         flat = flatten(jax.tree.map(jax.device_put, unflatten(flat), places))
     return unflatten(flat)
 

@@ -117,7 +117,7 @@ def stream(
       PromptError: an empty or too long prompt, an id that the model lacks, a setting
         out of range; before anything is computed.
     """
-    model, params, tokenizer = loaded
+    model, params, tokenizer = loaded.language_model, loaded.params, loaded.tokenizer
     config = model.config
     if model.runtime.layer_layout != "unrolled":
         raise ConfigError("runtime: generation needs layer_layout='unrolled'")

@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding
 from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.params import (
     AXES,
-    Head,
     axes_of,
     draw,
     flatten,
@@ -35,13 +34,12 @@ def init_params(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     config, runtime = model.config, model.runtime
-    head: Head = "lm_head" if isinstance(model, Llama) else "scalar_head"
     dtype = jnp.dtype(runtime.weight_dtype)
     shardings: dict[str, Any] = {}
     if model.mesh is not None:
-        shardings = flatten(param_shardings(config, runtime, model.mesh, head=head))
+        shardings = flatten(param_shardings(config, runtime, model.mesh))
     first = {}
-    for path in leaf_paths(config, runtime.layer_layout, head):
+    for path in leaf_paths(config, runtime.layer_layout):
         shape = weight_shape(config, axes_of(path))
         row, layer = row_of(path)
         own = jax.random.fold_in(key, list(AXES).index(row))

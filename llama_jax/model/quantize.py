@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.params import Head, flatten, param_shapes, unflatten
+from llama_jax.params import flatten, param_shapes, unflatten
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array, Float, Params
 from llama_jax.weights import (
@@ -102,11 +102,10 @@ def quantized_shapes(
     *,
     group: int = GROUP,
     which: Collection[str] = PROJECTIONS,
-    head: Head = "lm_head",
 ) -> dict[str, Any]:
     """The tree of a quantized model as `ShapeDtypeStruct`s, no memory used."""
     shapes = param_shapes(
-        config, runtime.layer_layout, head=head, dtype=jnp.dtype(runtime.weight_dtype)
+        config, runtime.layer_layout, dtype=jnp.dtype(runtime.weight_dtype)
     )
     return unflatten(
         {

@@ -284,6 +284,10 @@ class Transformer(_Module):
 class Llama(_Module):
     """The language model: next-token logits, and the cache where one came in."""
 
+    def __post_init__(self) -> None:
+        self.config.check_head("lm", "Llama")
+        super().__post_init__()
+
     @nn.compact
     def _read(
         self, tokens: Tokens, positions: Any, segment_ids: Any, cache: Any = None
@@ -366,6 +370,10 @@ class ScalarModel(_Module):
     Its `transformer` tree is the language model's, so that one assignment copies it.
     """
 
+    def __post_init__(self) -> None:
+        self.config.check_head("scalar", "ScalarModel")
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -381,6 +389,13 @@ class ScalarModel(_Module):
         x = stream.x.astype(jnp.float32)
         scalars = jnp.matmul(x, head, precision=matmul_precision(jnp.float32))
         return in_order(scalars, "B T", self.runtime.rules, self.mesh)
+
+
+def model_for(
+    config: LlamaConfig, runtime: Runtime, mesh: Mesh | None = None
+) -> Llama | ScalarModel:
+    """Make the model that the configuration's head names."""
+    return (Llama if config.head == "lm" else ScalarModel)(config, runtime, mesh)
 
 
 def apply(model: Any, params: Params, *args: Any, **kwargs: Any) -> Any:

@@ -24,8 +24,14 @@ from llama_jax.checkpoint.model_folder import (
     read_tokenizer,
     save_params,
 )
+from llama_jax.config import LlamaConfig
+from llama_jax.conversion import convert
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
-from llama_jax.errors import CheckpointError, LlamaJaxError
+from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
+from llama_jax.generation.generate import generate
+from llama_jax.loading import load
+from llama_jax.model.init import init_params
+from llama_jax.model.transformer import Llama, ScalarModel, apply
 from llama_jax.params import flatten, leaf_paths, param_shapes, stack_layers, unflatten
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, param_shardings
@@ -34,11 +40,11 @@ from llama_jax.text.tokenizer import Tokenizer
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 
 
-def random_params(dtype: Any = "float32", **which: Any) -> dict[str, Any]:
+def random_params(config: LlamaConfig = TINY, dtype: Any = "float32") -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype),
-        param_shapes(TINY, dtype=jnp.dtype(dtype), **which),
+        param_shapes(config, dtype=jnp.dtype(dtype)),
     )
 
 
@@ -59,7 +65,7 @@ def saved(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @DTYPES
 def test_weights_come_back_bit_for_bit(tmp_path: pathlib.Path, dtype: Any) -> None:
-    params = random_params(dtype)
+    params = random_params(dtype=dtype)
     save_params(tmp_path / "model", params, TINY)
     assert read_config(tmp_path / "model") == TINY
     runtime = Runtime(param_dtype=dtype)
@@ -68,7 +74,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: pathlib.Path, dtype: Any) -> No
 
 @DTYPES
 def test_stock_orbax_restores_the_tree(tmp_path: pathlib.Path, dtype: Any) -> None:
-    params = random_params(dtype)
+    params = random_params(dtype=dtype)
     save_params(tmp_path / "model", params, TINY)
     folder = tmp_path / "model" / "params"
     with ocp.StandardCheckpointer() as standard:
@@ -126,13 +132,51 @@ def test_stacked_and_sharded_arrays_are_saved_unrolled(tmp_path: pathlib.Path) -
     assert_same(load_params(tmp_path / "sharded", TINY, runtime=Runtime()), params)
 
 
-def test_a_reward_model_keeps_its_head(tmp_path: pathlib.Path) -> None:
-    params = random_params(head="scalar_head")
-    save_params(tmp_path / "model", params, TINY, head="scalar_head")
-    found = load_params(tmp_path / "model", TINY, runtime=Runtime(), head="scalar_head")
-    assert_same(found, params)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_scalar_model_round_trips(
+    tmp_path: pathlib.Path, layout: Any, sharded: bool, tied: bool
+) -> None:
+    config = TINY.replace(head="scalar", tied_embeddings=tied)
+    mesh = make_mesh({"fsdp": 2, "tensor": 4}) if sharded else None
+    runtime = Runtime(layer_layout=layout)
+    model = ScalarModel(config, runtime, mesh)
+    params = init_params(model, jax.random.key(0))
+    tokenizer = Tokenizer(from_llama2c(write_llama2c_tokenizer(tmp_path / "t.bin")))
+    save_params(tmp_path / "model", params, config, tokenizer=tokenizer)
+    loaded = load(tmp_path / "model", runtime=runtime, mesh=mesh)
+    assert loaded.model == model
+    assert set(loaded.params) == {"transformer", "scalar_head"}
+    assert_same(loaded.params, params)
+    values = apply(loaded.model, loaded.params, jnp.arange(8).reshape(2, 4))
+    assert values.shape == (2, 4)
+
+
+def test_a_scalar_model_cannot_be_read_or_used_as_a_language_model(
+    tmp_path: pathlib.Path,
+) -> None:
+    config = TINY.replace(head="scalar")
+    tokenizer = Tokenizer(from_llama2c(write_llama2c_tokenizer(tmp_path / "t.bin")))
+    save_params(tmp_path / "model", random_params(config), config, tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match="lacks lm_head"):
         load_params(tmp_path / "model", TINY, runtime=Runtime())
+    loaded = load(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"generation: needs .* head 'lm'"):
+        generate(loaded, [[1, 2]])
+    with pytest.raises(ConfigError, match=r"Llama: needs .* the head is 'scalar'"):
+        Llama(config, Runtime())
+    for target in ("hf", "meta", "gguf", "llama2c"):
+        with pytest.raises(ConfigError, match=r"export to .* the head is 'scalar'"):
+            convert(tmp_path / "model", tmp_path / "new", target_format=target)
+
+
+def test_a_config_without_a_head_is_a_language_models(saved: pathlib.Path) -> None:
+    file = saved / "config.json"
+    content = json.loads(file.read_text())
+    assert content["config"].pop("head") == "lm"
+    file.write_text(json.dumps(content))
+    assert read_config(saved) == TINY
 
 
 def test_lazy_leaves_are_read_once_each_and_in_order(tmp_path: pathlib.Path) -> None:
@@ -163,7 +207,7 @@ def test_lazy_leaves_are_read_once_each_and_in_order(tmp_path: pathlib.Path) -> 
 def test_a_tree_that_stock_orbax_wrote_with_its_defaults_is_read_too(
     saved: pathlib.Path,
 ) -> None:
-    params = random_params("bfloat16")
+    params = random_params(dtype="bfloat16")
     for name in sorted(saved.glob("params/**/*"), reverse=True):
         name.unlink() if name.is_file() else name.rmdir()
     (saved / "params").rmdir()
@@ -176,7 +220,7 @@ def test_a_tree_that_stock_orbax_wrote_with_its_defaults_is_read_too(
 def test_reading_a_checkpoint_does_not_import_orbax(saved: pathlib.Path) -> None:
     code = (
         "import sys"
-        "\nfrom llama_jax.checkpoint import load_params, read_config"
+        "\nfrom llama_jax.checkpoint.model_folder import load_params, read_config"
         "\nfrom llama_jax.runtime import Runtime"
         f"\nconfig = read_config({str(saved)!r})"
         f"\nload_params({str(saved)!r}, config, runtime=Runtime())"
@@ -340,12 +384,12 @@ def test_compressed_leaves_are_read_through_orbax(saved: pathlib.Path) -> None:
 
 
 def test_a_bfloat16_leaf_is_described_as_one(tmp_path: pathlib.Path) -> None:
-    save_params(tmp_path / "model", random_params("bfloat16"), TINY)
+    save_params(tmp_path / "model", random_params(dtype="bfloat16"), TINY)
     leaf = tmp_path / "model" / "params" / "lm_head"
     described = json.loads((leaf / ".zarray").read_text())
     assert described["dtype"] == "bfloat16"
     raw = np.frombuffer((leaf / "0.0").read_bytes(), ml_dtypes.bfloat16)
-    wanted = random_params("bfloat16")["lm_head"]
+    wanted = random_params(dtype="bfloat16")["lm_head"]
     np.testing.assert_array_equal(raw.reshape(32, 272), wanted)
 
 

@@ -76,6 +76,7 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
         rope_scaling=scaling,
         norm_eps=draw(st.sampled_from([1e-5, 1e-6, 3.7e-6])),
         tied_embeddings=draw(st.booleans()),
+        head="lm",
     )
 
 

@@ -19,6 +19,7 @@ from support.models import (
 )
 from support.tolerances import EQUAL_FORWARD, EQUAL_GRADIENT
 
+from llama_jax.config import LlamaConfig
 from llama_jax.data.batch import Batch
 from llama_jax.generation.decode import decode_step, prefill
 from llama_jax.generation.generate import generate
@@ -55,6 +56,7 @@ some_meshes = pytest.mark.parametrize(  # where each compiles for many seconds
     ],
 )
 
+SCALAR = TINY.replace(head="scalar")
 B, T = 8, 16
 FORWARD = Runtime()
 TRAIN = Runtime(layer_layout="stacked", remat="block", rules=TRAINING_RULES)
@@ -64,11 +66,11 @@ def mesh_of(text: str) -> Any:
     return make_mesh(parse_mesh(text), jax.devices()[:8])
 
 
-def placed(runtime: Runtime, mesh: Any, **head: Any) -> dict[str, Any]:
-    params = in_layout(random_params(TINY, **head), runtime)
+def placed(runtime: Runtime, mesh: Any, config: LlamaConfig = TINY) -> dict[str, Any]:
+    params = in_layout(random_params(config), runtime)
     if mesh is None:
         return params
-    return jax.device_put(params, param_shardings(TINY, runtime, mesh, **head))
+    return jax.device_put(params, param_shardings(config, runtime, mesh))
 
 
 def batch(mesh: Any) -> Batch:
@@ -113,8 +115,8 @@ def test_a_number_of_each_token_comes_in_order_from_a_ring() -> None:
     tokens, mesh = random_tokens(TINY, B, T), mesh_of("sequence=4,tensor=2")
     found, wanted = (
         forward(
-            ScalarModel(TINY, FORWARD, on),
-            placed(FORWARD, on, head="scalar_head"),
+            ScalarModel(SCALAR, FORWARD, on),
+            placed(FORWARD, on, SCALAR),
             tokens,
         )
         for on in (mesh, None)

@@ -37,6 +37,7 @@ from llama_jax.params import flatten, unstack_layers
 from llama_jax.runtime import LayerLayout, Remat, Runtime
 
 MODEL = Llama(TINY, Runtime())
+SCALAR = TINY.replace(head="scalar")
 B, T = 3, 12
 SEGMENTS = [[0] * 5 + [1] * 4 + [2] * 3, [7] * 12, [1] + [2] * 10 + [3]]
 RESTARTED = [[*range(5), *range(4), *range(3)], [*range(12)], [0, *range(10), 0]]
@@ -87,8 +88,8 @@ def test_packed_model_equals_the_oracle(
 
 
 def test_scalar_model_equals_the_oracle(tokens: jax.Array) -> None:
-    params = random_params(TINY, head="scalar_head")
-    found = forward(ScalarModel(TINY, Runtime()), params, tokens)
+    params = random_params(SCALAR)
+    found = forward(ScalarModel(SCALAR, Runtime()), params, tokens)
     assert found.shape == tokens.shape
     assert_near(found, oracle.scalars(TINY, params, tokens), ORACLE_FLOAT32)
 
@@ -435,7 +436,7 @@ def test_activations_have_the_runtimes_dtype(tokens: jax.Array) -> None:
 def test_scalar_model_shares_the_transformers_tree(
     params: dict[str, Any], tokens: jax.Array
 ) -> None:
-    model = ScalarModel(TINY, Runtime())
+    model = ScalarModel(SCALAR, Runtime())
     init = functools.partial(init_params, model)
     reward = jax.eval_shape(init, jax.random.key(0))
     assert set(reward) == {"transformer", "scalar_head"}

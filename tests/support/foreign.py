@@ -30,6 +30,7 @@ TINY = LlamaConfig(
     rope_scaling=None,
     norm_eps=1e-5,
     tied_embeddings=False,
+    head="lm",
 )
 _WIDE = TINY.replace(embed_dim=64, head_dim=8)
 _LLAMA3 = RopeScaling(

@@ -15,7 +15,6 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.params import (
-    Head,
     axes_of,
     leaf_paths,
     stack_layers,
@@ -38,6 +37,7 @@ TINY = LlamaConfig(
     rope_scaling=None,
     norm_eps=1e-5,
     tied_embeddings=False,
+    head="lm",
 )
 
 forward = jax.jit(apply, static_argnums=0)
@@ -83,9 +83,7 @@ def configs() -> st.SearchStrategy[LlamaConfig]:
     )
 
 
-def random_params(
-    config: LlamaConfig, seed: int = 0, *, head: Head = "lm_head"
-) -> dict[str, Any]:
+def random_params(config: LlamaConfig, seed: int = 0) -> dict[str, Any]:
     """Unrolled float32 weights at which every part of the model shows.
 
     Larger than those that training begins with, so that attention is far from uniform
@@ -93,7 +91,7 @@ def random_params(
     """
     rng = np.random.default_rng(seed)
     flat = {}
-    for path in leaf_paths(config, head=head):
+    for path in leaf_paths(config):
         shape = weight_shape(config, axes_of(path))
         noise = rng.normal(size=shape)
         if path.endswith("scale"):
