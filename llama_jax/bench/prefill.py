@@ -10,7 +10,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.generation import decode as decoding
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
-from llama_jax.params import axes_of, count_params, leaf_paths, weight_shape
+from llama_jax.params import LAYERS, axes_of, count_params, leaf_paths, weight_shape
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array, Mesh
 
@@ -48,7 +48,7 @@ def prefill_flops(config: LlamaConfig, batch: int, tokens: int) -> int:
     projections = 0
     for path in leaf_paths(config):
         rows, *columns = weight_shape(config, axes_of(path))
-        if path.startswith("transformer/layers/") and columns:
+        if path.startswith(LAYERS) and columns:
             projections += rows * columns[0]
     head = config.embed_dim * config.vocab_size
     pairs = tokens * (tokens + 1) // 2

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from llama_jax.kernels.quantized_slots import QuantizedSlots
+from llama_jax.params import LAYERS
 from llama_jax.planning.workload import (
     INT4_GROUP,
-    LAYERS,
     Parts,
     Quantization,
     Shard,

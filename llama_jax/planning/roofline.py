@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from llama_jax.config import LlamaConfig
-from llama_jax.params import axes_of, leaf_paths, weight_shape
+from llama_jax.params import LAYERS, axes_of, leaf_paths, weight_shape
 from llama_jax.planning.memory import (
     Footprint,
     Shard,
@@ -23,8 +23,6 @@ from llama_jax.planning.memory import (
 )
 from llama_jax.planning.topology import Topology, axis_bandwidths
 from llama_jax.runtime import MESH_AXES
-
-_LAYERS = "transformer/layers/"
 
 
 class Bound(NamedTuple):
@@ -256,7 +254,7 @@ def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, flo
     def others(axis: str) -> float:
         return (sizes[axis] - 1) / sizes[axis]
 
-    outside = sum(s.gathered for p, s in found.items() if not p.startswith(_LAYERS))
+    outside = sum(s.gathered for p, s in found.items() if not p.startswith(LAYERS))
     gathered = config.num_layers * layer_bytes(work, mesh) + outside * width
     gathers = 2 if work.trains else 1
     summed = held = 0.0
@@ -286,7 +284,7 @@ def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, flo
 
 
 def _items(found: Mapping[str, Shard], layers: bool) -> tuple[list[str], list[Shard]]:
-    names = [name for name in found if name.startswith(_LAYERS) == layers]
+    names = [name for name in found if name.startswith(LAYERS) == layers]
     return names, [found[name] for name in names]
 
 
@@ -303,7 +301,7 @@ def _layer_bytes(work: Workload, found: Mapping[str, Shard]) -> int:
     return sum(
         shard_bytes(work, path, shard, shard.size)
         for path, shard in found.items()
-        if path.startswith(_LAYERS)
+        if path.startswith(LAYERS)
     )
 
 

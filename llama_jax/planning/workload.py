@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from llama_jax.config import LlamaConfig
-from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, param_shapes
+from llama_jax.params import (
+    LAYERS,
+    axes_of,
+    axis_sizes,
+    flatten,
+    leaf_paths,
+    param_shapes,
+)
 from llama_jax.runtime import (
     MESH_AXES,
     TRAINING_RULES,
@@ -28,8 +35,6 @@ Quantization = Literal["none", "int8", "int4", "nf4"]
 
 INT4_GROUP = 64
 """Weights that share a scale in four bits: a block of QLoRA (arXiv:2305.14314)."""
-
-LAYERS = "transformer/layers/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
