@@ -20,7 +20,7 @@ fetched ahead does not stop at a row's end but goes on with the next row's first
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ class Parcel(NamedTuple):
     parts: Sequence[tuple[Any, Any, Any]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a row's blocks lie."""
 

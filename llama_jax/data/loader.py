@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 from llama_jax.data.batch import Batch, assemble, check_targets
 from llama_jax.data.encode import Encoder, OnLong
@@ -148,7 +148,7 @@ class Loader:
         """Records of an epoch."""
         return self._records
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "Loader":
         """Itself, to go on from the last batch that was yielded."""
         return self
 
@@ -207,7 +207,7 @@ class Loader:
             self._source.close()  # type: ignore[attr-defined]
             self._source = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loader":
         """Itself, to be closed."""
         return self
 

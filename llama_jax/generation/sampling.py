@@ -203,7 +203,7 @@ def _smallest_bar(probs: Float[Array, "B V"], holds: object) -> Float[Array, "B 
     Non-negative floats are ordered as their bits are, so 30 halvings are exact.
     """
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
         enough = holds(jax.lax.bitcast_convert_type(middle, jnp.float32))  # type: ignore[operator]

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import TokenizerError
 from llama_jax.text import byte_level_bpe as bytelevel
@@ -25,6 +25,7 @@ class InfillingIds(NamedTuple):
     end: int
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Ids in, text out; what `StreamDecoder` says."""
 
@@ -35,6 +36,7 @@ class Stream(Protocol):
         """The text that is left."""
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What one kind of tokenizer file can do; `Tokenizer` has the meaning of each.
 

@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -165,7 +165,7 @@ class TrainCheckpoints:
         """Finish what was begun."""
         self._manager.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainCheckpoints":
         """Itself, to be closed."""
         return self
 

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from llama_jax.errors import TrainError
 
@@ -15,6 +15,7 @@ Record = dict[str, Any]
 FILE_NAME = "metrics.jsonl"
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Who is told of the records."""
 
@@ -69,7 +70,7 @@ class MetricsFile:
         """Write no more."""
         self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         """Itself, to be closed."""
         return self
 
