@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from llama_jax.generation.generate import Delta as Delta
     from llama_jax.generation.generate import generate as generate
     from llama_jax.generation.generate import stream as stream
+    from llama_jax.generation.request import Request as Request
+    from llama_jax.generation.request import chat_request as chat_request
+    from llama_jax.generation.request import infill_request as infill_request
+    from llama_jax.generation.request import text_request as text_request
     from llama_jax.generation.sampling import Sampling as Sampling
     from llama_jax.loading import default_runtime as default_runtime
     from llama_jax.loading import load as load
@@ -79,6 +83,12 @@ _HOMES = {
     "params": ("AXES",),
     "text.prompt_formats": ("completion_prompt", "get_format", "infilling_prompt"),
     "runtime": ("Rules", "Runtime"),
+    "generation.request": (
+        "Request",
+        "chat_request",
+        "infill_request",
+        "text_request",
+    ),
     "generation.sampling": ("Sampling",),
     "sharding": ("make_mesh", "parse_mesh"),
     "text.tokenizer": ("Tokenizer",),

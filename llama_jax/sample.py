@@ -21,18 +21,21 @@ from llama_jax.cli.chat import Conversation
 from llama_jax.cli.output import Clock, print_json, print_text
 from llama_jax.distributed import agreed
 from llama_jax.errors import PromptError
-from llama_jax.generation.completion import infilling_stop_ids
 from llama_jax.generation.generate import stream
+from llama_jax.generation.request import (
+    Settings,
+    chat_request,
+    infill_request,
+    text_request,
+)
 from llama_jax.generation.sampling import Sampling
 from llama_jax.text.prompt_formats import (
     FORMATS,
     Dialog,
     Message,
     PromptFormat,
-    completion_prompt,
     default_format,
     get_format,
-    infilling_prompt,
 )
 
 STORY = "Once upon a time"
@@ -58,54 +61,47 @@ def main(argv: Sequence[str] | None = None) -> int:
             "several processes have no common standard input; give --prompt or the "
             "name of a --prompt-file that all of them can read"
         )
-    request = read_prompt(args)
+    prompt = read_prompt(args)
     loaded = cli.load_from(args)
     clock.loaded()
-    options: dict[str, Any] = {
+    settings: Settings = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": sampling,
         "num_samples": args.num_samples,
-        "stop": tuple(args.stop),
+        "stop": args.stop,
         "logprobs": args.logprobs,
     }
+    facts: dict[str, Any] = {"prompt": prompt, "seed": sampling.seed}
+    before, after = "", ""
     if args.infill:
-        prefix, suffix = args.infill
-        options |= {"stop_ids": infilling_stop_ids(loaded.tokenizer)}
-        options |= {"after_marker": True}
-        ids = infilling_prompt(
-            loaded.tokenizer, prefix, suffix, suffix_first=args.suffix_first
+        before, after = args.infill
+        request = infill_request(
+            loaded.tokenizer,
+            before,
+            after,
+            suffix_first=args.suffix_first,
+            **settings,
         )
+        facts |= {"prompt": before, "suffix": after}
     elif is_dialog(args):
         style = get_format(args.format) if args.format else None
         style = style or default_format(loaded.tokenizer)
-        options |= {
-            "stop_ids": style.stop_ids(loaded.tokenizer),
-            "stop": (*style.stop_strings, *args.stop),
-        }
-        if request is None:
-            talk(loaded, style, args.system, options)
+        if prompt is None:
+            talk(loaded, style, args.system, settings)
             return 0
-        ids = style.encode(loaded.tokenizer, dialog(args.system, request))
+        messages = dialog(args.system, prompt)
+        request = chat_request(loaded.tokenizer, messages, format=style, **settings)
     else:
-        request = STORY if request is None else request
-        if not request:
-            raise PromptError("--prompt is empty; write at least a character")
-        # A text and its continuation are one text, with the space between them. A new
-        # beginning is an end too: that is how llama2.c's models separate texts.
-        tokenizer = loaded.tokenizer
-        options |= {"echo": not args.json}
-        options |= {"stop_ids": (tokenizer.eos_id, tokenizer.bos_id)}
-        ids = completion_prompt(loaded.tokenizer, request)
-    deltas = clock.watch(stream(loaded, [ids], **options))
+        facts["prompt"] = STORY if prompt is None else prompt
+        # A text and its continuation are printed as one, with the space between them.
+        settings["echo"] = not args.json
+        request = text_request(loaded.tokenizer, facts["prompt"], **settings)
+    deltas = clock.watch(stream(loaded, [request]))
     if args.json:
-        facts: dict[str, Any] = {"prompt": request, "seed": sampling.seed}
-        if args.infill:
-            facts |= {"prompt": prefix, "suffix": suffix}
-        print_json(loaded, deltas, ids, facts, args.num_samples)
+        print_json(loaded, deltas, request, facts)
     else:
-        if args.infill:
-            print(prefix, end="", flush=True)
-        print_text(loaded, deltas, args.infill[1] if args.infill else "")
+        print(before, end="", flush=True)
+        print_text(loaded, deltas, after)
     clock.report(sampling.seed)
     return 0
 
@@ -255,17 +251,18 @@ def dialog(system: str | None, message: str) -> list[Message]:
 
 
 def talk(
-    loaded: Loaded, style: PromptFormat, system: str | None, options: dict[str, Any]
+    loaded: Loaded, style: PromptFormat, system: str | None, settings: Settings
 ) -> None:
-    """A conversation; each answer draws random numbers of its own."""
-    first: Sampling = options["sampling"]
+    """Hold a conversation."""
+    settings["num_samples"] = 1
 
     def answer(dialog: Dialog) -> Iterator[str]:
-        ids = style.encode(loaded.tokenizer, dialog)
-        for delta in stream(loaded, [ids], **options | {"num_samples": 1}):
+        request = chat_request(loaded.tokenizer, dialog, format=style, **settings)
+        for delta in stream(loaded, [request]):
             yield delta.text
 
-    print(f"seed {first.seed}, format {style.name}", file=sys.stderr)
+    seed = settings["sampling"].seed
+    print(f"seed {seed}, format {style.name}", file=sys.stderr)
     Conversation(answer, system).loop()
 
 

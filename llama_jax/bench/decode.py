@@ -121,7 +121,7 @@ def _step_times(
     """Seconds per step of every device call, compilation left out."""
     params = init_params(model, jax.random.key(0))
     rows = sampling_rows([Sampling(temperature=0)] * batch, model.config.vocab_size)
-    stop_ids = jnp.full((8,), -1, jnp.int32)
+    stop_ids = jnp.full((batch, 8), -1, jnp.int32)
     per_call = min(steps, _STEPS_PER_CALL)
     times: list[float] = []
     for number in range(1 + rounds):
@@ -131,19 +131,15 @@ def _step_times(
             jnp.ones((batch, prompt_length), jnp.int32),
             jnp.full((batch,), prompt_length, jnp.int32),
             rows,
-            jnp.full((batch,), 1 << 30, jnp.int32),
             stop_ids,
+            jnp.full((batch,), 1 << 30, jnp.int32),
             num_slots=slots,
-            top=0,
-            score_prompt=False,
         )
         jax.block_until_ready(lanes)
 
         for _ in range(-(-steps // per_call)):
             start = time.perf_counter()
-            lanes, written = decoding.advance(
-                model, params, lanes, rows, stop_ids, jnp.int32(per_call), top=0
-            )
+            lanes, written = decoding.advance(model, params, lanes, jnp.int32(per_call))
             jax.block_until_ready(written)
             if number > 0:
                 times.append((time.perf_counter() - start) / per_call)

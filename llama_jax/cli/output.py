@@ -3,13 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.generation.generate import Delta
+from llama_jax.generation.request import Request
 
 
 def print_text(loaded: Loaded, deltas: Iterator[Delta], suffix: str) -> None:
@@ -40,14 +41,10 @@ def print_logprobs(loaded: Loaded, delta: Delta) -> None:
 
 
 def print_json(
-    loaded: Loaded,
-    deltas: Iterator[Delta],
-    ids: Sequence[int],
-    facts: dict[str, Any],
-    num_samples: int,
+    loaded: Loaded, deltas: Iterator[Delta], request: Request, facts: dict[str, Any]
 ) -> None:
     """A line for each completion, in the order in which they end."""
-    parts: list[list[Delta]] = [[] for _ in range(num_samples)]
+    parts: list[list[Delta]] = [[] for _ in range(request.num_samples)]
     for delta in deltas:
         mine = parts[delta.completion]
         mine.append(delta)
@@ -59,7 +56,7 @@ def print_json(
             "completion": "".join(part.text for part in mine),
             "token_ids": tokens,
             "finish_reason": delta.finish_reason,
-            "prompt_tokens": len(ids),
+            "prompt_tokens": len(request.prompt_ids),
             "completion_tokens": len(tokens),
         }
         if delta.logprobs is not None:

@@ -1,6 +1,6 @@
-"""Text, dialogs and infilling: the prompt formats around `generate`.
+"""Meta's three text functions, with their meaning and defaults.
 
-The functions have the meaning and the defaults of Meta's of the same names.
+Each makes one request per prompt and gives them to `generate`.
 """
 
 import dataclasses
@@ -9,35 +9,47 @@ from typing import Unpack
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.errors import PromptError, UnsafePromptError
-from llama_jax.generation.generate import Completion, Options, generate
-from llama_jax.generation.sampling import Sampling
-from llama_jax.text.prompt_formats import (
-    UNSAFE_ANSWER,
-    Dialog,
-    PromptFormat,
-    completion_prompt,
-    default_format,
-    get_format,
-    infilling_prompt,
+from llama_jax.generation.generate import Completion, generate
+from llama_jax.generation.request import (
+    Request,
+    Settings,
+    chat_request,
+    infill_request,
+    text_request,
 )
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.prompt_formats import UNSAFE_ANSWER, Dialog, PromptFormat
 
 
 def text_completion(
-    loaded: Loaded, prompts: Sequence[str], **options: Unpack[Options]
+    loaded: Loaded, prompts: Sequence[str], **settings: Unpack[Settings]
 ) -> list[Completion]:
     """Continue texts.
 
+    Args:
+      loaded: model, weights and tokenizer.
+      prompts: texts, none of them empty.
+      **settings: of every request; see `text_request`.
+
+    Returns:
+      `num_samples` completions per text, text by text.
+
     Raises:
-      PromptError: an empty text, and what `stream` raises.
+      PromptError: see `text_request` and `generate`.
+
+    >>> import llama_jax
+    >>> loaded = llama_jax.load()
+    >>> greedy = llama_jax.Sampling(temperature=0)
+    >>> [story] = text_completion(
+    ...     loaded, ["Once upon a time"], max_new_tokens=3, sampling=greedy
+    ... )
+    >>> story.text
+    ', there was'
     """
-    for number, text in enumerate(prompts):
-        if not text:
-            raise PromptError(
-                f"prompt {number + 1} is empty; write at least a character"
-            )
-    ids = [completion_prompt(loaded.tokenizer, text) for text in prompts]
-    return generate(loaded, ids, **options)
+    _check_list("prompts", prompts)
+    tokenizer = loaded.tokenizer
+    return generate(
+        loaded, [text_request(tokenizer, text, **settings) for text in prompts]
+    )
 
 
 def chat_completion(
@@ -45,57 +57,50 @@ def chat_completion(
     dialogs: Sequence[Dialog],
     *,
     format: str | PromptFormat | None = None,
-    **options: Unpack[Options],
+    **settings: Unpack[Settings],
 ) -> list[Completion]:
-    """Answer dialogs, each of which ends with the user's message.
+    """Answer dialogs.
 
-    As in Meta's code, a dialog that contains the format's special tags is answered by a
-    fixed sentence (`finish_reason` `"unsafe"`) instead of the model.
+    As in Meta's code, a dialog that contains special tags of the format gets a fixed
+    answer (`finish_reason` `"unsafe"`) instead of the model's.
 
     Args:
       loaded: model, weights and tokenizer.
-      dialogs: messages with `role` and `content`.
-      format: name of a prompt format; by default the one that Meta's chat models of
-        this tokenizer speak.
-      **options: see `Options`.
+      dialogs: each a list of messages that ends with the user's.
+      format: prompt format or its name; see `chat_request`.
+      **settings: of every request; see `chat_request`.
+
+    Returns:
+      `num_samples` answers per dialog, dialog by dialog.
 
     Raises:
-      PromptError: roles in an order that the format does not know, and what `stream`
-        raises.
+      PromptError: see `chat_request` and `generate`.
+
+    >>> import llama_jax
+    >>> loaded = llama_jax.load()
+    >>> dialog = [{"role": "user", "content": "What does [INST] mean?"}]
+    >>> [answer] = chat_completion(loaded, [dialog], max_new_tokens=8)
+    >>> answer.finish_reason
+    'unsafe'
     """
-    tokenizer = loaded.tokenizer
-    style = get_format(format) if isinstance(format, str) else format
-    style = style or default_format(tokenizer)
-    options.setdefault("stop_ids", style.stop_ids(tokenizer))
-    stop = options.get("stop", ())
-    if isinstance(stop, str):
-        raise PromptError(f"stop: {stop!r} must be a list of strings")
-    options["stop"] = (*style.stop_strings, *stop)
-    prompts: list[list[int] | None] = []
+    _check_list("dialogs", dialogs)
+    requests: list[Request | None] = []
     for dialog in dialogs:
         try:
-            prompts.append(style.encode(tokenizer, dialog))
+            request = chat_request(loaded.tokenizer, dialog, format=format, **settings)
         except UnsafePromptError:
-            prompts.append(None)
-    num_samples = options.get("num_samples", 1)
-    sampling = options.get("sampling", Sampling())
-    if not isinstance(sampling, Sampling):
-        if len(sampling) != len(dialogs):
-            raise PromptError(
-                f"{len(sampling)} sampling settings, {len(dialogs)} dialogs"
-            )
-        pairs = zip(sampling, prompts, strict=True)
-        options["sampling"] = [setting for setting, ids in pairs if ids is not None]
-    safe = iter(
-        generate(loaded, [ids for ids in prompts if ids is not None], **options)
-    )
+            requests.append(None)
+        else:
+            requests.append(request)
+    safe = [request for request in requests if request is not None]
+    answers = iter(generate(loaded, safe))
     refused = Completion(
         text=UNSAFE_ANSWER, token_ids=(), finish_reason="unsafe", prompt_ids=()
     )
     return [
-        refused if ids is None else next(safe)
-        for ids in prompts
-        for _ in range(num_samples)
+        refused if request is None else next(answers)
+        for request in requests
+        for _ in range(settings.get("num_samples", 1))
     ]
 
 
@@ -105,34 +110,53 @@ def text_infilling(
     suffixes: Sequence[str],
     *,
     suffix_first: bool = False,
-    **options: Unpack[Options],
+    **settings: Unpack[Settings],
 ) -> list[Completion]:
-    """Write what belongs between prefixes and suffixes (Code Llama paper, 2.3).
+    """Fill the gaps between prefixes and suffixes (Code Llama paper, section 2.3).
 
-    Ends at the end-of-middle piece, or at the end of sequence, should a model write
-    that. `full_text` of a completion has prefix and suffix around it.
+    Args:
+      loaded: model, weights and tokenizer.
+      prefixes: texts before the gaps.
+      suffixes: texts after them, as many.
+      suffix_first: show the model the suffix before the prefix.
+      **settings: of every request; see `infill_request`.
+
+    Returns:
+      `num_samples` completions per gap, gap by gap; `full_text` has prefix and suffix
+      around the completion.
 
     Raises:
-      PromptError: not an infilling model, and what `stream` raises.
+      PromptError: see `infill_request` and `generate`.
+
+    >>> import llama_jax
+    >>> text_infilling(llama_jax.load(), ["def f(x):"], [])
+    Traceback (most recent call last):
+    llama_jax.errors.PromptError: prefixes and suffixes: must be as many, got 1 and 0
     """
+    _check_list("prefixes", prefixes)
+    _check_list("suffixes", suffixes)
     if len(prefixes) != len(suffixes):
-        raise PromptError(f"{len(prefixes)} prefixes, but {len(suffixes)} suffixes")
-    if options.pop("echo", False):
-        raise PromptError("infilling: echo has no meaning here; see full_text")
-    tokenizer = loaded.tokenizer
-    pairs = list(zip(prefixes, suffixes, strict=True))
-    ids = [infilling_prompt(tokenizer, *p, suffix_first=suffix_first) for p in pairs]
-    options.setdefault("stop_ids", infilling_stop_ids(tokenizer))
-    middles = generate(loaded, ids, after_marker=True, **options)
-    num_samples = options.get("num_samples", 1)
-    owners = [pair for pair in pairs for _ in range(num_samples)]
+        raise PromptError(
+            "prefixes and suffixes: must be as many, got "
+            f"{len(prefixes)} and {len(suffixes)}"
+        )
+    gaps = list(zip(prefixes, suffixes, strict=True))
+    middles = generate(
+        loaded,
+        [
+            infill_request(
+                loaded.tokenizer, *gap, suffix_first=suffix_first, **settings
+            )
+            for gap in gaps
+        ],
+    )
+    around = [gap for gap in gaps for _ in range(settings.get("num_samples", 1))]
     return [
         dataclasses.replace(middle, full_text=prefix + middle.text + suffix)
-        for middle, (prefix, suffix) in zip(middles, owners, strict=True)
+        for middle, (prefix, suffix) in zip(middles, around, strict=True)
     ]
 
 
-def infilling_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends a middle."""
-    pieces, eos = tokenizer.infilling, tokenizer.eos_id
-    return (eos,) if pieces is None else (pieces.end, eos)
+def _check_list(name: str, texts: Sequence[object]) -> None:
+    if isinstance(texts, str):
+        raise PromptError(f"{name}: must be a list, got the string {texts!r}")

@@ -1,8 +1,11 @@
-"""The device side of generation: prefill, one decoding step, and a loop of steps.
+"""The device side of generation: prefill, one decoding step, and lanes of rows.
 
 All are pure functions; the cache goes in and comes out, and is donated. Shapes come in
 buckets, and everything that a request may choose (settings, limits, stop ids) is data,
-so that within its buckets no request compiles anything anew.
+so that within its buckets no request compiles anything.
+
+Serving grows from three of them: `start` reads one prompt into a cache of its own
+bucket, `insert` puts it into a lane, and `advance` runs all lanes.
 """
 
 import functools
@@ -12,12 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.generation.sampling import (
+    Sampling,
     SamplingRows,
     TokenCounts,
     TokenLogprobs,
     count_prompt,
     count_token,
     sample_token,
+    sampling_rows,
     token_logprobs,
 )
 from llama_jax.model.cache import KVCache, NewCache
@@ -25,7 +30,7 @@ from llama_jax.model.transformer import Llama, apply
 from llama_jax.types import Array, Bool, Float, Int, Lengths, Logits, Params, Tokens
 
 MAX_STEPS = 32
-"""The most decoding steps of one device call, whatever the caller asks for."""
+"""Most decoding steps of one device call, whatever the caller wants."""
 
 
 def bucket(size: int, limit: int, smallest: int = 16) -> int:
@@ -42,81 +47,142 @@ def prefill(
     Args:
       model: with unrolled layers.
       params: its weights.
-      tokens: the prompts, padded on the right with any id.
-      lengths: how long each prompt is.
+      tokens: prompts `[B, T]`, padded on the right with any id.
+      lengths: tokens of each prompt.
       num_slots: S, at least T.
 
     Returns:
-      The logits of the token that follows each prompt, and the cache.
+      The logits of the token after each prompt, and the cache.
+
+    >>> import jax.numpy as jnp, llama_jax
+    >>> model, params, tokenizer = llama_jax.load()
+    >>> ids = jnp.asarray([tokenizer.encode("Once upon a", bos=True, eos=False)])
+    >>> logits, cache = prefill(model, params, ids, jnp.asarray([ids.shape[1]]), 32)
+    >>> tokenizer.decode([int(logits[0].argmax())]), cache.num_slots
+    ('time', 32)
     """
-    logits, cache = _read_prompts(model, params, tokens, lengths, num_slots)
-    return logits[:, 0], cache
-
-
-def _read_prompts(
-    model: Llama,
-    params: Params,
-    tokens: Tokens,
-    lengths: Lengths,
-    num_slots: int,
-    *,
-    every_logit: bool = False,
-) -> tuple[Float[Array, "B P V"], KVCache]:
     logits, cache = apply(
         model,
         params,
         tokens,
         cache=NewCache(num_slots),
         lengths=lengths,
-        logits_at=None if every_logit else lengths[:, None] - 1,
+        logits_at=lengths[:, None] - 1,
+    )
+    return logits[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def extend(
+    model: Llama,
+    params: Params,
+    cache: KVCache,
+    tokens: Tokens,
+    lengths: Lengths,
+    logits_at: Int[Array, "B P"] | None = None,
+) -> tuple[Float[Array, "B P V"], KVCache]:
+    """Read more tokens into a cache: a chunk of a prompt, or a draft to verify.
+
+    Args:
+      model: with unrolled layers.
+      params: its weights.
+      cache: donated; has T free slots in each row.
+      tokens: `[B, T]`, padded on the right with any id.
+      lengths: tokens of each row that count; 0 leaves a row as it is.
+      logits_at: positions in T whose logits to compute; defaults to all.
+
+    Returns:
+      The logits of the tokens that follow those positions, and the cache.
+    """
+    logits, cache = apply(
+        model, params, tokens, cache=cache, lengths=lengths, logits_at=logits_at
     )
     return logits, cache
-
-
-def _decode(
-    model: Llama, params: Params, cache: KVCache, tokens: Lengths, counted: Lengths
-) -> tuple[Logits, KVCache]:
-    logits, cache = apply(model, params, tokens[:, None], cache=cache, lengths=counted)
-    return logits[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def decode_step(
     model: Llama, params: Params, cache: KVCache, tokens: Lengths
 ) -> tuple[Logits, KVCache]:
-    """One more token in every row.
+    """Read one more token in every row.
 
     Args:
       model: with unrolled layers.
       params: its weights.
-      cache: donated: use the one that is returned. Must have a free slot in each row.
-      tokens: the next token of each row.
+      cache: donated; has a free slot in each row.
+      tokens: next token of each row.
 
     Returns:
       The logits of the token after it, and the cache with it.
+
+    >>> import jax.numpy as jnp, llama_jax
+    >>> model, params, _ = llama_jax.load()
+    >>> cache = llama_jax.init_cache(model.config, 1, 16, "float32")
+    >>> logits, cache = decode_step(model, params, cache, jnp.asarray([1]))
+    >>> cache.length.tolist()
+    [1]
     """
     return _decode(model, params, cache, tokens, jnp.ones_like(tokens))
 
 
-class Lanes(NamedTuple):
-    """Rows that are being written.
+def _decode(
+    model: Llama, params: Params, cache: KVCache, tokens: Lengths, lengths: Lengths
+) -> tuple[Logits, KVCache]:
+    logits, cache = apply(model, params, tokens[:, None], cache=cache, lengths=lengths)
+    return logits[:, 0], cache
 
-    `token` is the last one sampled, which is not in the cache yet; `remaining` is how
-    many more may be sampled.
+
+class Lanes(NamedTuple):
+    """Everything that decoding needs to know of its rows.
+
+    Attributes:
+      cache: keys and values of the tokens before `token`.
+      token: last token sampled, which is not in the cache yet.
+      counts: tokens of the prompt and the completion, for the penalties.
+      sampling: settings of each row.
+      stop_ids: tokens that end each row, padded with -1.
+      remaining: tokens that may still be sampled.
+      done: rows that have ended; they sample nothing and their cache does not grow.
     """
 
     cache: KVCache
     token: Int[Array, " B"]
     counts: TokenCounts
+    sampling: SamplingRows
+    stop_ids: Int[Array, "B E"]
     remaining: Int[Array, " B"]
     done: Bool[Array, " B"]
 
 
-class Written(NamedTuple):
-    """What a device call wrote: C tokens per row, -1 behind a row's end."""
+class Emitted(NamedTuple):
+    """Tokens emitted by one call, `[B, C]`, padded with -1 after a row's end."""
 
     tokens: Int[Array, "B C"]
     logprobs: TokenLogprobs
+
+
+def empty_lanes(cache: KVCache, vocab_size: int, num_stop_ids: int = 8) -> Lanes:
+    """Lanes without requests, all of them done.
+
+    Args:
+      cache: empty, one row per lane.
+      vocab_size: V of the model.
+      num_stop_ids: E, most stop ids of a lane.
+    """
+    rows = cache.length.shape[0]
+    zeros = jnp.zeros((rows,), jnp.int32)
+    return Lanes(
+        cache=cache,
+        token=zeros,
+        counts=TokenCounts(
+            jnp.zeros((rows, vocab_size), bool),
+            jnp.zeros((rows, vocab_size), jnp.int32),
+        ),
+        sampling=sampling_rows([Sampling()] * rows, vocab_size),
+        stop_ids=jnp.full((rows, num_stop_ids), -1, jnp.int32),
+        remaining=jnp.zeros_like(zeros),
+        done=jnp.ones((rows,), bool),
+    )
 
 
 @functools.partial(
@@ -127,60 +193,116 @@ def start(
     params: Params,
     tokens: Tokens,
     lengths: Lengths,
-    rows: SamplingRows,
+    sampling: SamplingRows,
+    stop_ids: Int[Array, "B E"],
     limits: Lengths,
-    stop_ids: Int[Array, " E"],
     *,
     num_slots: int,
-    top: int,
-    score_prompt: bool,
-) -> tuple[Lanes, Written, TokenLogprobs | None]:
+    top: int = 0,
+    score_prompt: bool = False,
+) -> tuple[Lanes, Emitted, TokenLogprobs | None]:
     """Read prompts and sample the first token of each row.
 
     Args:
       model: with unrolled layers.
       params: its weights.
-      tokens: the prompts, padded on the right.
-      lengths: how long each is.
-      rows: how to sample.
-      limits: the most tokens to sample; 0 for rows that only fill the batch.
-      stop_ids: tokens that end a row, padded with -1.
+      tokens: prompts `[B, T]`, padded on the right with any id.
+      lengths: tokens of each prompt.
+      sampling: settings of each row.
+      stop_ids: tokens that end each row, padded with -1.
+      limits: most tokens to sample; 0 for rows that only fill the batch.
       num_slots: S, at least prompt plus limit in each row.
-      top: how many of the likeliest tokens to report.
-      score_prompt: whether to report the prompt's own log-probabilities: of token
-        t + 1 at index t.
+      top: number of likeliest tokens to report.
+      score_prompt: report log-probabilities of the prompt: of token t + 1 at index t.
+
+    Returns:
+      The lanes, the first token of each, and the scores of the prompts.
     """
-    logits, cache = _read_prompts(
-        model, params, tokens, lengths, num_slots, every_logit=score_prompt
+    logits, cache = apply(
+        model,
+        params,
+        tokens,
+        cache=NewCache(num_slots),
+        lengths=lengths,
+        logits_at=None if score_prompt else lengths[:, None] - 1,
     )
     scores = None
     if score_prompt:
         scores = token_logprobs(logits[:, :-1], tokens[:, 1:], top)
         last = (lengths - 1)[:, None, None]
         logits = jnp.take_along_axis(logits, last, axis=1)
+    args = (tokens, lengths, sampling, stop_ids, limits)
+    lanes, emitted = begin(cache, logits[:, 0], *args, top=top)
+    return lanes, emitted, scores
+
+
+@functools.partial(jax.jit, static_argnames="top", donate_argnames="cache")
+def begin(
+    cache: KVCache,
+    logits: Logits,
+    tokens: Tokens,
+    lengths: Lengths,
+    sampling: SamplingRows,
+    stop_ids: Int[Array, "B E"],
+    limits: Lengths,
+    *,
+    top: int = 0,
+) -> tuple[Lanes, Emitted]:
+    """Sample the first token of rows whose prompts are in a cache already.
+
+    `start` is `prefill` and this; a prompt read in chunks is `extend` and this.
+
+    Args:
+      cache: donated; holds the prompts.
+      logits: of the token after each prompt.
+      tokens: the prompts, for the penalties; the rest as in `start`.
+      lengths: tokens of each prompt.
+      sampling: settings of each row.
+      stop_ids: tokens that end each row, padded with -1.
+      limits: most tokens to sample.
+      top: number of likeliest tokens to report.
+    """
     counts = count_prompt(tokens, lengths, logits.shape[-1])
-    lanes = Lanes(cache, lengths, counts, limits, limits <= 0)
-    lanes, chosen, logprobs = _choose(lanes, logits[:, 0], rows, stop_ids, top)
-    written = Written(chosen, logprobs)
-    return lanes, jax.tree.map(lambda x: x[:, None], written), scores
+    lanes = Lanes(cache, lengths, counts, sampling, stop_ids, limits, limits <= 0)
+    lanes, emitted = _sample(lanes, logits, top)
+    return lanes, jax.tree.map(lambda x: x[:, None], emitted)
 
 
-def _choose(
-    lanes: Lanes, logits: Logits, rows: SamplingRows, stop_ids: Array, top: int
-) -> tuple[Lanes, Array, TokenLogprobs]:
-    """Sample the token behind the cache's last in every row that is not done."""
-    token = sample_token(logits, lanes.counts, rows, lanes.cache.length)
-    logprobs = token_logprobs(logits, token, top)
-    written = jnp.where(lanes.done, -1, token)
+def _sample(lanes: Lanes, logits: Logits, top: int) -> tuple[Lanes, Emitted]:
+    """Sample the token after the cache's last in every row that is not done."""
+    token = sample_token(logits, lanes.counts, lanes.sampling, lanes.cache.length)
+    emitted = Emitted(
+        jnp.where(lanes.done, -1, token), token_logprobs(logits, token, top)
+    )
     remaining = lanes.remaining - ~lanes.done
-    stopped = jnp.any(token[:, None] == stop_ids, axis=-1)
+    stopped = jnp.any(token[:, None] == lanes.stop_ids, axis=-1)
     lanes = lanes._replace(
         token=token,
         counts=count_token(lanes.counts, token),
         remaining=remaining,
         done=lanes.done | stopped | (remaining <= 0),
     )
-    return lanes, written, logprobs
+    return lanes, emitted
+
+
+@functools.partial(jax.jit, donate_argnames="lanes")
+def insert(lanes: Lanes, lane: Int[Array, ""], prefix: Lanes) -> Lanes:
+    """Put a started request into a lane, whatever was there.
+
+    Args:
+      lanes: donated.
+      lane: index of the lane.
+      prefix: lanes of one row as `start` or `begin` makes them, with at most as many
+        slots and stop ids as `lanes`.
+    """
+    fill = lanes.stop_ids.shape[1] - prefix.stop_ids.shape[1]
+    stop_ids = jnp.pad(prefix.stop_ids, ((0, 0), (0, fill)), constant_values=-1)
+
+    def write(rows: Array, row: Array) -> Array:
+        start: list[Array | int] = [lane, *[0] * (rows.ndim - 1)]
+        return jax.lax.dynamic_update_slice(rows, row, start)
+
+    return jax.tree.map(write, lanes, prefix._replace(stop_ids=stop_ids))
 
 
 @functools.partial(
@@ -190,38 +312,42 @@ def advance(
     model: Llama,
     params: Params,
     lanes: Lanes,
-    rows: SamplingRows,
-    stop_ids: Int[Array, " E"],
     steps: Int[Array, ""],
     *,
-    top: int,
-) -> tuple[Lanes, Written]:
-    """Up to `steps` (at most `MAX_STEPS`) tokens more, fewer if all rows are done."""
+    top: int = 0,
+) -> tuple[Lanes, Emitted]:
+    """Sample up to `steps` more tokens in every lane; fewer if all lanes are done.
+
+    Args:
+      model: with unrolled layers.
+      params: its weights.
+      lanes: donated.
+      steps: at most `MAX_STEPS`.
+      top: number of likeliest tokens to report.
+    """
     batch = lanes.token.shape[0]
 
-    def unfinished(state: tuple[Array, Lanes, Written]) -> Array:
+    def unfinished(state: tuple[Array, Lanes, Emitted]) -> Array:
         step, lanes, _ = state
         return (step < jnp.minimum(steps, MAX_STEPS)) & ~jnp.all(lanes.done)
 
-    def body(state: tuple[Array, Lanes, Written]) -> tuple[Array, Lanes, Written]:
-        step, lanes, written = state
-        counted = (~lanes.done).astype(jnp.int32)
-        logits, cache = _decode(model, params, lanes.cache, lanes.token, counted)
-        lanes = lanes._replace(cache=cache)
-        lanes, token, logprobs = _choose(lanes, logits, rows, stop_ids, top)
-        new = Written(token, logprobs)
-        written = jax.tree.map(lambda all, one: all.at[:, step].set(one), written, new)
-        return step + 1, lanes, written
+    def body(state: tuple[Array, Lanes, Emitted]) -> tuple[Array, Lanes, Emitted]:
+        step, lanes, emitted = state
+        lengths = (~lanes.done).astype(jnp.int32)
+        logits, cache = _decode(model, params, lanes.cache, lanes.token, lengths)
+        lanes, new = _sample(lanes._replace(cache=cache), logits, top)
+        emitted = jax.tree.map(lambda all, at: all.at[:, step].set(at), emitted, new)
+        return step + 1, lanes, emitted
 
-    room = (batch, MAX_STEPS)
-    written = Written(
-        jnp.full(room, -1, jnp.int32),
+    shape = (batch, MAX_STEPS)
+    emitted = Emitted(
+        jnp.full(shape, -1, jnp.int32),
         TokenLogprobs(
-            jnp.zeros(room, jnp.float32),
-            jnp.zeros((*room, top), jnp.int32),
-            jnp.zeros((*room, top), jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, top), jnp.int32),
+            jnp.zeros((*shape, top), jnp.float32),
         ),
     )
-    start = (jnp.zeros((), jnp.int32), lanes, written)
-    _, lanes, written = jax.lax.while_loop(unfinished, body, start)
-    return lanes, written
+    first = (jnp.zeros((), jnp.int32), lanes, emitted)
+    _, lanes, emitted = jax.lax.while_loop(unfinished, body, first)
+    return lanes, emitted

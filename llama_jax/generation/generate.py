@@ -1,21 +1,24 @@
-"""The host side of generation: token ids in, completions out.
+"""The host side of generation: requests in, completions out.
 
-`stream` yields what is new after every few decoding steps; `generate` collects it.
-Over several processes, each gives the same prompts and gets the same completions.
+`stream` yields the new text after every few decoding steps; `generate` collects it.
+With several processes, each gives the same requests and gets the same completions.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
 from llama_jax.errors import ConfigError, PromptError
 from llama_jax.generation import decode as decoding
-from llama_jax.generation.sampling import Sampling, TokenLogprobs, sampling_rows
+from llama_jax.generation.batching import num_slots, start_inputs, token_limit
+from llama_jax.generation.request import Request
+from llama_jax.generation.sampling import TokenLogprobs
 from llama_jax.generation.stop_strings import StopScanner
 from llama_jax.text.tokenizer import StreamDecoder
 
@@ -23,32 +26,16 @@ FinishReason = Literal["stop", "length", "unsafe"]
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
-class Options(TypedDict, total=False):
-    """What every way of generating takes.
-
-    Keys:
-      max_new_tokens: the most tokens of a completion; by default what fits the context.
-      sampling: a `Sampling`, or one for each prompt.
-      num_samples: completions per prompt.
-      stop: strings that end a completion; they are not part of it.
-      stop_ids: tokens that do; by default what the prompt format or tokenizer says.
-      logprobs: also give log-probabilities, and those of this many likeliest tokens.
-      echo: put the prompt in front of the completion.
-    """
-
-    max_new_tokens: int | None
-    sampling: Sampling | Sequence[Sampling]
-    num_samples: int
-    stop: Sequence[str]
-    stop_ids: Sequence[int]
-    logprobs: int | None
-    echo: bool
-
-
 class Delta(NamedTuple):
-    """What is new in one completion.
+    """New text and tokens of one completion.
 
-    `completion` counts them, prompt by prompt; `finish_reason` is set in the last.
+    Attributes:
+      completion: index of the completion; they are numbered request by request.
+      text: text that follows that of earlier deltas.
+      token_ids: tokens, likewise.
+      logprobs: of each of `token_ids`; see `Completion`.
+      top_logprobs: likewise.
+      finish_reason: set in the last delta of a completion.
     """
 
     completion: int
@@ -64,14 +51,15 @@ class Completion:
     """A finished completion.
 
     Attributes:
-      text: without what ended it; with the prompt in front if `echo` was asked for.
+      text: without what ended it; after the prompt's text if the request has `echo`.
       token_ids: likewise; a token that completed a stop string is the last of them.
       finish_reason: `"stop"` (stop id or string), `"length"` (the limit), or `"unsafe"`
         (a dialog with special tags, which was not run).
-      prompt_ids: the prompt as the model saw it.
-      logprobs: of each of `token_ids`, under the model's own distribution (no
-        temperature); 0 for the very first token. None if not asked for.
-      top_logprobs: the likeliest (id, log-probability) pairs in each place.
+      prompt_ids: the prompt as the model read it.
+      logprobs: log-probability of each of `token_ids` under the model's own
+        distribution (no temperature), 0 for the first token of a prompt; None without
+        `logprobs` in the request.
+      top_logprobs: the likeliest (id, log-probability) pairs at each position.
       full_text: for infilling: prefix, completion and suffix.
     """
 
@@ -84,157 +72,147 @@ class Completion:
     full_text: str | None = None
 
 
-def stream(
-    loaded: Loaded,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | None = None,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008  (it is frozen)
-    num_samples: int = 1,
-    stop: Sequence[str] = (),
-    stop_ids: Sequence[int] | None = None,
-    logprobs: int | None = None,
-    echo: bool = False,
-    after_marker: bool = False,
-    chunk: int = 8,
-) -> Iterator[Delta]:
-    """Complete prompts, yielding every completion's new text as it is made.
+def generate(
+    loaded: Loaded, requests: Sequence[Request], *, chunk: int = decoding.MAX_STEPS
+) -> list[Completion]:
+    """Complete requests.
 
     Args:
       loaded: model, weights and tokenizer.
-      prompts: token ids, at least one in each.
-      max_new_tokens: and the following: see `Options`.
-      sampling: likewise.
-      num_samples: likewise.
-      stop: likewise.
-      stop_ids: likewise.
-      logprobs: likewise.
-      echo: likewise.
-      after_marker: decode as the continuation of a text (infilling), not as its start.
-      chunk: decoding steps between two looks at the text; changes nothing else.
+      requests: any number.
+      chunk: decoding steps between two searches for stop strings; changes nothing
+        else.
+
+    Returns:
+      `num_samples` completions per request, request by request.
 
     Raises:
-      PromptError: an empty or too long prompt, an id that the model lacks, a setting
-        out of range; before anything is computed.
-    """
-    model, params, tokenizer = loaded.language_model, loaded.params, loaded.tokenizer
-    config = model.config
-    if model.runtime.layer_layout != "unrolled":
-        raise ConfigError("runtime: generation needs layer_layout='unrolled'")
-    if (max_new_tokens is not None and max_new_tokens < 1) or num_samples < 1:
-        raise PromptError("max_new_tokens and num_samples must be at least 1")
-    if logprobs is not None and not 0 <= logprobs <= config.vocab_size:
-        raise PromptError(
-            f"logprobs is {logprobs}; it must be between 0 and {config.vocab_size}"
-        )
-    if not prompts:
-        return
-    settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-    if len(settings) != len(prompts):
-        raise PromptError(f"{len(settings)} sampling settings, {len(prompts)} prompts")
-    if stop_ids is None:
-        stop_ids = (tokenizer.eos_id,)
-    rows: list[_Row] = []
-    for number, prompt in enumerate(prompts):
-        check_prompt(loaded, prompt, f"prompt {number + 1}")
-        room = config.max_seq_len - len(prompt)
-        limit = min(room, max_new_tokens or room)
-        for _ in range(num_samples):
-            decoder = StreamDecoder(tokenizer, after_marker=after_marker)
-            rows.append(
-                _Row(
-                    len(rows), prompt, limit, decoder, StopScanner(stop), set(stop_ids)
-                )
-            )
+      PromptError: a request that the model cannot run: a prompt that is too long, an
+        id that it lacks; before anything is computed.
 
-    # Rows that only fill the batch's bucket have no tokens to sample.
-    batch = decoding.bucket(len(rows), 1 << 30, smallest=1)
-    fill = batch - len(rows)
-    width = decoding.bucket(max(len(row.prompt) for row in rows), config.max_seq_len)
-    slots = max(len(row.prompt) + row.limit for row in rows)
-    tokens = np.zeros((batch, width), np.int32)
-    for row in rows:
-        tokens[row.index, : len(row.prompt)] = row.prompt
-    per_row = [setting for setting in settings for _ in range(num_samples)]
-    arrays = sampling_rows(
-        [*per_row, *[Sampling()] * fill],
-        config.vocab_size,
-        samples=[*list(range(num_samples)) * len(prompts), *[0] * fill],
-        banned=tokenizer.unnamed_ids(config.vocab_size),
+    >>> import llama_jax
+    >>> loaded = llama_jax.load()
+    >>> request = llama_jax.text_request(
+    ...     loaded.tokenizer,
+    ...     "Once upon a time",
+    ...     max_new_tokens=3,
+    ...     sampling=llama_jax.Sampling(temperature=0),
+    ... )
+    >>> [completion] = generate(loaded, [request])
+    >>> completion.text, completion.finish_reason
+    (', there was', 'length')
+    """
+    prompts = [
+        tuple(request.prompt_ids)
+        for request in requests
+        for _ in range(request.num_samples)
+    ]
+    parts: list[list[Delta]] = [[] for _ in prompts]
+    for delta in stream(loaded, requests, chunk=chunk):
+        parts[delta.completion].append(delta)
+    return [_joined(*pair) for pair in zip(prompts, parts, strict=True)]
+
+
+def _joined(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
+    last = deltas[-1]
+    assert last.finish_reason is not None, "the last delta says why a completion ended"
+    scored = last.logprobs is not None
+    logprobs = tuple(p for delta in deltas for p in delta.logprobs or ())
+    top = tuple(pairs for delta in deltas for pairs in delta.top_logprobs or ())
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(id for delta in deltas for id in delta.token_ids),
+        finish_reason=last.finish_reason,
+        prompt_ids=prompt,
+        logprobs=logprobs if scored else None,
+        top_logprobs=top if scored else None,
     )
-    ends = np.full(decoding.bucket(len(stop_ids), 1 << 30, smallest=8), -1, np.int32)
-    ends[: len(stop_ids)] = stop_ids
-    top = logprobs or 0
-    score_prompt = echo and logprobs is not None
-    lanes, written, scores = decoding.start(
-        model,
-        params,
-        jnp.asarray(tokens),
-        jnp.asarray([len(row.prompt) for row in rows] + [1] * fill, jnp.int32),
-        arrays,
-        jnp.asarray([row.limit for row in rows] + [0] * fill, jnp.int32),
-        jnp.asarray(ends),
-        num_slots=max(decoding.bucket(slots, config.max_seq_len), width),
-        top=top,
-        score_prompt=score_prompt,
-    )
-    if echo:
-        prompt_scores = to_host(scores)
-        for row in rows:
-            yield row.echo(prompt_scores)
-    while True:
-        news = to_host(written)
-        for row in rows:
-            if delta := row.take(news.tokens, news.logprobs, logprobs is not None):
-                yield delta
-        if all(row.finished for row in rows):
-            return
-        stopped = [row.finished for row in rows] + [True] * fill
-        lanes = lanes._replace(done=lanes.done | jnp.asarray(stopped))
-        lanes, written = decoding.advance(
-            model, params, lanes, arrays, jnp.asarray(ends), jnp.int32(chunk), top=top
+
+
+def stream(
+    loaded: Loaded, requests: Sequence[Request], *, chunk: int = 8
+) -> Iterator[Delta]:
+    """Complete requests, yielding the new text of every completion as it is made.
+
+    Args:
+      loaded: model, weights and tokenizer.
+      requests: any number.
+      chunk: decoding steps between two yields; changes nothing else.
+
+    Raises:
+      PromptError: see `generate`.
+
+    >>> import llama_jax
+    >>> loaded = llama_jax.load()
+    >>> request = llama_jax.text_request(
+    ...     loaded.tokenizer,
+    ...     "Once upon a time",
+    ...     max_new_tokens=3,
+    ...     sampling=llama_jax.Sampling(temperature=0),
+    ... )
+    >>> "".join(delta.text for delta in stream(loaded, [request]))
+    ', there was'
+    """
+    if loaded.language_model.runtime.layer_layout != "unrolled":
+        raise ConfigError("runtime: generation needs layer_layout='unrolled'")
+    for number, request in enumerate(requests):
+        check_request(request, loaded.model.config, f"request {number + 1}")
+    rows = _rows(requests, loaded)
+    if rows:
+        yield from _stream_batch(loaded, rows, chunk)
+
+
+def check_request(request: Request, config: LlamaConfig, name: str = "request") -> None:
+    """Raise a `PromptError` if the model cannot run a request."""
+    ids, vocab = request.prompt_ids, config.vocab_size
+    if len(ids) >= config.max_seq_len:
+        raise PromptError(
+            f"{name}: the prompt has {len(ids)} tokens, but the context holds "
+            f"{config.max_seq_len}, the answer included; shorten it"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab:
+        raise PromptError(f"{name}: a token id is outside 0 … {vocab - 1}")
+    if request.logprobs is not None and request.logprobs > vocab:
+        raise PromptError(
+            f"{name}: logprobs must be at most {vocab}, got {request.logprobs}"
         )
 
 
 class _Row:
-    """One completion on its way from tokens to text."""
+    """One completion of a request: turns its tokens into deltas."""
 
     def __init__(
-        self,
-        index: int,
-        prompt: Sequence[int],
-        limit: int,
-        decoder: StreamDecoder,
-        scanner: StopScanner,
-        stop_ids: set[int],
+        self, request: Request, index: int, sample: int, loaded: Loaded
     ) -> None:
-        self.index, self.prompt, self.limit = index, tuple(prompt), limit
+        self.request, self.index, self.sample = request, index, sample
+        self.prompt = tuple(request.prompt_ids)
         self.finished = False
-        self._decoder, self._scanner, self._stop_ids = decoder, scanner, stop_ids
-        self._left = limit
+        self._left = token_limit(request, loaded.model.config)
+        self._decoder = StreamDecoder(
+            loaded.tokenizer, after_marker=request.after_marker
+        )
+        self._scanner = StopScanner(request.stop)
 
-    def echo(self, scores: TokenLogprobs | None) -> Delta:
-        """The prompt as a delta; its first token has no probability to speak of."""
+    def echo(self, row: int, scores: TokenLogprobs | None) -> Delta:
+        """The prompt as a delta; its first token has no log-probability."""
         text = self._decoder.push(self.prompt)
-        if scores is None:
+        if scores is None or self.request.logprobs is None:
             return Delta(self.index, text, self.prompt, None, None, None)
-        logprobs, top = _row_logprobs(scores, self.index, len(self.prompt) - 1)
+        logprobs, top = self._logprobs(scores, row, len(self.prompt) - 1)
         return Delta(self.index, text, self.prompt, (0.0, *logprobs), ((), *top), None)
 
-    def take(
-        self, tokens: np.ndarray, scores: TokenLogprobs, with_scores: bool
-    ) -> Delta | None:
-        """What the device's new tokens add, or None if nothing can be shown yet."""
+    def take(self, row: int, emitted: decoding.Emitted) -> Delta | None:
+        """The delta of new tokens; None if there are none."""
         if self.finished:
             return None
         ids: list[int] = []
         texts: list[str] = []
         reason: FinishReason | None = None
-        for token in tokens[self.index].tolist():
+        for token in emitted.tokens[row].tolist():
             if token < 0 or reason:
                 break
             self._left -= 1
-            if token in self._stop_ids:
+            if token in self.request.stop_ids:
                 reason = "stop"
                 break
             ids.append(token)
@@ -249,71 +227,60 @@ class _Row:
             texts.append(self._scanner.flush())
         if not ids and reason is None:
             return None
-        logprobs, top = _row_logprobs(scores, self.index, len(ids))
-        return Delta(
-            self.index,
-            "".join(texts),
-            tuple(ids),
-            logprobs if with_scores else None,
-            top if with_scores else None,
-            reason,
+        logprobs, top = None, None
+        if self.request.logprobs is not None:
+            logprobs, top = self._logprobs(emitted.logprobs, row, len(ids))
+        return Delta(self.index, "".join(texts), tuple(ids), logprobs, top, reason)
+
+    def _logprobs(
+        self, scores: TokenLogprobs, row: int, count: int
+    ) -> tuple[tuple[float, ...], tuple[TopLogprobs, ...]]:
+        """The first `count` of a row's, as wide as the request wants them."""
+        top = self.request.logprobs or 0
+        ids = scores.top_ids[row, :count, :top].tolist()
+        values = scores.top[row, :count, :top].tolist()
+        pairs = (
+            tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)
         )
+        return tuple(scores.chosen[row, :count].tolist()), tuple(pairs)
 
 
-def _row_logprobs(
-    scores: TokenLogprobs, row: int, count: int
-) -> tuple[tuple[float, ...], tuple[TopLogprobs, ...]]:
-    chosen = scores.chosen[row, :count].tolist()
-    ids, top = scores.top_ids[row, :count].tolist(), scores.top[row, :count].tolist()
-    pairs = tuple(tuple(zip(i, t, strict=True)) for i, t in zip(ids, top, strict=True))
-    return tuple(chosen), pairs
+def _rows(requests: Sequence[Request], loaded: Loaded) -> list[_Row]:
+    owners = [(request, n) for request in requests for n in range(request.num_samples)]
+    return [_Row(request, i, n, loaded) for i, (request, n) in enumerate(owners)]
 
 
-def check_prompt(loaded: Loaded, prompt: Sequence[int], name: str) -> None:
-    """Raise a `PromptError` if the model cannot read these ids and answer."""
-    config = loaded.model.config
-    if not len(prompt):
-        raise PromptError(f"{name} is empty; it needs at least one token")
-    if len(prompt) >= config.max_seq_len:
-        raise PromptError(
-            f"{name} has {len(prompt)} tokens, but the context holds "
-            f"{config.max_seq_len}, the answer included; shorten it"
+def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delta]:
+    """Run rows in one batch."""
+    model, params, tokenizer = loaded.language_model, loaded.params, loaded.tokenizer
+    requests = [row.request for row in rows]
+    samples = [row.sample for row in rows]
+    inputs = start_inputs(requests, model.config, tokenizer, samples=samples)
+    top = max(request.logprobs or 0 for request in requests)
+    echoed = [request for request in requests if request.echo]
+    slots = num_slots(requests, model.config)
+    lanes, emitted, scores = decoding.start(
+        model,
+        params,
+        *inputs,
+        num_slots=max(slots, inputs.tokens.shape[1]),
+        top=top,
+        score_prompt=any(request.logprobs is not None for request in echoed),
+    )
+    prompt_scores = to_host(scores) if echoed else None
+    for number, row in enumerate(rows):
+        if row.request.echo:
+            yield row.echo(number, prompt_scores)
+    while True:
+        news = to_host(emitted)
+        for number, row in enumerate(rows):
+            if delta := row.take(number, news):
+                yield delta
+        if all(row.finished for row in rows):
+            return
+        stopped = np.ones(lanes.done.shape, bool)
+        stopped[: len(rows)] = [row.finished for row in rows]
+        lanes = lanes._replace(done=lanes.done | jnp.asarray(stopped))
+        lanes, emitted = decoding.advance(
+            model, params, lanes, jnp.int32(chunk), top=top
         )
-    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-        raise PromptError(f"{name} has a token id outside 0 … {config.vocab_size - 1}")
-
-
-def generate(
-    loaded: Loaded, prompts: Sequence[Sequence[int]], **options: Any
-) -> list[Completion]:
-    """Complete token ids; arguments and errors are those of `stream`.
-
-    Returns:
-      `num_samples` completions per prompt, prompt by prompt.
-    """
-    options.setdefault("chunk", decoding.MAX_STEPS)
-    num_samples = options.get("num_samples", 1)
-    owners = [tuple(prompt) for prompt in prompts for _ in range(num_samples)]
-    parts: list[list[Delta]] = [[] for _ in owners]
-    for delta in stream(loaded, prompts, **options):
-        parts[delta.completion].append(delta)
-    completions = []
-    for prompt, deltas in zip(owners, parts, strict=True):
-        scored = deltas[-1].logprobs is not None
-        reason = deltas[-1].finish_reason
-        assert reason is not None, "the last delta of a completion says why it ended"
-        completions.append(
-            Completion(
-                text="".join(delta.text for delta in deltas),
-                token_ids=sum((delta.token_ids for delta in deltas), ()),
-                finish_reason=reason,
-                prompt_ids=prompt,
-                logprobs=sum((d.logprobs or () for d in deltas), ())
-                if scored
-                else None,
-                top_logprobs=(
-                    sum((d.top_logprobs or () for d in deltas), ()) if scored else None
-                ),
-            )
-        )
-    return completions

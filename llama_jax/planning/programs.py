@@ -177,22 +177,20 @@ def _decode(work: Workload, model: Llama, mesh: Mesh) -> Program:
 
     settings = [Sampling()] * batch
     rows = jax.eval_shape(lambda: sampling_rows(settings, config.vocab_size))
-    start = functools.partial(
-        decoding.start, model, num_slots=work.seq, top=0, score_prompt=False
-    )
-    prompts = (ids(batch, 1), ids(batch), rows, ids(batch), ids(_STOP_IDS))
+    start = functools.partial(decoding.start, model, num_slots=work.seq)
+    prompts = (ids(batch, 1), ids(batch), rows, ids(batch, _STOP_IDS), ids(batch))
     lanes, _, _ = jax.eval_shape(start, params, *prompts)
     places = cache_shardings(config, model.runtime, mesh, batch, work.seq)
     cache = jax.tree.map(_placed, lanes.cache, places)
     lanes = _everywhere(lanes, mesh)._replace(cache=cache)
-    rest = _everywhere((rows, ids(_STOP_IDS), ids()), mesh)
+    steps = _everywhere(ids(), mesh)
     kinds = {
         "weights": params,
         "cache": cache,
-        "batch": (lanes._replace(cache=()), rest),
+        "batch": (lanes._replace(cache=()), steps),
     }
-    arguments = (model, params, lanes, *rest)
-    return _made(model, decoding.advance, arguments, {"top": 0}, kinds)
+    arguments = (model, params, lanes, steps)
+    return _made(model, decoding.advance, arguments, {}, kinds)
 
 
 def _weights(work: Workload, model: Llama, mesh: Mesh) -> Any:

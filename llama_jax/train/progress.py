@@ -13,10 +13,14 @@ import jax
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.data.encode import TEXT_FORMATS
-from llama_jax.generation.completion import infilling_stop_ids
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import (
+    Settings,
+    chat_request,
+    infilling_stop_ids,
+    text_request,
+)
 from llama_jax.generation.sampling import Sampling
-from llama_jax.text.prompt_formats import completion_prompt, get_format
 from llama_jax.train.metrics import Record
 from llama_jax.train.stopping import Stop
 
@@ -125,35 +129,31 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def samples(
     loaded: Loaded, prompts: Sequence[str], format: str, tokens: int
 ) -> list[str]:
-    """What the model writes behind each prompt, its likeliest tokens.
+    """Complete prompts greedily.
 
     Args:
-      loaded: the model.
-      prompts: texts, or messages where the format is of dialogs.
-      format: of the training data.
-      tokens: most that are written.
+      loaded: model, weights and tokenizer.
+      prompts: texts, or user messages if the format is one of dialogs.
+      format: format of the training data.
+      tokens: most tokens of a completion.
     """
     tokenizer = loaded.tokenizer
-    options: dict[str, Any] = {"stop_ids": (tokenizer.eos_id, tokenizer.bos_id)}
+    settings: Settings = {
+        "sampling": Sampling(temperature=0),
+        "max_new_tokens": tokens,
+    }
+    if format == "infilling":
+        settings["stop_ids"] = infilling_stop_ids(tokenizer)
     if format in TEXT_FORMATS:
-        ids = [completion_prompt(tokenizer, prompt) for prompt in prompts]
-        if format == "infilling":
-            options["stop_ids"] = infilling_stop_ids(tokenizer)
+        requests = [text_request(tokenizer, text, **settings) for text in prompts]
     else:
-        style = get_format(format)
-        ids = [
-            style.encode(tokenizer, [{"role": "user", "content": prompt}])
-            for prompt in prompts
+        requests = [
+            chat_request(
+                tokenizer,
+                [{"role": "user", "content": text}],
+                format=format,
+                **settings,
+            )
+            for text in prompts
         ]
-        options["stop_ids"] = style.stop_ids(tokenizer)
-        options["stop"] = style.stop_strings
-    # What is asked for has to fit behind the longest prompt.
-    room = loaded.model.config.max_seq_len - max(map(len, ids))
-    found = generate(
-        loaded,
-        ids,
-        sampling=Sampling(temperature=0),
-        max_new_tokens=max(min(tokens, room), 1),
-        **options,
-    )
-    return [completion.text for completion in found]
+    return [completion.text for completion in generate(loaded, requests)]

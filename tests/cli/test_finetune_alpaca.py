@@ -1,5 +1,6 @@
 """A story model becomes one that answers: stories15M on real Alpaca records."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,9 +9,9 @@ import pytest
 from llama_jax import finetune
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import chat_request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.loading import load
-from llama_jax.text.prompt_formats import get_format
 from llama_jax.train.metrics import read_metrics
 
 LONGEST = 64  # tokens of an answer
@@ -18,19 +19,20 @@ LONGEST = 64  # tokens of an answer
 
 def ended(loaded: Loaded, records: list[dict[str, str]]) -> int:
     """How many greedy answers end by the token that ends answers."""
-    tokenizer, style = loaded.tokenizer, get_format("alpaca")
-    prompts = [
-        style.encode(tokenizer, [{"role": "user", "content": record["instruction"]}])
+    requests = [
+        chat_request(
+            loaded.tokenizer,
+            [{"role": "user", "content": record["instruction"]}],
+            format="alpaca",
+            sampling=Sampling(temperature=0),
+            max_new_tokens=LONGEST,
+        )
         for record in records
     ]
-    found = generate(
-        loaded,
-        prompts,
-        sampling=Sampling(temperature=0),
-        max_new_tokens=LONGEST,
-        stop_ids=(tokenizer.eos_id,),
-    )
-    return sum(one.finish_reason == "stop" and one.text.strip() != "" for one in found)
+    # The end-of-sequence token alone counts, not the format's stop string.
+    requests = [dataclasses.replace(request, stop=()) for request in requests]
+    answers = generate(loaded, requests)
+    return sum(c.finish_reason == "stop" and c.text.strip() != "" for c in answers)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from llama_jax.conversion.llama2c import read_llama2c
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
 from llama_jax.conversion.source import Export
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.loading import load
 from llama_jax.model.transformer import Llama, apply
@@ -158,9 +159,11 @@ def test_llama_cpp_tells_our_story(
     write_gguf(path, Export(source.config, source.leaves(), tokenizer), kind=kind)
     prompt = tokenizer.encode(PROMPT, bos=True, eos=False)
     ours = load(path, runtime=Runtime(dtype="float32"))
-    (story,) = generate(
-        ours, [prompt], max_new_tokens=80, sampling=Sampling(temperature=0)
+    greedy = Sampling(temperature=0)
+    request = Request(
+        prompt, max_new_tokens=80, sampling=greedy, stop_ids=(tokenizer.eos_id,)
     )
+    (story,) = generate(ours, [request])
     tokens = [*prompt, *story.token_ids]
     theirs, logits = run(
         folder, path, tokens=tokens, prompt=prompt, count=80, texts=TEXTS

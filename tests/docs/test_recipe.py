@@ -60,10 +60,12 @@ def test_the_commands_have_flags_that_exist_and_train_the_bundled_shape(
 def test_bits_per_byte_are_those_of_the_log_probabilities(recipe: ModuleType) -> None:
     loaded = llama_jax.load()
     story = "Once upon a time, there was a little girl."
-    ids = loaded.tokenizer.encode(story, bos=True, eos=False)
-    told = llama_jax.generate(loaded, [ids], max_new_tokens=1, logprobs=0, echo=True)[0]
-    assert told.logprobs is not None
-    bits = -np.sum(told.logprobs[: len(ids)]) / np.log(2)
+    request = llama_jax.text_request(
+        loaded.tokenizer, story, max_new_tokens=1, logprobs=0, echo=True
+    )
+    [echoed] = llama_jax.generate(loaded, [request])
+    assert echoed.logprobs is not None
+    bits = -np.sum(echoed.logprobs[: len(request.prompt_ids)]) / np.log(2)
     found = recipe.bits_per_byte(None, [story], 64)
     assert found == pytest.approx(bits / len(story), rel=1e-5)
 

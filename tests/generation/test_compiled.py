@@ -22,6 +22,7 @@ from llama_jax.errors import MeshError
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.completion import text_completion
 from llama_jax.generation.generate import generate, stream
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.kernels import Implementation
 from llama_jax.model.cache import init_cache
@@ -109,7 +110,9 @@ def compilations() -> list[str]:
     return _compilations
 
 
-FIRST = {"max_new_tokens": 18, "sampling": Sampling(seed=1)}
+def requests(*prompts: list[int], **settings: Any) -> list[Request]:
+    defaults: Any = {"max_new_tokens": 18, "sampling": Sampling(seed=1)}
+    return [Request(ids, **(defaults | settings)) for ids in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def warm() -> Loaded:
     _listen()
     _compilations.clear()
     loaded = talking_model(TALKING.replace(max_seq_len=128))
-    generate(loaded, [[1, 7, 8], [1, 9]], **FIRST)
+    generate(loaded, requests([1, 7, 8], [1, 9]))
     assert _compilations, "the first call compiles, or nothing is counted"
     return loaded
 
@@ -141,8 +144,7 @@ def test_another_request_of_the_same_buckets_compiles_nothing(
     warm: Loaded, compilations: list[str], other: dict[str, Any]
 ) -> None:
     programs = decoding.start._cache_size(), decoding.advance._cache_size()
-    prompts = [[1, *range(20, 33)], [1, 30]]
-    generate(warm, prompts, **(FIRST | other))
+    generate(warm, requests([1, *range(20, 33)], [1, 30], **other))
     assert compilations == []
     assert programs == (decoding.start._cache_size(), decoding.advance._cache_size())
 
@@ -157,19 +159,19 @@ def test_another_text_compiles_nothing(warm: Loaded, compilations: list[str]) ->
 def test_chunks_of_any_size_run_one_program(
     warm: Loaded, compilations: list[str]
 ) -> None:
-    list(stream(warm, [[1, 7, 8]], max_new_tokens=20, chunk=8))
+    list(stream(warm, requests([1, 7, 8]), chunk=8))
     compilations.clear()
     for chunk in (1, 5, 32, 100):
-        list(stream(warm, [[1, 7, 8]], max_new_tokens=20, chunk=chunk))
+        list(stream(warm, requests([1, 7, 8]), chunk=chunk))
     assert compilations == []
 
 
-def test_a_request_of_a_larger_bucket_compiles_anew(
+def test_a_request_in_a_larger_bucket_compiles_again(
     warm: Loaded, compilations: list[str]
 ) -> None:
-    generate(warm, [[1, 7, 8]], max_new_tokens=20)
+    generate(warm, requests([1, 7, 8]))
     compilations.clear()
-    generate(warm, [[1, 7, 8]], max_new_tokens=100)
+    generate(warm, requests([1, 7, 8], max_new_tokens=100))
     assert compilations
 
 

@@ -1,5 +1,6 @@
 """Generation: pieces equal the whole, rows ignore their neighbours, limits hold."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,12 +17,14 @@ from llama_jax.errors import ConfigError, PromptError
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.completion import chat_completion, text_completion
 from llama_jax.generation.generate import Completion, generate, stream
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.runtime import Runtime
 from llama_jax.text.prompt_formats import UNSAFE_ANSWER
 from llama_jax.text.tokenizer import StreamDecoder
 
 GREEDY = Sampling(temperature=0)
+RANDOM = Sampling(temperature=0.8, top_p=0.95, seed=3)
 # All of one bucket of rows, prompt length and slots (the whole context of 32), so that
 # little is compiled.
 PROMPTS = [[1, 263, 270, 300], [1, 281], [1, 299, 310, 262, 265, 290], [1, 261, 304]]
@@ -33,16 +36,21 @@ def loaded() -> Loaded:
     return talking_model()
 
 
-def run(loaded: Loaded, **options: Any) -> list[Completion]:
-    """Complete `PROMPTS`, by default at random, with everything that can be told."""
-    defaults = {
-        "sampling": Sampling(temperature=0.8, top_p=0.95, seed=3),
-        "max_new_tokens": NEW,
-        "stop_ids": (),
-        "logprobs": 3,
-    }
-    prompts = options.pop("prompts", PROMPTS)
-    return generate(loaded, prompts, **{**defaults, **options})
+def requests(prompts: Any = PROMPTS, **settings: Any) -> list[Request]:
+    """Requests that sample at random and report log-probabilities, by default."""
+    defaults: Any = {"sampling": RANDOM, "max_new_tokens": NEW, "logprobs": 3}
+    return [Request(ids, **(defaults | settings)) for ids in prompts]
+
+
+def run(loaded: Loaded, **settings: Any) -> list[Completion]:
+    return generate(loaded, requests(**settings))
+
+
+def with_sampling(made: list[Request], samplings: list[Sampling]) -> list[Request]:
+    return [
+        dataclasses.replace(request, sampling=sampling)
+        for request, sampling in zip(made, samplings, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +81,7 @@ def test_streamed_pieces_equal_the_whole(
     loaded: Loaded, sampled: list[Completion], chunk: int
 ) -> None:
     deltas: list[list[Any]] = [[] for _ in PROMPTS]
-    setting = Sampling(temperature=0.8, top_p=0.95, seed=3)
-    for delta in stream(
-        loaded,
-        PROMPTS,
-        sampling=setting,
-        max_new_tokens=NEW,
-        stop_ids=(),
-        logprobs=3,
-        chunk=chunk,
-    ):
+    for delta in stream(loaded, requests(), chunk=chunk):
         deltas[delta.completion].append(delta)
     for parts, whole in zip(deltas, sampled, strict=True):
         assert "".join(part.text for part in parts) == whole.text
@@ -147,16 +146,13 @@ def test_neighbours_change_no_bit_of_a_completion(
     loaded: Loaded, sampled: list[Completion]
 ) -> None:
     others = [[1, 305], PROMPTS[2], [1, 290, 280, 270, 264, 266, 269], [1, 300, 300]]
-    mixed = run(
-        loaded,
-        prompts=others,
-        sampling=[
-            GREEDY,
-            Sampling(temperature=0.8, top_p=0.95, seed=3),
-            Sampling(temperature=2.0, top_p=1.0, seed=99, frequency_penalty=1.0),
-            Sampling(top_k=2, repetition_penalty=1.5),
-        ],
-    )
+    samplings = [
+        GREEDY,
+        RANDOM,
+        Sampling(temperature=2.0, top_p=1.0, seed=99, frequency_penalty=1.0),
+        Sampling(top_k=2, repetition_penalty=1.5),
+    ]
+    mixed = generate(loaded, with_sampling(requests(others), samplings))
     assert mixed[1] == sampled[2]
     assert mixed[0] != sampled[0]
 
@@ -164,8 +160,8 @@ def test_neighbours_change_no_bit_of_a_completion(
 def test_each_prompt_has_the_sampling_it_was_given(
     loaded: Loaded, sampled: list[Completion], greedy: list[Completion]
 ) -> None:
-    random = Sampling(temperature=0.8, top_p=0.95, seed=3)
-    mixed = run(loaded, sampling=[GREEDY, random, GREEDY, random])
+    samplings = [GREEDY, RANDOM, GREEDY, RANDOM]
+    mixed = generate(loaded, with_sampling(requests(), samplings))
     assert mixed == [greedy[0], sampled[1], greedy[2], sampled[3]]
 
 
@@ -206,14 +202,35 @@ def test_a_stop_id_ends_a_row_and_is_not_part_of_it(
         assert found.logprobs == whole.logprobs[:end]
 
 
-def test_the_end_of_sequence_is_the_stop_id_unless_others_are_given(
+def test_text_requests_stop_at_the_end_of_sequence_and_plain_ones_do_not(
+    loaded: Loaded,
+) -> None:
+    eos = loaded.tokenizer.eos_id
+    always = Sampling(temperature=0, logit_bias={eos: 1e4})
+    [ended] = text_completion(loaded, ["a day"], sampling=always)
+    assert (ended.text, ended.token_ids, ended.finish_reason) == ("", (), "stop")
+    for completion in run(loaded, sampling=always):
+        assert completion.token_ids == (eos,) * NEW
+
+
+def test_each_request_has_its_own_settings(
     loaded: Loaded, sampled: list[Completion]
 ) -> None:
-    always = Sampling(temperature=0, logit_bias={loaded.tokenizer.eos_id: 1e4})
-    for ended in run(loaded, sampling=always, stop_ids=None):
-        assert (ended.text, ended.token_ids, ended.finish_reason) == ("", (), "stop")
-    for going in run(loaded, sampling=always):
-        assert going.token_ids == (loaded.tokenizer.eos_id,) * NEW
+    """Stop ids, stop strings, limit, samples, log-probabilities and echo."""
+    mixed = [
+        Request(PROMPTS[0], 5, RANDOM, logprobs=1, echo=True),
+        Request(PROMPTS[1], NEW, RANDOM, stop_ids=[sampled[1].token_ids[3]]),
+        Request(PROMPTS[2], NEW, RANDOM, stop=[sampled[2].text[4:6]], num_samples=2),
+    ]
+    echoed, by_id, by_text, second = generate(loaded, mixed)
+    assert echoed.token_ids == (*PROMPTS[0], *sampled[0].token_ids[:5])
+    assert [len(top) for top in echoed.top_logprobs or ()] == [0, *[1] * 8]
+    end = sampled[1].token_ids.index(sampled[1].token_ids[3])
+    assert by_id.token_ids == sampled[1].token_ids[:end]
+    assert by_id.logprobs is None
+    assert by_text.text == sampled[2].text.partition(sampled[2].text[4:6])[0]
+    assert second.prompt_ids == tuple(PROMPTS[2])
+    assert second.token_ids[:2] != by_text.token_ids[:2]
 
 
 @settings(max_examples=25)
@@ -227,7 +244,7 @@ def test_a_stop_string_ends_the_text_wherever_it_falls(
     end = data.draw(st.integers(begin + 1, min(len(text), begin + 6)))
     stop = text[begin:end]
     chunk = data.draw(st.integers(1, 8))
-    stopped = run(loaded, stop=[stop], chunk=chunk)
+    stopped = generate(loaded, requests(stop=[stop]), chunk=chunk)
     for found, whole in zip(stopped, sampled, strict=True):
         assert found.text == whole.text.partition(stop)[0]
         assert found.token_ids == whole.token_ids[: len(found.token_ids)]
@@ -293,9 +310,15 @@ def test_a_stop_string_in_the_prompt_stops_nothing(
 
 def test_texts_are_completed_as_their_tokens(loaded: Loaded) -> None:
     texts = ["she was", "the sun", "a day", "hello"]
-    ids = [loaded.tokenizer.encode(text, bos=True, eos=False) for text in texts]
-    options: dict[str, Any] = {"sampling": GREEDY, "max_new_tokens": 20}
-    assert text_completion(loaded, texts, **options) == generate(loaded, ids, **options)
+    tokenizer = loaded.tokenizer
+    settings: Any = {"sampling": GREEDY, "max_new_tokens": 20}
+    ends = (tokenizer.eos_id, tokenizer.bos_id)
+    wanted = [
+        Request(tokenizer.encode(text, bos=True, eos=False), stop_ids=ends, **settings)
+        for text in texts
+    ]
+    completions = text_completion(loaded, texts, **settings)
+    assert completions == generate(loaded, wanted)
 
 
 def test_an_unsafe_dialog_is_answered_without_the_model(loaded: Loaded) -> None:
@@ -306,53 +329,37 @@ def test_an_unsafe_dialog_is_answered_without_the_model(loaded: Loaded) -> None:
         [unsafe, safe],  # type: ignore[list-item]
         num_samples=2,
         max_new_tokens=1,
-        sampling=[GREEDY, Sampling(seed=1)],
+        sampling=GREEDY,
     )
     assert [c.text for c in found[:2]] == [UNSAFE_ANSWER] * 2
     assert [c.finish_reason for c in found[:2]] == ["unsafe"] * 2
     assert [c.finish_reason for c in found[2:]] == ["length"] * 2
-    with pytest.raises(PromptError, match="1 sampling settings, 2 dialogs"):
-        chat_completion(loaded, [unsafe, safe], sampling=[GREEDY])  # type: ignore[list-item]
-    with pytest.raises(PromptError, match="must be a list of strings"):
-        chat_completion(loaded, [safe], stop="END")  # type: ignore[list-item]
 
 
 # Errors
 
 
 @pytest.mark.parametrize(
-    ("prompts", "options", "reason"),
+    ("ids", "settings", "reason"),
     [
-        ([[1, 2], []], {}, "prompt 2 is empty"),
-        ([[1] * 32], {}, "prompt 1 has 32 tokens, but the context holds 32"),
-        ([[1, 324]], {}, "prompt 1 has a token id outside 0 … 323"),
-        ([[1, -1]], {}, "prompt 1 has a token id outside"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens .* at least 1"),
-        ([[1]], {"num_samples": 0}, "num_samples must be at least 1"),
-        ([[1]], {"logprobs": -1}, "logprobs is -1; it must be between 0 and 324"),
-        ([[1]], {"logprobs": 325}, "logprobs is 325; it must be between 0 and 324"),
-        ([[1]], {"sampling": [GREEDY] * 2}, "2 sampling settings, 1 prompts"),
-        ([[1]], {"stop": "END"}, "'END' must be a list of strings"),
-        ([[1]], {"stop": [""]}, "must be a list of strings, none of them empty"),
-        ([[1]], {"sampling": Sampling(logit_bias={400: 1.0})}, "token id below 324"),
+        ([1] * 32, {}, "request 2: the prompt has 32 tokens, .* context holds 32"),
+        ([1, 324], {}, "request 2: a token id is outside 0 … 323"),
+        ([1, -1], {}, "request 2: a token id is outside 0 … 323"),
+        ([1], {"logprobs": 325}, "request 2: logprobs must be at most 324, got 325"),
+        ([1], {"sampling": Sampling(logit_bias={400: 1.0})}, "token id below 324"),
     ],
 )
-def test_what_cannot_be_run_is_refused(
-    loaded: Loaded, prompts: list[list[int]], options: dict[str, Any], reason: str
+def test_a_request_that_the_model_cannot_run_is_refused(
+    loaded: Loaded, ids: list[int], settings: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(PromptError, match=reason):
-        generate(loaded, prompts, **options)
-
-
-def test_an_empty_text_is_refused(loaded: Loaded) -> None:
-    with pytest.raises(PromptError, match="prompt 2 is empty"):
-        text_completion(loaded, ["a", ""])
+        generate(loaded, [Request([1, 2]), Request(ids, **settings)])
 
 
 def test_stacked_layers_are_refused() -> None:
     stacked = talking_model(runtime=Runtime(layer_layout="stacked"))
     with pytest.raises(ConfigError, match="layer_layout='unrolled'"):
-        generate(stacked, [[1, 2]])
+        generate(stacked, [Request([1, 2])])
 
 
 def test_no_prompts_have_no_completions(loaded: Loaded) -> None:

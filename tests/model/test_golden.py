@@ -22,6 +22,7 @@ from support.tolerances import GOLDEN_LOGITS, GOLDEN_LOGPROBS
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.generation.completion import chat_completion, text_infilling
 from llama_jax.generation.generate import Completion, generate
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling, keep_likely, sampling_rows
 from llama_jax.loading import load
 from llama_jax.text.prompt_formats import (
@@ -65,14 +66,19 @@ class Case:
     @functools.cached_property
     def generated(self) -> list[Completion]:
         """Ours, with the prompt in front."""
-        return generate(
-            self.loaded,
-            self.prompts,
-            sampling=GREEDY,
-            max_new_tokens=len(self.rows[0]) - len(self.prompts[0]),
-            logprobs=1,
-            echo=True,
-        )
+        count = len(self.rows[0]) - len(self.prompts[0])
+        requests = [
+            Request(
+                ids,
+                max_new_tokens=count,
+                sampling=GREEDY,
+                stop_ids=(self.loaded.tokenizer.eos_id,),
+                logprobs=1,
+                echo=True,
+            )
+            for ids in self.prompts
+        ]
+        return generate(self.loaded, requests)
 
 
 def full_forward(loaded: Loaded, rows: list[list[int]]) -> np.ndarray:

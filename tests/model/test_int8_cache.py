@@ -30,6 +30,7 @@ from llama_jax.config import LlamaConfig, preset
 from llama_jax.errors import ConfigError
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.kernels import QuantizedSlots, quantize_slots
 from llama_jax.kernels.quantized_slots import dequantize_slots
@@ -312,12 +313,12 @@ def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
     config = TALKING.replace(num_layers=1)
     loaded = talking_model(config, EIGHT)
     prompts = [[1, 50, 60], [1, 70]]
-    options: dict[str, Any] = {
-        "sampling": Sampling(temperature=0),
-        "max_new_tokens": 6,
-        "stop_ids": (),
-    }
-    wrote = [c.token_ids for c in generate(loaded, prompts, **options)]
+
+    def requests(prompts: list[list[int]]) -> list[Request]:
+        greedy = Sampling(temperature=0)
+        return [Request(ids, max_new_tokens=6, sampling=greedy) for ids in prompts]
+
+    wrote = [c.token_ids for c in generate(loaded, requests(prompts))]
     for prompt, ids in zip(prompts, wrote, strict=True):
         tokens = jnp.asarray([prompt], jnp.int32)
         model, lengths = loaded.model, jnp.asarray([len(prompt)])
@@ -328,7 +329,7 @@ def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
             new = jnp.asarray([token], jnp.int32)
             logits, cache = decoding.decode_step(model, loaded.params, cache, new)
     sizes = decoding.start._cache_size(), decoding.advance._cache_size()
-    generate(loaded, [[1, 90], [1, 50, 61, 3]], **options)
+    generate(loaded, requests([[1, 90], [1, 50, 61, 3]]))
     assert sizes == (decoding.start._cache_size(), decoding.advance._cache_size())
 
 

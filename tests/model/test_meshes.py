@@ -23,6 +23,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.batch import Batch
 from llama_jax.generation.decode import decode_step, prefill
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.model.cache import NewCache
 from llama_jax.model.transformer import Llama, ScalarModel
@@ -241,12 +242,9 @@ def test_generation_writes_the_same_tokens(text: str) -> None:
     model = Llama(config, FORWARD, mesh)
     params = jax.device_put(alone.params, param_shardings(config, FORWARD, mesh))
     prompts = [[1, 50, 60], [1, 70], [1, 80, 90, 100, 110], [1, 300]]
-    options: dict[str, Any] = {
-        "sampling": Sampling(temperature=0),
-        "max_new_tokens": 6,
-        "stop_ids": (),
-    }
-    wanted = generate(alone, prompts, **options)
-    found = generate(alone._replace(model=model, params=params), prompts, **options)
+    greedy = Sampling(temperature=0)
+    requests = [Request(ids, max_new_tokens=6, sampling=greedy) for ids in prompts]
+    wanted = generate(alone, requests)
+    found = generate(alone._replace(model=model, params=params), requests)
     assert [c.token_ids for c in found] == [c.token_ids for c in wanted]
     assert all(len(c.token_ids) == 6 for c in found)

@@ -118,17 +118,14 @@ def compile_decoding(
     greedy = [Sampling(temperature=0)] * batch
     rows = placed(jax.eval_shape(lambda: sampling_rows(greedy, config.vocab_size)))
     lanes, _, _ = jax.eval_shape(
-        lambda *arguments: decoding.start(
-            model, *arguments, num_slots=slots, top=0, score_prompt=False
-        ),
-        *(params, ids(batch, 16), ids(batch), rows, ids(batch), ids(8)),
+        lambda *arguments: decoding.start(model, *arguments, num_slots=slots),
+        *(params, ids(batch, 16), ids(batch), rows, ids(batch, 8), ids(batch)),
     )
     lanes = placed(lanes)
     if program == "decode_step":
         lowered = decoding.decode_step.lower(model, params, lanes.cache, ids(batch))
     else:
-        arguments = (params, lanes, rows, ids(8), ids())
-        lowered = decoding.advance.lower(model, *arguments, top=0)
+        lowered = decoding.advance.lower(model, params, lanes, ids())
     return lowered.compile()
 
 

@@ -17,6 +17,7 @@ from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
 from llama_jax.checkpoint.model_folder import place_params, save_params
 from llama_jax.data.batch import Batch
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
@@ -93,14 +94,12 @@ def write(mesh: Any) -> list[list[int]]:
     leaves = lazy_leaves(random_params(CONFIG, 1))
     params = place_params(leaves, CONFIG, runtime=Runtime(), mesh=mesh)
     loaded = alone._replace(model=model, params=params)
-    found = generate(
-        loaded,
-        PROMPTS,
-        sampling=[Sampling(temperature=0), Sampling(seed=3), Sampling(seed=4)],
-        max_new_tokens=6,
-        stop_ids=(),
-    )
-    return [list(completion.token_ids) for completion in found]
+    settings = [Sampling(temperature=0), Sampling(seed=3), Sampling(seed=4)]
+    requests = [
+        Request(ids, max_new_tokens=6, sampling=sampling)
+        for ids, sampling in zip(PROMPTS, settings, strict=True)
+    ]
+    return [list(completion.token_ids) for completion in generate(loaded, requests)]
 
 
 class Watched(np.ndarray):

@@ -18,6 +18,7 @@ from llama_jax.checkpoint.model_folder import Loaded, read_tokenizer, save_param
 from llama_jax.errors import LlamaJaxError, TokenizerError
 from llama_jax.generation.completion import chat_completion
 from llama_jax.generation.generate import stream
+from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.model.transformer import Llama
 from llama_jax.runtime import Runtime
@@ -503,7 +504,7 @@ def test_a_chat_with_a_byte_level_tokenizer_stops_streams_and_names_its_tokens(
     assert not {411, 413, 414, 415} & set(answer.token_ids)
     third = answer.token_ids[2]
     options["stop_ids"] = (third,)
-    deltas = list(stream(loaded, [answer.prompt_ids], **options))
+    deltas = list(stream(loaded, [Request(answer.prompt_ids, **options)]))
     ids = answer.token_ids[: answer.token_ids.index(third)]
     assert sum((delta.token_ids for delta in deltas), ()) == ids
     assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids)
