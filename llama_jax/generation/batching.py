@@ -1,17 +1,30 @@
-"""Requests as the arrays that the device side takes."""
+"""Cut requests into batches that fit memory, and put them into arrays."""
 
+import functools
+import math
+import os
+import pathlib
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
+from llama_jax.distributed import agreed
 from llama_jax.generation.decode import bucket
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling, SamplingRows, sampling_rows
+from llama_jax.model.cache import init_cache
+from llama_jax.model.transformer import Llama
+from llama_jax.sharding import cache_shardings
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Array, Int, Lengths, Tokens
+from llama_jax.types import Array, Int, Lengths, Mesh, Tokens
+
+MAX_ROWS = 256
+"""Most rows of a batch, whatever fits memory: more are no faster."""
 
 
 class StartInputs(NamedTuple):
@@ -30,10 +43,116 @@ def token_limit(request: Request, config: LlamaConfig) -> int:
     return min(room, request.max_new_tokens or room)
 
 
-def num_slots(requests: Sequence[Request], config: LlamaConfig) -> int:
-    """Cache slots that a batch of requests needs, in buckets."""
-    most = max(len(r.prompt_ids) + token_limit(r, config) for r in requests)
-    return bucket(most, config.max_seq_len)
+def slots_needed(request: Request, config: LlamaConfig) -> int:
+    """Cache slots of the prompt and the longest completion of a request."""
+    return len(request.prompt_ids) + token_limit(request, config)
+
+
+def cut_batches(
+    requests: Sequence[Request], model: Llama, *, max_bytes: int | None = None
+) -> list[list[int]]:
+    """Group requests so that the caches of a group fit memory together.
+
+    The longest come first, and those of similar length together, so that rows are
+    padded little. A request that fits no memory alone is a group of its own.
+
+    Args:
+      requests: one completion each.
+      model: decides the size of a row.
+      max_bytes: most bytes of a batch on one device; defaults to what is free there
+        (`free_bytes`). The same requests and bytes give the same groups.
+
+    Returns:
+      Indices of `requests`, in groups.
+    """
+    if not requests:
+        return []
+    if max_bytes is None:
+        max_bytes = agreed(free_bytes(model.mesh))
+    config = model.config
+    needs = [slots_needed(request, config) for request in requests]
+    scored = any(r.echo and r.logprobs is not None for r in requests)
+    left = sorted(
+        range(len(requests)),
+        key=lambda i: (needs[i], len(requests[i].prompt_ids)),
+        reverse=True,
+    )
+    groups = []
+    while left:
+        slots, rows = bucket(needs[left[0]], config.max_seq_len), 1
+        while (
+            rows < min(len(left), MAX_ROWS)
+            and batch_bytes(model, 2 * rows, slots, score_prompt=scored) <= max_bytes
+        ):
+            rows *= 2
+        groups.append(left[:rows])
+        left = left[rows:]
+    return groups
+
+
+@functools.lru_cache(maxsize=256)
+def batch_bytes(
+    model: Llama, rows: int, slots: int, *, score_prompt: bool = False
+) -> int:
+    """Bytes of a batch on one device: cache, logits and what sampling makes of them.
+
+    Args:
+      model: with its runtime and mesh.
+      rows: B.
+      slots: S; prompts may fill all of them.
+      score_prompt: whether there are logits of every token of the prompts.
+    """
+    config, runtime = model.config, model.runtime
+    shapes = jax.eval_shape(lambda: init_cache(config, rows, slots, runtime.slot_dtype))
+    leaves = jax.tree.leaves(shapes)
+    parts: list[tuple[int, ...]] = [leaf.shape for leaf in leaves]
+    if model.mesh is not None and model.mesh.size > 1:
+        shardings = cache_shardings(config, runtime, model.mesh, rows, slots)
+        pairs = zip(leaves, jax.tree.leaves(shardings), strict=True)
+        parts = [sharding.shard_shape(leaf.shape) for leaf, sharding in pairs]
+    cache = sum(
+        math.prod(shape) * leaf.dtype.itemsize
+        for shape, leaf in zip(parts, leaves, strict=True)
+    )
+    # Logits, bias, counts, and probabilities, noise and candidates in float32; with
+    # log-probabilities of the prompt, logits and their logarithms at every token.
+    vocab = rows * config.vocab_size * 4 * 8
+    scores = rows * slots * config.vocab_size * 4 * 3 if score_prompt else 0
+    # Streams of one block while prompts are read.
+    width = 4 * config.embed_dim + 3 * config.mlp_dim
+    block = rows * slots * width * jnp.dtype(runtime.dtype).itemsize
+    return cache + vocab + scores + block
+
+
+def free_bytes(mesh: Mesh | None) -> int:
+    """Bytes that a batch may take on each device of this process, with a margin.
+
+    Free memory of the device if JAX reports it, else the device's share of the host's.
+    """
+    devices = jax.local_devices() if mesh is None else list(mesh.local_devices)
+    devices = devices[:1] if mesh is None else devices
+    free = []
+    for device in devices:
+        stats: Any = device.memory_stats() if device.platform != "cpu" else None
+        if stats and "bytes_limit" in stats:
+            free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    if not free:
+        free = [_host_bytes() // len(devices)]
+    return int(min(free)) * 3 // 4
+
+
+def _host_bytes() -> int:
+    """Available memory of the host; half of all of it if the system does not say."""
+    try:
+        text = pathlib.Path("/proc/meminfo").read_text("ascii")
+    except OSError:
+        text = ""
+    if available := re.search(r"^MemAvailable: +(\d+) kB", text, re.MULTILINE):
+        return int(available[1]) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return 4 << 30
 
 
 def start_inputs(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax.errors import ConfigError
 from llama_jax.generation.sampling import (
     Sampling,
     SamplingRows,
@@ -155,7 +156,10 @@ class Lanes(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """Tokens emitted by one call, `[B, C]`, padded with -1 after a row's end."""
+    """Tokens emitted by one call, padded with -1 after a row's end.
+
+    Log-probabilities of the padding mean nothing.
+    """
 
     tokens: Int[Array, "B C"]
     logprobs: TokenLogprobs
@@ -294,8 +298,18 @@ def insert(lanes: Lanes, lane: Int[Array, ""], prefix: Lanes) -> Lanes:
       lane: index of the lane.
       prefix: lanes of one row as `start` or `begin` makes them, with at most as many
         slots and stop ids as `lanes`.
+
+    Raises:
+      ConfigError: the prefix has more slots or stop ids.
     """
-    fill = lanes.stop_ids.shape[1] - prefix.stop_ids.shape[1]
+    wide, narrow = lanes.stop_ids.shape[1], prefix.stop_ids.shape[1]
+    if narrow > wide or prefix.cache.num_slots > lanes.cache.num_slots:
+        raise ConfigError(
+            f"lanes: a prefix of {prefix.cache.num_slots} slots and {narrow} stop ids "
+            f"does not fit lanes of {lanes.cache.num_slots} and {wide}; make the lanes "
+            "with more (empty_lanes)"
+        )
+    fill = wide - narrow
     stop_ids = jnp.pad(prefix.stop_ids, ((0, 0), (0, fill)), constant_values=-1)
 
     def write(rows: Array, row: Array) -> Array:

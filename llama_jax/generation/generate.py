@@ -16,7 +16,12 @@ from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
 from llama_jax.errors import ConfigError, PromptError
 from llama_jax.generation import decode as decoding
-from llama_jax.generation.batching import num_slots, start_inputs, token_limit
+from llama_jax.generation.batching import (
+    cut_batches,
+    slots_needed,
+    start_inputs,
+    token_limit,
+)
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import TokenLogprobs
 from llama_jax.generation.stop_strings import StopScanner
@@ -73,15 +78,21 @@ class Completion:
 
 
 def generate(
-    loaded: Loaded, requests: Sequence[Request], *, chunk: int = decoding.MAX_STEPS
+    loaded: Loaded,
+    requests: Sequence[Request],
+    *,
+    chunk: int = decoding.MAX_STEPS,
+    max_batch_bytes: int | None = None,
 ) -> list[Completion]:
     """Complete requests.
 
     Args:
       loaded: model, weights and tokenizer.
-      requests: any number.
+      requests: any number; they run in batches that fit memory.
       chunk: decoding steps between two searches for stop strings; changes nothing
         else.
+      max_batch_bytes: most bytes of a batch on one device (caches and logits, without
+        weights); defaults to three quarters of its free memory.
 
     Returns:
       `num_samples` completions per request, request by request.
@@ -108,7 +119,7 @@ def generate(
         for _ in range(request.num_samples)
     ]
     parts: list[list[Delta]] = [[] for _ in prompts]
-    for delta in stream(loaded, requests, chunk=chunk):
+    for delta in stream(loaded, requests, chunk=chunk, max_batch_bytes=max_batch_bytes):
         parts[delta.completion].append(delta)
     return [_joined(*pair) for pair in zip(prompts, parts, strict=True)]
 
@@ -130,14 +141,19 @@ def _joined(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
 
 
 def stream(
-    loaded: Loaded, requests: Sequence[Request], *, chunk: int = 8
+    loaded: Loaded,
+    requests: Sequence[Request],
+    *,
+    chunk: int = 8,
+    max_batch_bytes: int | None = None,
 ) -> Iterator[Delta]:
     """Complete requests, yielding the new text of every completion as it is made.
 
     Args:
       loaded: model, weights and tokenizer.
-      requests: any number.
+      requests: any number; they run in one batch after another, the longest first.
       chunk: decoding steps between two yields; changes nothing else.
+      max_batch_bytes: see `generate`.
 
     Raises:
       PromptError: see `generate`.
@@ -157,8 +173,14 @@ def stream(
         raise ConfigError("runtime: generation needs layer_layout='unrolled'")
     for number, request in enumerate(requests):
         check_request(request, loaded.model.config, f"request {number + 1}")
-    rows = _rows(requests, loaded)
-    if rows:
+    owners = [(request, n) for request in requests for n in range(request.num_samples)]
+    groups = cut_batches(
+        [request for request, _ in owners],
+        loaded.language_model,
+        max_bytes=max_batch_bytes,
+    )
+    for group in groups:
+        rows = [_Row(*owners[index], index, loaded) for index in group]
         yield from _stream_batch(loaded, rows, chunk)
 
 
@@ -182,7 +204,7 @@ class _Row:
     """One completion of a request: turns its tokens into deltas."""
 
     def __init__(
-        self, request: Request, index: int, sample: int, loaded: Loaded
+        self, request: Request, sample: int, index: int, loaded: Loaded
     ) -> None:
         self.request, self.index, self.sample = request, index, sample
         self.prompt = tuple(request.prompt_ids)
@@ -245,11 +267,6 @@ class _Row:
         return tuple(scores.chosen[row, :count].tolist()), tuple(pairs)
 
 
-def _rows(requests: Sequence[Request], loaded: Loaded) -> list[_Row]:
-    owners = [(request, n) for request in requests for n in range(request.num_samples)]
-    return [_Row(request, i, n, loaded) for i, (request, n) in enumerate(owners)]
-
-
 def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delta]:
     """Run rows in one batch."""
     model, params, tokenizer = loaded.language_model, loaded.params, loaded.tokenizer
@@ -258,12 +275,12 @@ def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delt
     inputs = start_inputs(requests, model.config, tokenizer, samples=samples)
     top = max(request.logprobs or 0 for request in requests)
     echoed = [request for request in requests if request.echo]
-    slots = num_slots(requests, model.config)
+    slots = max(slots_needed(request, model.config) for request in requests)
     lanes, emitted, scores = decoding.start(
         model,
         params,
         *inputs,
-        num_slots=max(slots, inputs.tokens.shape[1]),
+        num_slots=decoding.bucket(slots, model.config.max_seq_len),
         top=top,
         score_prompt=any(request.logprobs is not None for request in echoed),
     )

@@ -20,6 +20,7 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig, preset
 from llama_jax.errors import MeshError
 from llama_jax.generation import decode as decoding
+from llama_jax.generation.batching import start_inputs
 from llama_jax.generation.completion import text_completion
 from llama_jax.generation.generate import generate, stream
 from llama_jax.generation.request import Request
@@ -88,6 +89,24 @@ def test_decoding_writes_into_the_cache_that_it_was_given() -> None:
     _, after = decoding.decode_step(model, params, cache, tokens)
     assert all(layer.is_deleted() for layer in (*cache.k, *cache.v))
     assert [layer.unsafe_buffer_pointer() for layer in (*after.k, *after.v)] == places
+
+
+def test_a_request_is_inserted_without_a_copy_of_the_lanes() -> None:
+    lanes, prefix = (
+        jax.eval_shape(
+            lambda rows=rows, slots=slots: decoding.empty_lanes(
+                init_cache(GROUPED, rows, slots, "float32"), GROUPED.vocab_size
+            )
+        )
+        for rows, slots in ((16, SLOTS), (1, 64))
+    )
+    lane = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = decoding.insert.lower(lanes, lane, prefix).compile()
+    layer = cache_layer_size(GROUPED, 16, SLOTS)
+    assert not whole_results(compiled.as_text(), {layer})
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * GROUPED.num_layers * layer * 4
+    assert memory.temp_size_in_bytes < layer
 
 
 _compilations: list[str] = []
@@ -173,6 +192,26 @@ def test_a_request_in_a_larger_bucket_compiles_again(
     compilations.clear()
     generate(warm, requests([1, 7, 8], max_new_tokens=100))
     assert compilations
+
+
+def test_lanes_compile_each_program_once(warm: Loaded, compilations: list[str]) -> None:
+    """A second request of the same bucket, in another lane, compiles nothing."""
+    model, params, tokenizer = warm.language_model, warm.params, warm.tokenizer
+
+    def run(lanes: decoding.Lanes, lane: int, request: Request) -> decoding.Lanes:
+        inputs = start_inputs([request], model.config, tokenizer)
+        prefix, _, _ = decoding.start(model, params, *inputs, num_slots=32)
+        lanes, _ = decoding.advance(
+            model, params, decoding.insert(lanes, jnp.int32(lane), prefix), jnp.int32(3)
+        )
+        return lanes
+
+    cache = init_cache(model.config, 4, 64, "float32")
+    lanes = decoding.empty_lanes(cache, model.config.vocab_size)
+    lanes = run(lanes, 0, Request([1, 5, 6], 4))
+    compilations.clear()
+    run(lanes, 3, Request([1, 9], 9, Sampling(top_k=3), stop_ids=[2]))
+    assert compilations == []
 
 
 @needs_tpu_compiler
