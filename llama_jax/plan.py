@@ -1,15 +1,15 @@
-"""`python -m llama_jax.plan`: whether a model fits, how fast it could be, on what.
+"""`python -m llama_jax.plan`: whether a model fits, how fast it could be, and where.
 
-By formula, in a second, before anything is downloaded or rented; and with `--compile`
-by the real compiler, which needs no chips either.
+By formula within a second, before anything is downloaded or rented; with `--compile`
+also by the real compiler, which needs no chips either.
 """
 
 import argparse
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, get_args
 
 import jax
 
@@ -18,79 +18,83 @@ from llama_jax.cli import command as cli
 from llama_jax.config import EXAMPLE_MODEL, PRESETS, LlamaConfig, parse_model
 from llama_jax.errors import ConfigError
 from llama_jax.planning.chips import CHIPS
-from llama_jax.planning.compiled import Compiled
-from llama_jax.planning.memory import Quantization, Task, Workload
-from llama_jax.planning.report import MOST_SEQ, describe, lines, table, table_lines
-from llama_jax.planning.search import Plan, advice, ranked, search
+from llama_jax.planning.compiled import CompiledPlan
+from llama_jax.planning.report import describe, report_lines
+from llama_jax.planning.search import Plan, advice, ranked_plans, search
+from llama_jax.planning.table import DEFAULT_SEQ, table_lines, what_fits
 from llama_jax.planning.topology import Topology, local_topology, parse_topology
+from llama_jax.planning.workload import Quantization, Task, Workload
 from llama_jax.runtime import CacheDType, DType, Remat
 from llama_jax.sharding import parse_mesh
 
 
+class Fixed(NamedTuple):
+    """Choices that the arguments fix; None if they are searched."""
+
+    batch: int | None
+    remat: Remat | None
+    mesh: Mapping[str, int] | None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan one piece of work, or all models on common hardware; 0 whatever fits."""
+    """Plan one workload, or print the table; 0 even if nothing fits."""
     args = parse_args(argv)
     if args.table:
-        rows = table(args.seq)
+        rows = what_fits(args.seq)
         print(json.dumps(rows) if args.json else "\n".join(table_lines(rows)))
         return 0
     config = read_model(args.model, args.seq)
     topology = parse_topology(args.topology) if args.topology else local_topology()
-    work = workload(args, config, topology)
-    choices: dict[str, Any] = {
-        "batch": args.batch,
-        "remat": args.remat,
-        "mesh": parse_mesh(args.mesh) if args.mesh else None,
-    }
-    tried: list[tuple[Plan, Compiled]] = []
+    work = make_workload(args, config, topology)
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    fixed = Fixed(args.batch, args.remat, mesh)
+    compiled: Sequence[CompiledPlan] = ()
     if args.compile:
-        tried = compiled_plans(args, work, topology, choices)
-        found = tried[-1][0]
-        fits = tried[-1][1].fits
+        compiled = compile_plans(args, work, topology, fixed)
+        plan, fits = compiled[-1].plan, compiled[-1].fits
     else:
-        found = search(work, topology, **choices)
-        fits = found.fits
+        plan = search(work, topology, **fixed._asdict())
+        fits = plan.fits
     hint = None if fits else advice(work, topology, batch=args.batch)
     if args.json:
-        print(json.dumps(describe(args.model, found, hint, tried)))
+        print(json.dumps(describe(args.model, plan, hint, compiled)))
     else:
-        print("\n".join(lines(args.model, found, hint, tried)))
+        print("\n".join(report_lines(args.model, plan, hint, compiled)))
     return 0
 
 
-def compiled_plans(
-    args: argparse.Namespace,
-    work: Workload,
-    topology: Topology,
-    choices: dict[str, Any],
-) -> list[tuple[Plan, Compiled]]:
-    """The best plan by formula and the compiler's answer; others if it does not fit.
+def compile_plans(
+    args: argparse.Namespace, work: Workload, topology: Topology, fixed: Fixed
+) -> list[CompiledPlan]:
+    """Compile the best plans by formula until one fits.
 
     Raises:
-      MeshError: the compiler is not installed, or knows no such chips.
+      MeshError: the compiler is not installed, or does not know these chips.
     """
-    # Formulas are to answer in a second, without all that the programs import.
-    from llama_jax.planning.compiler import compile_first_that_fits, devices_of
+    # Imported late: without --compile the answer should take a second.
+    from llama_jax.planning.compiler import compile_first_that_fits
+    from llama_jax.planning.target_devices import target_devices
 
-    config = None
+    gpu_config = None
     if args.gpu_target_config:
-        config = pathlib.Path(args.gpu_target_config).read_text("utf-8")
-    devices: Sequence[Any] = jax.devices()
+        gpu_config = pathlib.Path(args.gpu_target_config).read_text("utf-8")
+    devices: Sequence[jax.Device] = jax.devices()
     if args.topology:
-        devices = devices_of(topology, gpu_config=config)
-    return compile_first_that_fits(ranked(work, topology, **choices), devices)
+        devices = target_devices(topology, gpu_config=gpu_config)
+    plans: list[Plan] = ranked_plans(work, topology, **fixed._asdict())
+    return compile_first_that_fits(plans, devices)
 
 
 def read_model(text: str, seq: int | None) -> LlamaConfig:
-    """A preset, a shape, or what a checkpoint's configuration says.
+    """Read the configuration of a preset, a shape or a checkpoint.
 
     Raises:
-      ConfigError: it is none of them, or not understood.
+      ConfigError: the text names none of them.
       CheckpointError: it is a folder without a model.
     """
     path = pathlib.Path(text)
     if text in PRESETS or not (path.exists() or os.sep in text):
-        return parse_model(text, seq or MOST_SEQ)
+        return parse_model(text, seq or DEFAULT_SEQ)
     if is_checkpoint(path):
         return read_config(path)
     from llama_jax import conversion
@@ -98,39 +102,39 @@ def read_model(text: str, seq: int | None) -> LlamaConfig:
     return conversion.open_source(path).config
 
 
-def workload(
+def make_workload(
     args: argparse.Namespace, config: LlamaConfig, topology: Topology
 ) -> Workload:
-    """What the arguments ask for; batch and remat are searched for where not given.
+    """Make the workload of the arguments; `search` replaces its batch and remat.
 
     Raises:
-      ConfigError: two of them contradict each other.
+      ConfigError: two arguments contradict each other.
     """
-    quantize: Quantization = args.quantize or (
-        "int4" if args.task == "qlora" else "none"
-    )
-    if args.task in ("train", "lora") and quantize != "none":
+    task: Task = args.task
+    quantize: Quantization = args.quantize or ("int4" if task == "qlora" else "none")
+    if task in ("train", "lora") and quantize != "none":
         raise ConfigError(
-            f"--quantize {quantize}: --task {args.task} holds weights unquantized; "
-            "--task qlora trains adapters on quantized ones"
+            f"--quantize {quantize}: --task {task} does not quantize weights; use "
+            "--task qlora, which trains adapters on quantized weights"
         )
-    if args.task == "qlora" and quantize == "none":
+    if task == "qlora" and quantize == "none":
         raise ConfigError(
-            "--quantize none: --task qlora is that on whole weights: lora"
+            "--quantize none: --task qlora quantizes weights; use --task lora"
         )
-    trains = args.task not in ("prefill", "decode")
+    trains = task not in ("prefill", "decode")
     if args.remat and not trains:
-        raise ConfigError(f"--remat: --task {args.task} has no backward pass")
+        raise ConfigError(
+            f"--remat: --task {task} has no backward pass; leave --remat out"
+        )
     if args.cache_dtype and trains:
         raise ConfigError(
-            f"--cache-dtype: --task {args.task} keeps no cache; --task decode and "
-            "prefill do"
+            f"--cache-dtype: --task {task} has no cache; use --task decode or prefill"
         )
     return Workload(
         config=config,
-        task=args.task,
+        task=task,
         batch=args.batch or 1,
-        seq=args.seq or min(config.max_seq_len, MOST_SEQ),
+        seq=args.seq or min(config.max_seq_len, DEFAULT_SEQ),
         dtype=args.dtype or topology.chip.dtype,
         cache_dtype=args.cache_dtype,
         param_dtype=args.param_dtype,
@@ -143,29 +147,29 @@ def workload(
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; exits with status 2 where they contradict each other."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.plan",
-        description="Whether a model fits, how fast it could be and what limits it, "
-        "before anything is downloaded or rented. Mesh, batch and remat that are not "
-        "given are searched for.",
-        epilog="Sizes are in GB (10^9 bytes) and of each chip. Times follow from the "
-        "makers' peak rates: no program is faster, and none has been run. Decoding "
-        "counts a step, not the reading of prompts (--task prefill).",
+        description="Compute whether a model fits, how fast it could be and what "
+        "limits it, before anything is downloaded or rented. Searches for the best "
+        "mesh, batch and remat unless they are given.",
+        epilog="Sizes are in GB (10^9 bytes) per chip. Times are lower bounds from the "
+        "vendors' peak rates; nothing is run. The step of decoding does not include "
+        "reading the prompt (--task prefill).",
     )
-    group = parser.add_argument_group("what runs")
+    group = parser.add_argument_group("workload")
     group.add_argument(
         "--model",
         default="llama2-7b",
-        help=f"a preset, a shape as in {EXAMPLE_MODEL}, or a checkpoint "
+        help=f"a preset, a shape such as {EXAMPLE_MODEL}, or a checkpoint "
         "(default: %(default)s)",
     )
     group.add_argument(
         "--task",
         choices=get_args(Task),
         default="decode",
-        help="train all weights, train adapters (on quantized weights: qlora), read "
-        "prompts, or write a token for each row (default: %(default)s)",
+        help="train all weights, train LoRA adapters (qlora: on quantized weights), "
+        "read prompts, or generate one token per row (default: %(default)s)",
     )
     group.add_argument(
         "--batch",
@@ -177,86 +181,84 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seq",
         type=cli.positive,
         metavar="T",
-        help="tokens of a row: of training or of a prompt, or slots of the cache "
-        f"(default: the model's longest, at most {MOST_SEQ})",
+        help="tokens per row in training and prefill; slots of the cache in decoding "
+        f"(default: the model's context, at most {DEFAULT_SEQ})",
     )
     group.add_argument(
         "--dtype",
         choices=get_args(DType),
-        help="of activations, the cache and weights that are not trained (default: "
-        "bfloat16 where it is fast, else float16; float32 on CPUs)",
+        help="dtype of activations, cache and frozen weights (default: bfloat16 where "
+        "it is fast, else float16; float32 on CPUs)",
     )
     group.add_argument(
         "--cache-dtype",
         choices=get_args(CacheDType),
-        help="of the cache, in place of --dtype: a byte for each number, and a scale "
-        "for each slot and head",
+        help="dtype of the cache if not --dtype; int8 has a scale per slot and head",
     )
     group.add_argument(
         "--param-dtype",
         choices=get_args(DType),
         default="float32",
-        help="of weights that are trained, their gradients and the optimizer's moments "
+        help="dtype of trained weights, their gradients and the optimizer's moments "
         "(default: %(default)s)",
     )
     group.add_argument(
         "--quantize",
         choices=get_args(Quantization),
-        help="how the layers' weights are held where they are not trained (default: "
-        "none; qlora: int4)",
+        help="quantization of the layers' frozen weights (default: none; qlora: int4)",
     )
     group.add_argument(
         "--remat",
         choices=get_args(Remat),
-        help="what the backward pass computes again: nothing, all of a block, or all "
-        "but its matrix products (default: the fastest that fits)",
+        help="what the backward pass recomputes: nothing, all of a block, or all but "
+        "its matrix products (default: the fastest that fits)",
     )
     group.add_argument(
         "--lora-rank",
         type=cli.positive,
         default=16,
         metavar="R",
-        help="of adapters (default: %(default)s)",
+        help="rank of LoRA adapters (default: %(default)s)",
     )
-    group = parser.add_argument_group("where")
+    group = parser.add_argument_group("hardware")
     group.add_argument(
         "--topology",
         metavar="NAME",
         help=f"chips: {', '.join(CHIPS)}; TPUs with a shape (v5e:4x4, v5p:2x2x2), GPUs "
-        "with their number (h100:8) or hosts and GPUs of each (h100:2x8) (default: "
-        "this machine)",
+        "with a number (h100:8) or hosts and GPUs per host (h100:2x8) (default: this "
+        "machine)",
     )
     group.add_argument(
         "--mesh",
         metavar="AXES",
-        help="how the chips are used, as in data=1,fsdp=-1,tensor=4; -1 takes what is "
-        "left (default: the best)",
+        help="how the chips are used, such as data=1,fsdp=-1,tensor=4; -1 takes the "
+        "remaining chips (default: the best)",
     )
-    group = parser.add_argument_group("how it is answered")
+    group = parser.add_argument_group("compilation")
     group.add_argument(
         "--compile",
         action="store_true",
-        help="ask the real compiler too, which takes minutes and none of the chips; "
-        "for TPUs `pip install libtpu`, for GPUs XLA's CUDA plugin (of what is "
-        "searched for it tries the best plans by formula)",
+        help="also compile the program, which takes minutes and needs none of the "
+        "chips; for TPUs `pip install libtpu`, for GPUs XLA's CUDA plugin (tries the "
+        "best plans by formula until one fits)",
     )
     group.add_argument(
         "--gpu-target-config",
         metavar="FILE",
-        help="a GPU as the text of an XLA GpuTargetConfigProto, in place of what is "
-        "known of the topology's",
+        help="the text of an XLA GpuTargetConfigProto that describes the GPU, instead "
+        "of the built-in description",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--table",
         action="store_true",
-        help="what fits where instead: every preset on common hardware",
+        help="instead print what fits where: every preset on common hardware",
     )
     group.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object: fits, bytes_per_chip by kind, limit_bytes, mesh, "
-        "step_seconds_bound, tokens_per_second_bound, compiled, and what was chosen",
+        help="print one JSON object: fits, bytes_per_chip by kind, limit_bytes, mesh, "
+        "step_seconds_bound, tokens_per_second_bound, compiled, and the choices made",
     )
     return parser.parse_args(argv)
 

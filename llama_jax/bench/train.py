@@ -20,7 +20,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
 from llama_jax.params import count_params
-from llama_jax.planning.roofline import train_flops
+from llama_jax.planning.flops import train_flops
 from llama_jax.planning.topology import local_topology
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import divisible

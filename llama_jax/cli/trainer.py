@@ -20,7 +20,7 @@ from llama_jax.data.loader import Loader
 from llama_jax.distributed import agreed, barrier, from_host_rows, is_main, place
 from llama_jax.errors import TrainError
 from llama_jax.params import count_params
-from llama_jax.planning.roofline import forward_flops, train_flops
+from llama_jax.planning.flops import forward_flops, train_flops
 from llama_jax.planning.topology import local_topology
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train import metrics as writers

@@ -1,1 +1,1 @@
-"""Whether and how a model fits devices, answered without them."""
+"""Whether a model fits, how fast it could be, and on which mesh, without running it."""

@@ -1,4 +1,4 @@
-"""A compiler's answer about a plan: bytes, exchanges between chips, products."""
+"""The compiler's report about a plan: memory, communication and matrix products."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,17 +8,17 @@ from llama_jax.planning.hlo_costs import Collective
 from llama_jax.planning.search import Plan
 
 
-class CompiledBytes(NamedTuple):
-    """Bytes on each chip by kind: arguments, and what a program takes besides.
+class CompiledFootprint(NamedTuple):
+    """Bytes on each chip, by kind, as the compiler allocates them.
 
     Attributes:
-      weights: that are arguments.
-      optimizer: its arrays.
+      weights: arguments.
+      optimizer: arguments.
       cache: an argument of decoding.
       batch: tokens, settings and counters.
-      padding: that the compiler's layouts add to all of these.
-      temporaries: gradients and activations too.
-      outputs: that do not take the place of a donated argument.
+      padding: what layouts add to these arguments.
+      temporaries: including gradients and activations.
+      outputs: those that do not reuse a donated argument.
       code: the program itself.
     """
 
@@ -32,54 +32,57 @@ class CompiledBytes(NamedTuple):
     code: int = 0
 
 
-class Compiled(NamedTuple):
-    """A compiler's answer.
+class CompiledPlan(NamedTuple):
+    """A plan's program as compiled for its chips.
 
     Attributes:
-      seconds: that tracing, lowering and compiling took here.
-      attention: the implementation that the program calls.
-      held: bytes by kind; None where the compiler gave up for want of memory.
-      total: bytes of all kinds; where the compiler gave up what it says it needed, and
-        None where it does not say.
-      limit: bytes that a program can have.
-      out_of_memory: the compiler's own sentence, where it gave up.
-      kernels: Pallas kernels that the program calls, each place once.
-      collectives: exchanges between chips in a step, largest first.
-      product_flops: of matrix products, on one chip in a step; attention's kernels,
-        into which no text looks, by formula.
-      compute_seconds: of those at the chip's peak; None where that is not known.
-      collective_seconds: of what the links bring; None where they are not known.
+      plan: the plan.
+      seconds: time of tracing, lowering and compiling.
+      attention: the attention implementation that the program calls.
+      footprint: bytes by kind; None if the compiler ran out of memory.
+      total: bytes of all kinds; if the compiler ran out of memory, what it says the
+        program needs, or None if it does not say.
+      out_of_memory: the compiler's error message if it ran out of memory.
+      kernels: number of calls to Pallas kernels in the program text.
+      collectives: communication of a step, largest first.
+      product_flops: FLOPs of matrix products on one chip in a step; those of attention
+        kernels are counted by formula, as the text does not contain them.
+      compute_seconds: of these FLOPs at the chip's peak; None if it is unknown.
+      collective_seconds: of the collectives; None if a bandwidth is unknown.
     """
 
+    plan: Plan
     seconds: float
     attention: Implementation
-    held: CompiledBytes | None
+    footprint: CompiledFootprint | None
     total: int | None
-    limit: int
-    out_of_memory: str | None
-    kernels: int
-    collectives: Sequence[Collective]
-    product_flops: float
-    compute_seconds: float | None
-    collective_seconds: float | None
+    out_of_memory: str | None = None
+    kernels: int = 0
+    collectives: Sequence[Collective] = ()
+    product_flops: float = 0.0
+    compute_seconds: float | None = None
+    collective_seconds: float | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler took it, and it is within the limit."""
-        return self.held is not None and (self.total or 0) <= self.limit
+        """Whether it compiled and is within the limit."""
+        compiled = self.footprint is not None
+        return compiled and (self.total or 0) <= self.plan.limit_bytes
 
-    def mfu(self, found: Plan, *, overlap: bool) -> float | None:
-        """Part of the peak that the work takes, if links work meanwhile or apart.
+    @property
+    def formula_ratio(self) -> float | None:
+        """The formula's total bytes divided by the compiler's; None if unknown."""
+        return self.plan.footprint.total / self.total if self.total else None
 
-        None where a rate is not known, the program was not compiled, or it decodes.
+    def mfu(self, *, overlap: bool) -> float | None:
+        """Model FLOPs utilization if communication overlaps with compute, or not.
+
+        None if a rate is unknown, the program did not compile, or it decodes (decoding
+        is limited by memory, which neither time covers).
         """
-        if found.work.task == "decode":
-            return None  # memory decides, which products and links say nothing of
-        peak = found.topology.chip.flops.get(found.work.dtype)
-        if not peak or self.compute_seconds is None or self.collective_seconds is None:
+        if self.plan.work.task == "decode" or self.footprint is None:
             return None
-        both = self.compute_seconds, self.collective_seconds
-        seconds = max(both) if overlap else sum(both)
-        if not seconds or self.held is None:
+        if self.compute_seconds is None or self.collective_seconds is None:
             return None
-        return found.bound.model_flops / (found.topology.chips * peak * seconds)
+        times = self.compute_seconds, self.collective_seconds
+        return self.plan.mfu(max(times) if overlap else sum(times))

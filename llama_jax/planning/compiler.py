@@ -1,171 +1,148 @@
-"""What the real compiler says of a workload on chips that need not be there."""
+"""Compile a plan's program for chips that need not be present."""
 
 import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import jax
 from jax.errors import JaxRuntimeError
+from jax.stages import Compiled
 
-from llama_jax.errors import MeshError
 from llama_jax.kernels.dispatch import Implementation
-from llama_jax.planning import hlo, hlo_costs, roofline
-from llama_jax.planning.compiled import Compiled, CompiledBytes
-from llama_jax.planning.gpu_target_config import multiprocessors, target_config
+from llama_jax.planning import hlo, hlo_costs
+from llama_jax.planning.compiled import CompiledFootprint, CompiledPlan
+from llama_jax.planning.flops import chip_attention_flops
+from llama_jax.planning.gpu_target_config import multiprocessors
 from llama_jax.planning.hlo_costs import Collective
-from llama_jax.planning.programs import abstract_gpu, program, shard_bytes_of
+from llama_jax.planning.programs import abstract_gpu, make_program, shard_bytes
 from llama_jax.planning.search import Plan
-from llama_jax.planning.target_devices import gpu_devices, tpu_devices
 from llama_jax.planning.topology import Topology, axis_bandwidths
 from llama_jax.runtime import MESH_AXES
 from llama_jax.sharding import make_mesh
 
-MOST_COMPILES = 4
-"""How many plans are compiled before the last one's answer stands."""
+MAX_COMPILES = 4
+"""Number of plans to compile at most, when none of them fits."""
 
-_LESS = 0.95
+_SMALLER = 0.95
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _OUT_OF_MEMORY = re.compile(r"Ran out of memory.*?(?:\.(?= [A-Z]|$)|$)")
 _EXCEEDED = re.compile(r"Exceeded \w+ capacity by [\d.]+[KMGT]?")
 _NEEDED = re.compile(r"(?:Used|temporaries \() ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
 
 
-def devices_of(topology: Topology, *, gpu_config: str | None = None) -> list[Any]:
-    """The chips of a topology, as placements for a compiler.
-
-    Args:
-      topology: of TPUs or NVIDIA's GPUs.
-      gpu_config: a GPU as text (`gpu_devices`); of the table if not given.
-
-    Raises:
-      MeshError: the compiler is not installed, or knows no such chips.
-    """
-    try:
-        if topology.chip.links == "torus":
-            return tpu_devices(str(topology))
-        text = gpu_config or target_config(topology.chip)
-        return gpu_devices("x".join(map(str, (1, *topology.shape))), text)
-    except ImportError as error:
-        raise MeshError(f"--compile for {topology}: {error}") from error
-
-
 def compile_plan(
-    found: Plan,
-    devices: Sequence[Any],
+    plan: Plan,
+    devices: Sequence[jax.Device],
     *,
     attention: Implementation | None = None,
-) -> Compiled:
-    """Ask the compiler of these devices about a plan.
+) -> CompiledPlan:
+    """Compile the program of a plan.
 
     Args:
-      found: work and mesh.
-      devices: as many as the mesh has; they need not be there.
-      attention: the implementation, if not what would be taken there.
+      plan: workload and mesh.
+      devices: as many as the mesh has; they need not be present.
+      attention: the implementation; by default what "auto" selects there.
 
     Raises:
       MeshError: the mesh does not divide the model.
     """
-    work, topology = found.work, found.topology
-    mesh = make_mesh(found.mesh, devices)
-    began = time.perf_counter()
-    built = program(work, mesh, attention=attention)
-    kinds = {kind: shard_bytes_of(tree) for kind, tree in built.kinds.items()}
+    work, topology = plan.work, plan.topology
+    mesh = make_mesh(plan.mesh, devices)
+    start = time.perf_counter()
+    program = make_program(work, mesh, attention=attention)
+    kinds = {kind: shard_bytes(tree) for kind, tree in program.kinds.items()}
     with _lowering_for(topology, devices):
-        lowered = built.lower()
+        lowered = program.lower()
     try:
-        compiled = lowered.compile(_options(topology))
+        compiled = lowered.compile(_compiler_options(topology))
     except JaxRuntimeError as error:
-        said = out_of_memory(str(error))
-        if said is None:
+        out_of_memory = parse_out_of_memory(str(error))
+        if out_of_memory is None:
             raise
-        sentence, needed = said
-        seconds = time.perf_counter() - began
-        return Compiled(
-            seconds=seconds,
-            attention=built.attention,
-            held=None,
-            total=needed,
-            limit=topology.chip.limit_bytes,
-            out_of_memory=sentence,
-            kernels=0,
-            collectives=(),
-            product_flops=0.0,
-            compute_seconds=None,
-            collective_seconds=None,
+        message, needed = out_of_memory
+        seconds = time.perf_counter() - start
+        return CompiledPlan(
+            plan, seconds, program.attention, None, needed, out_of_memory=message
         )
-    seconds = time.perf_counter() - began
-    held = held_by(kinds, compiled.memory_analysis())
-    text = hlo.parse(compiled.as_text())
-    sent = hlo_costs.collectives(text, built.mesh)
+    seconds = time.perf_counter() - start
+    footprint = compiled_footprint(kinds, compiled)
+    text = hlo.parse(compiled.as_text() or "")
+    collectives = hlo_costs.collectives(text, program.mesh)
     flops = hlo_costs.product_flops(text)
-    if built.attention != "xla":
-        flops += roofline.chip_attention_flops(work, found.mesh)
+    if program.attention != "xla":
+        flops += chip_attention_flops(work, plan.mesh)
     peak = topology.chip.flops.get(work.dtype)
-    return Compiled(
+    return CompiledPlan(
+        plan=plan,
         seconds=seconds,
-        attention=built.attention,
-        held=held,
-        total=sum(held),
-        limit=topology.chip.limit_bytes,
-        out_of_memory=None,
-        kernels=hlo_costs.kernels(text),
-        collectives=sent,
+        attention=program.attention,
+        footprint=footprint,
+        total=sum(footprint),
+        kernels=hlo_costs.kernel_calls(text),
+        collectives=collectives,
         product_flops=flops,
         compute_seconds=flops / peak if peak else None,
-        collective_seconds=_seconds(sent, topology, found.mesh),
+        collective_seconds=_collective_seconds(collectives, topology, plan.mesh),
     )
 
 
 def compile_first_that_fits(
-    plans: Sequence[Plan], devices: Sequence[Any]
-) -> list[tuple[Plan, Compiled]]:
-    """Plans as they were tried; the last one fits, if any of the few that are tried.
+    plans: Sequence[Plan], devices: Sequence[jax.Device]
+) -> list[CompiledPlan]:
+    """Compile plans in order until one fits, at most `MAX_COMPILES`.
 
-    Behind one that does not fit those are passed over that hold hardly less by formula.
+    After a plan that does not fit, skip plans that are hardly smaller by formula.
+
+    Returns:
+      All compiled plans; the last one fits, if any does.
     """
-    tried: list[tuple[Plan, Compiled]] = []
-    most = math.inf
-    for found in plans:
-        if found.held.total > most:
+    tried: list[CompiledPlan] = []
+    limit = math.inf
+    for plan in plans:
+        if plan.footprint.total > limit:
             continue
-        answer = compile_plan(found, devices)
-        tried.append((found, answer))
-        if answer.fits or len(tried) == MOST_COMPILES:
+        tried.append(compile_plan(plan, devices))
+        if tried[-1].fits or len(tried) == MAX_COMPILES:
             break
-        most = _LESS * found.held.total
+        limit = _SMALLER * plan.footprint.total
     return tried
 
 
-def held_by(kinds: Mapping[str, int], found: Any) -> CompiledBytes:
-    """A compiler's numbers by kind; an argument that it drops is one of the batch's."""
-    arguments = int(found.argument_size_in_bytes)
-    more = arguments - sum(kinds.values())
-    batch = kinds.get("batch", 0) + min(more, 0)
-    return CompiledBytes(
+def compiled_footprint(
+    kinds: Mapping[str, int], compiled: Compiled
+) -> CompiledFootprint:
+    """Split the compiler's memory analysis by kind.
+
+    Args:
+      kinds: bytes of the program's arguments by kind.
+      compiled: the program. Arguments that the compiler dropped are subtracted from
+        those of the batch.
+    """
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    extra = int(memory.argument_size_in_bytes) - sum(kinds.values())
+    outputs = int(memory.output_size_in_bytes) - int(memory.alias_size_in_bytes)
+    return CompiledFootprint(
         **{kind: kinds.get(kind, 0) for kind in ("weights", "optimizer", "cache")},
-        batch=batch,
-        padding=max(more, 0),
-        temporaries=int(found.temp_size_in_bytes),
-        outputs=max(
-            int(found.output_size_in_bytes) - int(found.alias_size_in_bytes), 0
-        ),
-        code=int(found.generated_code_size_in_bytes),
+        batch=kinds.get("batch", 0) + min(extra, 0),
+        padding=max(extra, 0),
+        temporaries=int(memory.temp_size_in_bytes),
+        outputs=max(outputs, 0),
+        code=int(memory.generated_code_size_in_bytes),
     )
 
 
 def _lowering_for(
-    topology: Topology, devices: Sequence[Any]
-) -> AbstractContextManager[Any]:
+    topology: Topology, devices: Sequence[jax.Device]
+) -> AbstractContextManager[object]:
     if devices[0].platform not in ("cuda", "gpu") or devices[0] in jax.devices():
         return nullcontext()
     return abstract_gpu(devices[0].device_kind, multiprocessors(topology.chip).cores)
 
 
-def _options(topology: Topology) -> dict[str, Any] | None:
-    """What the compiler is told."""
+def _compiler_options(topology: Topology) -> dict[str, str | bool] | None:
     if topology.chip.links != "host":
         return None
     # Its time grows with the third power of unrolled layers (40 layers of 70B: 69 of
@@ -173,32 +150,33 @@ def _options(topology: Topology) -> dict[str, Any] | None:
     return {"xla_disable_hlo_passes": "multi_output_fusion"}
 
 
-def out_of_memory(error: str) -> tuple[str, int | None] | None:
-    """The compiler's sentence, and the bytes that it says it needed; None if it is of
-    something else.
+def parse_out_of_memory(error: str) -> tuple[str, int | None] | None:
+    """Extract the compiler's sentence and the bytes it needed, if it names them.
+
+    None if the error has another cause.
     """
     text = " ".join(error.split())
-    found = _OUT_OF_MEMORY.search(text)
-    if found is None:
+    match = _OUT_OF_MEMORY.search(text)
+    if match is None:
         return None
-    exceeded = _EXCEEDED.search(text, found.start())
-    end = exceeded.end() if exceeded else found.end()
-    sentence = text[found.start() : end].removesuffix(".")
+    exceeded = _EXCEEDED.search(text, match.start())
+    end = exceeded.end() if exceeded else match.end()
+    sentence = text[match.start() : end].removesuffix(".")
     needed = _NEEDED.search(sentence)
     size = int(float(needed[1]) * _UNITS[needed[2]]) if needed else None
     return f"{sentence}.", size
 
 
-def _seconds(
-    sent: Sequence[Collective], topology: Topology, mesh: Mapping[str, int]
+def _collective_seconds(
+    collectives: Sequence[Collective], topology: Topology, mesh: Mapping[str, int]
 ) -> float | None:
-    """At the rate of the links; over several axes at that of the slowest."""
-    rates = axis_bandwidths(topology, mesh)
+    """Time without overlap; several axes run at the bandwidth of the slowest."""
+    bandwidths = axis_bandwidths(topology, mesh)
     total = 0.0
-    for one in sent:
-        axes = [axis for axis in one.axes.split("+") if axis in MESH_AXES]
-        rate = min((rates[axis] for axis in axes), default=0.0)
-        if one.nbytes and not rate:
+    for collective in collectives:
+        axes = [axis for axis in collective.axes.split("+") if axis in MESH_AXES]
+        rate = min((bandwidths[axis] for axis in axes), default=0.0)
+        if collective.nbytes and not rate:
             return None
-        total += one.nbytes / rate if rate else 0.0
+        total += collective.nbytes / rate if rate else 0.0
     return total

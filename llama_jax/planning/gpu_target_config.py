@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs as XLA's compiler wants to know them, for compiling without one."""
+"""Descriptions of NVIDIA GPUs for XLA's compiler, to compile without a GPU."""
 
 from typing import NamedTuple
 
@@ -7,18 +7,18 @@ from llama_jax.planning.chips import Chip
 
 
 class Multiprocessors(NamedTuple):
-    """What a GPU computes with.
+    """The streaming multiprocessors of a GPU.
 
     Attributes:
-      capability: compute capability, as `(9, 0)`.
-      cores: streaming multiprocessors.
-      lanes: float32 units of each.
-      threads: that each can have at once.
-      shared_kib: KiB of shared memory of each.
-      block_kib: KiB that a block of threads may ask for.
-      cache_mib: MiB of the second-level cache.
-      ghz: highest clock.
-      description: the name that NVIDIA's driver gives it.
+      capability: compute capability, such as `(9, 0)`.
+      cores: number of multiprocessors.
+      lanes: float32 units per multiprocessor.
+      threads: resident threads per multiprocessor.
+      shared_kib: KiB of shared memory per multiprocessor.
+      block_kib: KiB of shared memory that a thread block can request.
+      cache_mib: MiB of the L2 cache.
+      ghz: highest clock rate.
+      description: the name that NVIDIA's driver reports.
     """
 
     capability: tuple[int, int]
@@ -32,9 +32,9 @@ class Multiprocessors(NamedTuple):
     description: str
 
 
-# NVIDIA's data sheets and architecture white papers (multiprocessors, cache, clock),
-# and the table of compute capabilities in the CUDA C++ Programming Guide (threads and
-# shared memory; of a block's at most 1 KiB less than a multiprocessor's, from 8.0 on).
+# Multiprocessors, cache and clock: NVIDIA's data sheets and architecture white papers.
+# Threads and shared memory: the table of compute capabilities in the CUDA C++
+# Programming Guide (from 8.0 on, a block can have 1 KiB less than a multiprocessor).
 _AMPERE = Multiprocessors((8, 0), 108, 64, 2048, 164, 163, 40, 1.41, "")
 _HOPPER = Multiprocessors((9, 0), 132, 128, 2048, 228, 227, 50, 1.98, "")
 _GPUS = {
@@ -48,24 +48,24 @@ _GPUS = {
 
 
 def multiprocessors(chip: Chip) -> Multiprocessors:
-    """Of a GPU of the table.
+    """The multiprocessors of a GPU.
 
     Raises:
-      MeshError: nothing is known of them.
+      MeshError: the GPU is not in the table.
     """
     if chip.name not in _GPUS:
         raise MeshError(
-            f"--compile: nothing is known of the multiprocessors of {chip.name}; "
-            "name a file that describes them with --gpu-target-config"
+            f"--compile: the multiprocessors of {chip.name} are unknown; describe "
+            "the GPU in a file and pass it as --gpu-target-config"
         )
     return _GPUS[chip.name]
 
 
 def target_config(chip: Chip) -> str:
-    """A GPU as the text of XLA's `GpuTargetConfigProto`.
+    """Describe a GPU as the text of XLA's `GpuTargetConfigProto`.
 
     Raises:
-      MeshError: nothing is known of its multiprocessors.
+      MeshError: the GPU is not in the table.
     """
     gpu = multiprocessors(chip)
     major, minor = gpu.capability

@@ -1,8 +1,8 @@
-"""What a compiled program does, read from its text: loops, calls and shapes.
+"""Parse the text of a compiled program (HLO): computations, loops, calls and shapes.
 
 XLA prints an optimized program as computations of instructions. A `while` runs its body
-so many times, a fusion or a call its computation once: multiplied from the entry down
-that is how often each computation runs.
+once per trip, a fusion or a call runs its computation once; multiplied from the entry
+down, this gives the number of runs of each computation.
 """
 
 import math
@@ -26,14 +26,14 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
 class ArrayShape(NamedTuple):
-    """Type and sizes of one array."""
+    """Dtype and shape of an array."""
 
     dtype: str
     sizes: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Without the padding that a layout adds."""
+        """Bytes, without the padding that a layout adds."""
         return -(-math.prod(self.sizes) * bits_of(self.dtype) // 8)
 
 
@@ -41,13 +41,13 @@ class Instruction(NamedTuple):
     """One line of a program.
 
     Attributes:
-      name: by which others refer to it.
+      name: other instructions refer to it by this name.
       shapes: of its results; several for a tuple.
-      opcode: what it does, such as `all-gather` or `fusion`.
+      opcode: the operation, such as `all-gather` or `fusion`.
       operands: names.
-      argument: what stands between the parentheses, for constants.
-      attributes: all that follows.
-      root: whether it is what its computation gives.
+      argument: the text between the parentheses, for constants.
+      attributes: all text that follows.
+      root: whether it is the result of its computation.
     """
 
     name: str
@@ -63,34 +63,34 @@ Computation = dict[str, Instruction]
 
 
 class Hlo(NamedTuple):
-    """A program: computations by name, and the one that it begins with."""
+    """A program: its computations by name, and the name of the entry computation."""
 
     computations: Mapping[str, Computation]
     entry: str
 
     def runs(self) -> dict[str, float]:
-        """How often each computation runs in one run of the program.
+        """Number of runs of each computation in one run of the program.
 
-        A loop whose number of turns the text does not say counts as one turn, and of
-        branches each counts as taken.
+        A loop whose trip count the text does not give counts as one trip. Every branch
+        counts as taken.
         """
-        found: dict[str, float] = {}
+        counts: dict[str, float] = {}
 
         def visit(name: str, times: float) -> None:
-            found[name] = found.get(name, 0.0) + times
+            counts[name] = counts.get(name, 0.0) + times
             for instruction in self.computations[name].values():
-                turns = 1.0
+                trips = 1.0
                 if instruction.opcode == "while":
-                    turns = float(self.turns(name, instruction) or 1)
+                    trips = float(self.trip_count(name, instruction) or 1)
                 for called in called_by(instruction):
                     if called in self.computations:
-                        visit(called, times * turns)
+                        visit(called, times * trips)
 
         visit(self.entry, 1.0)
-        return found
+        return counts
 
     def fused(self) -> set[str]:
-        """Computations that are the inside of a fusion."""
+        """Names of the computations that fusions call."""
         return {
             called
             for computation in self.computations.values()
@@ -99,10 +99,15 @@ class Hlo(NamedTuple):
             for called in called_by(instruction)
         }
 
-    def turns(self, inside: str, loop: Instruction) -> int | None:
-        """How often a loop runs its body; None where only the data can say."""
-        if said := _TRIPS.search(loop.attributes):
-            return int(said[1])
+    def trip_count(self, caller: str, loop: Instruction) -> int | None:
+        """Number of times a loop runs its body; None if it depends on data.
+
+        Args:
+          caller: name of the computation that contains the loop.
+          loop: a `while` instruction.
+        """
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
         match = _LOOP.search(loop.attributes)
         if match is None:
             return None
@@ -120,45 +125,47 @@ class Hlo(NamedTuple):
         index = counter and _INDEX.search(counter.attributes)
         if not index or end is None:
             return None
-        before = self._element(self.computations[inside], loop.operands, int(index[1]))
-        start = _constant(before)
+        initial = self._element(self.computations[caller], loop.operands, int(index[1]))
+        start = _constant(initial)
         step = self._step(body, int(index[1]))
-        # A counter that the compiler starts where the text does not say counts from 0.
+        # If the text does not give the counter's first value, it is taken to be 0.
         return max(-(-(end - (start or 0)) // (step or 1)), 0)
 
     def _element(
         self, computation: Computation, operands: tuple[str, ...], index: int
     ) -> Instruction | None:
-        made = computation.get(operands[0]) if operands else None
-        if made is None or made.opcode != "tuple" or index >= len(made.operands):
+        operand = computation.get(operands[0]) if operands else None
+        if operand is None or operand.opcode != "tuple":
             return None
-        found = computation.get(made.operands[index])
-        while found and found.opcode in ("copy", "bitcast", "convert"):
-            found = computation.get(found.operands[0])
-        return found
+        if index >= len(operand.operands):
+            return None
+        element = computation.get(operand.operands[index])
+        while element and element.opcode in ("copy", "bitcast", "convert"):
+            element = computation.get(element.operands[0])
+        return element
 
     def _step(self, body: Computation, index: int) -> int | None:
-        """By how much a turn counts further."""
+        """The increment of a loop's counter in each trip."""
         root = root_of(body)
         if root is None or root.opcode != "tuple":
             return None
-        one = body.get(root.operands[index])
-        while one and one.opcode in ("copy", "bitcast"):
-            one = body.get(one.operands[0])
-        if one is not None and one.opcode == "fusion":
-            name = next(iter(called_by(one)), "")
+        counter = body.get(root.operands[index])
+        while counter and counter.opcode in ("copy", "bitcast"):
+            counter = body.get(counter.operands[0])
+        if counter is not None and counter.opcode == "fusion":
+            name = next(iter(called_by(counter)), "")
             body = self.computations.get(name, {})
-            one = root_of(body)
-        if one is None or one.opcode != "add":
+            counter = root_of(body)
+        if counter is None or counter.opcode != "add":
             return None
-        for name in one.operands:
+        for name in counter.operands:
             if (number := _constant(body.get(name))) is not None:
                 return number
         return None
 
 
 def parse(text: str) -> Hlo:
-    """An optimized program (`compiled.as_text()`), as far as counting needs it."""
+    """Parse an optimized program (`compiled.as_text()`)."""
     computations: dict[str, Computation] = {}
     entry, inside = "", ""
     for line in text.splitlines():
@@ -167,33 +174,33 @@ def parse(text: str) -> Hlo:
             computations[inside] = {}
             entry = inside if header[1] else entry
         elif inside and (named := _NAMED.match(line)):
-            found = _instruction(named[2], bool(named[1]), line[named.end() :])
-            if found is not None:
-                computations[inside][found.name] = found
+            rest = line[named.end() :]
+            if instruction := _instruction(named[2], bool(named[1]), rest):
+                computations[inside][instruction.name] = instruction
     return Hlo(computations, entry)
 
 
 def called_by(instruction: Instruction) -> Iterator[str]:
-    """The computations that an instruction runs."""
+    """Names of the computations that an instruction calls."""
     if instruction.opcode == "while":
         if match := _LOOP.search(instruction.attributes):
             yield match[2]
             yield match[1]
         return
     if instruction.opcode in ("async-update", "async-done"):
-        return  # what was started runs once
+        return  # async-start has counted it
     for names in _CALLED.findall(instruction.attributes):
         for name in names.strip("{}").split(","):
             yield name.strip().removeprefix("%")
 
 
 def root_of(computation: Computation) -> Instruction | None:
-    """What a computation gives."""
+    """The instruction that is the result of a computation."""
     return next((i for i in computation.values() if i.root), None)
 
 
 def bits_of(dtype: str) -> int:
-    """Of a number, by XLA's name of its type."""
+    """Bits per number of a dtype in XLA's spelling."""
     if dtype in _BITS:
         return _BITS[dtype]
     digits = re.match(r"[suf](\d+)", dtype)
@@ -202,7 +209,7 @@ def bits_of(dtype: str) -> int:
 
 
 def shapes_in(text: str) -> tuple[ArrayShape, ...]:
-    """All array types that a text names."""
+    """All array shapes in a text."""
     return tuple(
         ArrayShape(dtype, tuple(int(size) for size in sizes.split(",") if size))
         for dtype, sizes in _ARRAY.findall(text)
@@ -237,7 +244,7 @@ _PARENTHESIS = re.compile(r"[()]")
 
 
 def _closing(text: str, start: int) -> int:
-    """Behind the parenthesis that closes the one at `start`."""
+    """Index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in _PARENTHESIS.finditer(text, start):
         depth += 1 if match[0] == "(" else -1

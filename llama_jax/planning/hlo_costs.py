@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips, and what it multiplies, by its text."""
+"""Communication and matrix products of a compiled program, from its HLO text."""
 
 import collections
 import math
@@ -28,14 +28,14 @@ _GEMM = re.compile(r'"lhs_contracting_dimensions":\["(\d+)"')
 
 
 class Collective(NamedTuple):
-    """One kind of exchange over some axes of the mesh, all of a program's together.
+    """All collectives of a program of one kind, mesh axes and dtype.
 
     Attributes:
       kind: XLA's name, such as `all-gather`.
-      axes: of the mesh whose chips take part, joined by `+`.
-      dtype: of what is sent.
-      times: how often in a step.
-      nbytes: that each chip receives in a step.
+      axes: the mesh axes whose chips communicate, joined by `+`.
+      dtype: of the data.
+      times: runs in a step.
+      nbytes: bytes that each chip receives in a step.
     """
 
     kind: str
@@ -46,11 +46,11 @@ class Collective(NamedTuple):
 
 
 def collectives(program: Hlo, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every exchange of one run of a program, largest first.
+    """Count the collectives of one run of a program, largest first.
 
-    What is started and awaited apart counts once. A chip receives all of what is
-    gathered but its own part, that part twice of a sum (scattered, then gathered), once
-    of a sum that stays scattered.
+    An asynchronous collective counts once, not at start and done. In an all-gather a
+    chip receives everything but its own part; in a reduce-scatter, as much; in an
+    all-reduce, twice as much.
 
     Args:
       program: compiled for all chips of the mesh.
@@ -60,8 +60,8 @@ def collectives(program: Hlo, mesh: Mapping[str, int]) -> list[Collective]:
     counts: dict[tuple[str, str, str], list[float]] = collections.defaultdict(
         lambda: [0.0, 0.0]
     )
-    # A TPU's asynchronous exchange is written down wherever something is fused with a
-    # piece of it, each time with its channel: it happens where that runs least.
+    # A TPU program repeats an asynchronous collective in every fusion that computes
+    # during it, always with the same channel: it happens where that runs least often.
     started: dict[str, tuple[float, tuple[str, str, str], float]] = {}
     for name, times in runs.items():
         computation = program.computations[name]
@@ -72,7 +72,7 @@ def collectives(program: Hlo, mesh: Mapping[str, int]) -> list[Collective]:
             if kind == "all-reduce" and "all-reduce-scatter" in name:
                 kind = "reduce-scatter"
             size, axes = _group(instruction, mesh)
-            sent = _operands(computation, instruction)
+            sent = _operand_shapes(computation, instruction)
             if size < 2 or not sent:
                 continue
             nbytes = sum(shape.nbytes for shape in sent) * _received(kind, size)
@@ -88,14 +88,14 @@ def collectives(program: Hlo, mesh: Mapping[str, int]) -> list[Collective]:
     for times, key, nbytes in started.values():
         counts[key][0] += times
         counts[key][1] += times * nbytes
-    found = [Collective(*key, *both) for key, both in counts.items()]
-    return sorted(found, key=lambda one: -one.nbytes)
+    totals = [Collective(*key, *count) for key, count in counts.items()]
+    return sorted(totals, key=lambda collective: -collective.nbytes)
 
 
 def product_flops(program: Hlo) -> float:
-    """Operations of all matrix products of one run, on one chip.
+    """Count the FLOPs of all matrix products of one run, on one chip.
 
-    Two per multiplication and addition. Pallas kernels are not looked into.
+    A multiply-add counts as two. Products inside Pallas kernels are not counted.
     """
     total = 0.0
     for name, times in program.runs().items():
@@ -105,15 +105,15 @@ def product_flops(program: Hlo) -> float:
     return total
 
 
-def kernels(program: Hlo) -> int:
-    """How many Pallas kernels a program calls, each place counted once."""
+def kernel_calls(program: Hlo) -> int:
+    """Count the calls to Pallas kernels in a program's text."""
     targets = ("tpu_custom_call", "mosaic_gpu", "triton_kernel_call", "mosaic_gpu_v2")
     return sum(
-        any(f'custom_call_target="{target}"' in one.attributes for target in targets)
-        or "__gpu$xla.gpu.triton" in one.attributes
+        any(f'custom_call_target="{target}"' in call.attributes for target in targets)
+        or "__gpu$xla.gpu.triton" in call.attributes
         for computation in program.computations.values()
-        for one in computation.values()
-        if one.opcode == "custom-call"
+        for call in computation.values()
+        if call.opcode == "custom-call"
     )
 
 
@@ -123,7 +123,7 @@ def _kind(instruction: Instruction) -> str | None:
 
 
 def _received(kind: str, size: int) -> float:
-    """Bytes that come in for each byte of a chip's own operand."""
+    """Bytes received per byte of a chip's own operand, in a group of this size."""
     if kind == "all-gather":
         return size - 1.0
     if kind in ("collective-permute", "collective-broadcast"):
@@ -132,27 +132,30 @@ def _received(kind: str, size: int) -> float:
     return 2 * others if kind == "all-reduce" else others
 
 
-def _operands(computation: Computation, one: Instruction) -> list[ArrayShape]:
-    found: list[ArrayShape] = []
-    for name in one.operands:
-        if name in computation:
-            found += computation[name].shapes
-    return found
+def _operand_shapes(
+    computation: Computation, instruction: Instruction
+) -> list[ArrayShape]:
+    return [
+        shape
+        for name in instruction.operands
+        if name in computation
+        for shape in computation[name].shapes
+    ]
 
 
-def _group(one: Instruction, mesh: Mapping[str, int]) -> tuple[int, str]:
-    """How many chips take part with each other, and along which axes."""
-    sizes = tuple(mesh.values())
+def _group(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[int, str]:
+    """The number of chips that communicate with each other, and along which axes."""
+    text, sizes = instruction.attributes, tuple(mesh.values())
     chips = math.prod(sizes)
     members: np.ndarray | list[int]
-    if pairs := _PAIRS.search(one.attributes):
+    if pairs := _PAIRS.search(text):
         numbers = np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2)
         moved = numbers[numbers[:, 0] != numbers[:, 1]]
         if not len(moved):
             return 1, ""
-        source, target = (np.array(np.unravel_index(one, sizes)) for one in moved.T)
+        source, target = (np.array(np.unravel_index(ids, sizes)) for ids in moved.T)
         return 2, _axes(mesh, (source != target).any(axis=1))
-    if iota := _IOTA.search(one.attributes):
+    if iota := _IOTA.search(text):
         groups, dims, order = (
             [int(n) for n in part.split(",")] if part else None
             for part in iota.groups()
@@ -160,51 +163,50 @@ def _group(one: Instruction, mesh: Mapping[str, int]) -> tuple[int, str]:
         assert groups is not None and dims is not None  # noqa: PT018
         numbers = np.arange(math.prod(dims)).reshape(dims)
         members = numbers.transpose(order).reshape(groups)[0]
-    elif named := _NAMED_MESH.search(one.attributes):
+    elif named := _NAMED_MESH.search(text):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        taken = re.findall(r"'(\w+)'", named[2])
+        communicating = re.findall(r"'(\w+)'", named[2])
         numbers = np.arange(chips).reshape([int(size) for size in axes.values()])
-        index = tuple(slice(None) if axis in taken else 0 for axis in axes)
+        index = tuple(slice(None) if axis in communicating else 0 for axis in axes)
         members = numbers[index].ravel()
-    elif listed := _LISTED.search(one.attributes):
+    elif listed := _LISTED.search(text):
         members = [int(n) for n in listed[1].split(",") if n]
     else:
         members = np.arange(chips)
-    places = np.array(np.unravel_index(np.asarray(members, int), sizes))
-    return len(members), _axes(mesh, (places != places[:, :1]).any(axis=1))
+    coordinates = np.array(np.unravel_index(np.asarray(members, int), sizes))
+    return len(members), _axes(mesh, (coordinates != coordinates[:, :1]).any(axis=1))
 
 
 def _axes(mesh: Mapping[str, int], differ: np.ndarray) -> str:
     return "+".join(axis for axis, on in zip(mesh, differ, strict=True) if on)
 
 
-def _flops(computation: Computation, one: Instruction) -> float:
-    if one.opcode not in ("dot", "convolution", "custom-call") or not one.shapes:
+def _flops(computation: Computation, instruction: Instruction) -> float:
+    if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0.0
-    operands = [computation.get(name) for name in one.operands[:2]]
-    if len(operands) < 2 or operands[0] is None or operands[1] is None:
+    operands = [computation.get(name) for name in instruction.operands[:2]]
+    shapes = [operand.shapes[0] for operand in operands if operand and operand.shapes]
+    if len(shapes) < 2 or not instruction.shapes:
         return 0.0
-    if not operands[0].shapes or not operands[1].shapes:
-        return 0.0
-    left, right = operands[0].shapes[0].sizes, operands[1].shapes[0].sizes
-    out = one.shapes[0].sizes
-    if one.opcode == "convolution":
-        return _convolution_flops(one.attributes, left, right, out)
-    if one.opcode == "dot":
-        match = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", one.attributes)
-        summed = [int(n) for n in match[1].split(",") if n] if match else []
+    left, right = (shape.sizes for shape in shapes)
+    out, attributes = instruction.shapes[0].sizes, instruction.attributes
+    if instruction.opcode == "convolution":
+        return _convolution_flops(attributes, left, right, out)
+    if instruction.opcode == "dot":
+        match = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", attributes)
+        contracted = [int(n) for n in match[1].split(",") if n] if match else []
     else:
-        match = _GEMM.search(one.attributes)
-        if "__cublas$" not in one.attributes or match is None:
+        match = _GEMM.search(attributes)
+        if "__cublas$" not in attributes or match is None:
             return 0.0
-        summed = [int(match[1])]
-    return 2.0 * math.prod(out) * math.prod(left[index] for index in summed)
+        contracted = [int(match[1])]
+    return 2.0 * math.prod(out) * math.prod(left[index] for index in contracted)
 
 
 def _convolution_flops(
     attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]
 ) -> float:
-    """A TPU writes its products as convolutions, whose padding multiplies nothing."""
+    """TPU programs write products as convolutions; padding is not multiplied."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
         return 0.0
@@ -221,19 +223,19 @@ def _convolution_flops(
     total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")]
     total *= right[of_right.index("i")]
     pads = [part.split("_")[0] for part in fields.get("pad", "").split("x") if part]
-    strides, inner = numbers("stride", 1), numbers("lhs_dilate", 1)
-    spread = numbers("rhs_dilate", 1)
-    for place in range(len(of_left) - 2):
-        label = str(place)
+    strides, dilations = numbers("stride", 1), numbers("rhs_dilate", 1)
+    base_dilations = numbers("lhs_dilate", 1)
+    for axis in range(len(of_left) - 2):
+        label = str(axis)
         size, kernel = left[of_left.index(label)], right[of_right.index(label)]
-        starts = np.arange(out[of_out.index(label)]) * strides[place]
-        starts = starts - (int(pads[place]) if pads else 0)
-        met = 0
+        starts = np.arange(out[of_out.index(label)]) * strides[axis]
+        starts = starts - (int(pads[axis]) if pads else 0)
+        products = 0
         for tap in range(kernel):
-            at = starts + tap * spread[place]
-            inside = (at >= 0) & (at <= (size - 1) * inner[place])
-            met += int(np.sum(inside & (at % inner[place] == 0)))
-        total *= met
+            at = starts + tap * dilations[axis]
+            inside = (at >= 0) & (at <= (size - 1) * base_dilations[axis])
+            products += int(np.sum(inside & (at % base_dilations[axis] == 0)))
+        total *= products
     if groups := re.search(r"batch_group_count=(\d+)", attributes):
         total /= int(groups[1])
     return total

@@ -1,68 +1,47 @@
 """Bytes on each chip, by kind, from shapes and shardings alone.
 
-Weights and cache are placed by the functions that place them when a program runs
-(`sharding.param_shardings`, `sharding.cache_shardings`), on a mesh of no devices; what
-they say is exact. The rest is a count of tensors:
+Weights and cache are split by the functions that split them when a program runs
+(`sharding.param_shardings`, `sharding.divisible`), on a mesh without devices; these
+counts are exact. The rest is a count of tensors.
 
-*Training* holds a shard of each weight, of its gradient and of AdamW's two moments, all
-in `param_dtype`. Of each layer the backward pass finds, per token (d, n, k, f: a
-chip's part of D, N·H, K·H, F; in `dtype` where nothing is said):
+*Training* stores a shard of each weight, of its gradient and of AdamW's two moments,
+all in `param_dtype`. For the backward pass each layer keeps, per token (d, n, k, f: one
+chip's part of D, N·H, K·H, F; in `dtype` unless noted):
 
-    block   d (of the stream)      the block's input, from which all is computed again
-    dots    2 d + n + 2 k + 2 f    also what the projections gave: q, k, v, o, gate and
-                                   up; not down, whose result is the next block's input
-    none    2 d + 2 n + 2 k + 6 f  both normed streams, q, k, v, what attention gave,
-            + 4 d in float32       and six stages of SwiGLU; the norms' own numbers;
-            + attention's own      its sums (flash), or its weights twice (otherwise)
+    block   d (of the stream)      the block's input, from which it recomputes the rest
+    dots    2 d + n + 2 k + 2 f    also the outputs of projections: q, k, v, o, gate and
+                                   up; not down, whose output is the next block's input
+    none    2 d + 2 n + 2 k + 6 f  both normed streams, q, k, v, the output of attention
+            + 4 d in float32       and six stages of SwiGLU; the norms' own residuals;
+            + attention's own      its log-sums (flash), or its weights twice (else)
 
-and with `none`, each weight once more in `dtype` where it is held in another. They are
-the residuals that differentiating the model leaves; tests compare.
+and with `none` a copy of each weight in `dtype` if it is stored in another. These are
+the residuals of differentiating the model; tests compare them.
 
-*Decoding* counts a step, whose temporaries are few; *prefill* reads prompts, which
-takes more.
+*Decoding* is one step, which has few temporaries. *Prefill* reads whole prompts.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from llama_jax.kernels.quantized_slots import QuantizedSlots
-from llama_jax.params import LAYERS
 from llama_jax.planning.workload import (
-    INT4_GROUP,
-    Parts,
-    Quantization,
-    Shard,
-    Task,
+    EMBEDDING,
+    LocalSizes,
     Workload,
     abstract_mesh,
-    parts,
-    runtime_of,
-    shard_bytes,
-    shards,
-    sizes_of,
+    layer_shards,
+    local_sizes,
+    stored_bytes,
+    weight_shards,
 )
 from llama_jax.runtime import Remat, Rules
-from llama_jax.sharding import cache_shardings
-
-__all__ = [
-    "INT4_GROUP",
-    "Footprint",
-    "Quantization",
-    "Shard",
-    "Task",
-    "Workload",
-    "footprint",
-    "parts",
-    "shard_bytes",
-    "shards",
-    "sizes_of",
-]
+from llama_jax.sharding import divisible
 
 LOSS_CHUNK = 256
-"""Tokens of each row whose logits exist at a time (`kernels.token_losses`)."""
+"""Tokens per row whose logits exist at the same time (`kernels.token_losses`)."""
 
 
 class Footprint(NamedTuple):
@@ -77,229 +56,214 @@ class Footprint(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of all kinds."""
+        """Bytes of all kinds."""
         return sum(self)
 
 
 def footprint(work: Workload, mesh: Mapping[str, int]) -> Footprint:
-    """What each chip holds at most while the work runs.
+    """Count the peak memory of each chip while the workload runs.
 
     Args:
       work: on the whole mesh.
       mesh: sizes by axis.
 
     Raises:
-      MeshError: a mesh axis does not divide the axis of a weight that it splits.
+      MeshError: a mesh axis does not divide the weight axis that it splits.
     """
-    weights, trained = weight_bytes(work, mesh), trained_numbers(work, mesh)
-    width = jnp.dtype(work.param_dtype).itemsize
+    weights, trained = weight_bytes(work, mesh), num_trained(work, mesh)
     if not work.trains:
-        once = _prompt if work.task == "prefill" else _step
-        held = cache_bytes(work, mesh)
-        return Footprint(weights, 0, 0, 0, held, once(work, mesh))
+        prefill = work.task == "prefill"
+        temporaries = _prefill_bytes(work, mesh) if prefill else _step_bytes(work, mesh)
+        return Footprint(weights, 0, 0, 0, cache_bytes(work, mesh), temporaries)
     return Footprint(
         weights=weights,
-        optimizer=2 * trained * width,
-        gradients=trained * width,
-        activations=work.config.num_layers * kept_bytes(work, mesh, work.remat),
+        optimizer=2 * trained * work.param_itemsize,
+        gradients=trained * work.param_itemsize,
+        activations=work.config.num_layers * residual_bytes(work, mesh, work.remat),
         cache=0,
-        temporaries=_backward(work, mesh),
+        temporaries=_backward_bytes(work, mesh),
     )
 
 
 def weight_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Bytes of a chip's weights, adapters included."""
-    held = sum(
-        shard_bytes(work, path, shard, math.prod(shard.shape))
-        for path, shard in shards(work.config, work.rules, sizes_of(mesh)).items()
-    )
+    """Bytes of one chip's weights, adapters included."""
+    shards = weight_shards(work, mesh).values()
+    nbytes = sum(stored_bytes(work, shard, shard.size) for shard in shards)
     if work.task in ("lora", "qlora"):
-        held += trained_numbers(work, mesh) * jnp.dtype(work.param_dtype).itemsize
-    return held
+        nbytes += num_trained(work, mesh) * work.param_itemsize
+    return nbytes
 
 
-def trained_numbers(work: Workload, mesh: Mapping[str, int]) -> int:
-    """How many numbers of a chip have a gradient."""
-    found = shards(work.config, work.rules, sizes_of(mesh)).values()
+def num_trained(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Number of one chip's parameters that have a gradient."""
+    shards = weight_shards(work, mesh).values()
     if work.task == "train":
-        return sum(shard.size for shard in found)
+        return sum(shard.size for shard in shards)
     if not work.trains:
         return 0
-    return sum(work.rank * shard.adapters for shard in found)
+    return sum(work.rank * shard.adapter_size for shard in shards)
 
 
 def cache_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Bytes of a chip's part of the cache: keys, values, their scales and lengths."""
-    config = work.config
-    runtime = runtime_of(work.rules).replace(cache_dtype=work.cache_dtype)
-    placed = cache_shardings(
-        config.replace(num_layers=1),
-        runtime,
-        abstract_mesh(mesh),
-        work.batch,
-        work.seq,
-    )
+    """Bytes of one chip's part of the cache: keys, values, their scales and lengths."""
+    config, devices = work.config, abstract_mesh(mesh)
     shape = (work.batch, config.num_kv_heads, work.seq, config.head_dim)
-    layer: Any = placed.k[0]
-    if isinstance(layer, QuantizedSlots):
-        held = math.prod(layer.values.shard_shape(shape))  # type: ignore[attr-defined]
-        held += 4 * math.prod(layer.scales.shard_shape(shape[:3]))  # type: ignore[attr-defined]
+    spec = divisible(shape, "B K S H", work.rules, devices)
+    size = math.prod(NamedSharding(devices, spec).shard_shape(shape))
+    if work.cache_dtype == "int8":
+        nbytes = size + 4 * size // config.head_dim
     else:
-        held = math.prod(layer.shard_shape(shape)) * work.itemsize
-    return 2 * config.num_layers * held + 4 * work.batch
+        nbytes = size * work.itemsize
+    return 2 * config.num_layers * nbytes + 4 * work.batch
 
 
-def kept_bytes(work: Workload, mesh: Mapping[str, int], remat: Remat) -> int:
-    """Bytes that a chip keeps of one layer for the backward pass."""
-    part = parts(work, mesh)
-    d, n, k, f = part.d, part.n, part.k, part.f
+def residual_bytes(work: Workload, mesh: Mapping[str, int], remat: Remat) -> int:
+    """Bytes of one layer that a chip keeps for the backward pass."""
+    local = local_sizes(work, mesh)
+    d, n, k, f = local.d, local.n, local.k, local.f
     if remat == "block":
-        return part.stream * d * work.itemsize
+        return local.stream * d * work.itemsize
     if remat == "dots":
-        numbers = part.stream * 2 * d + part.tokens * (n + 2 * k + 2 * f)
-        return numbers * work.itemsize
-    numbers = (2 * d + 2 * n + 2 * k + 6 * f) * work.itemsize
+        size = local.stream * 2 * d + local.tokens * (n + 2 * k + 2 * f)
+        return size * work.itemsize
+    per_token = (2 * d + 2 * n + 2 * k + 6 * f) * work.itemsize
     heads = n // work.config.head_dim
-    if work.flash:
-        numbers += heads * 4
-    else:
-        numbers += heads * work.seq * (work.itemsize + 4)
-    norms = part.stream * 4 * d * 4
-    copies = copy_bytes(work, mesh) // work.config.num_layers
-    return part.tokens * numbers + norms + copies
+    per_token += heads * (4 if work.flash else work.seq * (work.itemsize + 4))
+    norms = local.stream * 4 * d * 4
+    copies = cast_bytes(work, mesh) // work.config.num_layers
+    return local.tokens * per_token + norms + copies
 
 
-def layer_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Bytes of one layer's weights as a chip multiplies with them: D whole, in `dtype`.
+def layer_weight_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Bytes of one layer's weights as a chip multiplies them: D gathered, in `dtype`.
 
-    Quantized ones count as they are held, being widened within the product.
+    Quantized weights count as they are stored: they are widened within the product.
     """
-    found = shards(work.config, work.rules, sizes_of(mesh))
-    held = work.replace(task="decode") if work.task == "train" else work
+    stored = work.replace(task="decode") if work.task == "train" else work
     return sum(
-        shard_bytes(held, path, shard, shard.gathered) // work.config.num_layers
-        for path, shard in found.items()
-        if path.startswith(LAYERS)
+        stored_bytes(stored, shard, shard.gathered) // work.config.num_layers
+        for shard in layer_shards(work, mesh)
     )
 
 
-def copy_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Bytes of a chip's part of all layers' weights once more, in `dtype`.
+def cast_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Bytes of the copy in `dtype` of one chip's part of all layers' trained weights.
 
-    Of those that are trained in another dtype. With remat too: the compiler casts them
-    all before it loops over the layers (seen in what libtpu 0.0.52 allots).
+    Zero if `param_dtype` is `dtype`. It exists with remat too: the compiler casts all
+    weights before it loops over the layers (seen in allocations of libtpu 0.0.52).
     """
     if work.task != "train" or work.dtype == work.param_dtype:
         return 0
-    found = shards(work.config, work.rules, sizes_of(mesh))
-    inside = (shard.size for path, shard in found.items() if path.startswith(LAYERS))
-    return sum(inside) * work.itemsize
+    return sum(shard.size for shard in layer_shards(work, mesh)) * work.itemsize
 
 
-def is_gathered(mesh: Mapping[str, int], rules: Rules) -> bool:
-    """Whether weights lie in parts that a product must first put together."""
+def gathers_weights(mesh: Mapping[str, int], rules: Rules) -> bool:
+    """Whether D of weights is split, so that products must gather it first."""
     axes = dict(rules.weights).get("D") or ()
     return math.prod(mesh.get(axis, 1) for axis in axes) > 1
 
 
-def _backward(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Temporaries of training: weights in `dtype`, and those of a block or of the loss.
-
-    A block needs its gathered weights, what SwiGLU multiplies, its input, and the
-    gradient of each; without flash attention its own weights of tokens too. The loss
-    needs the head, the last stream with its gradient, and a chunk's logits with theirs.
-    The head's float32 gradient, whole along D, is there in both.
-
-    It is the plainest count whose total stays within a tenth of what libtpu 0.0.52 and
-    XLA's compiler for H100s allot: for whole models with remat of blocks, up to four
-    rows of 4,096 tokens a chip, weights or adapters being trained (the tests compile
-    them). For one program without remat it was 13 % too much; remat of all but products
-    has not been compared.
-    """
-    part, width = parts(work, mesh), work.itemsize
-    block = _block_backward(work, part) * width
-    if is_gathered(mesh, work.rules) and (work.gpu or part.stream == part.tokens):
-        block += layer_bytes(work, mesh)
-    if not work.flash and work.remat != "none":
-        heads = part.n // work.config.head_dim
-        block += part.tokens * heads * work.seq * (width + 4)
-    found = shards(work.config, work.rules, sizes_of(mesh))
-    tied = work.config.tied_embeddings
-    head = found["transformer/embedding" if tied else "lm_head"].gathered
-    loss = head * width + part.tokens * 2 * part.d * width
-    loss += 2 * part.rows * min(LOSS_CHUNK, work.seq) * part.v * 4
-    held = copy_bytes(work, mesh) if work.remat != "none" else 0
-    if work.gpu and is_gathered(mesh, work.rules):
-        held += _turned_bytes(work, mesh)
-    if work.task == "train":
-        held += 4 * head
-    return held + max(block, loss)
-
-
-def _turned_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Weights that a GPU's compiler turns around before it loops over the layers.
-
-    Those whose last axis is D: it gathers along the first axis only. What is cast is
-    turned with it, and counted by `copy_bytes`.
-    """
-    if copy_bytes(work, mesh):
+def _attention_weight_bytes(work: Workload, local: LocalSizes) -> int:
+    """Bytes of attention's weights, in `dtype` and float32; none in flash attention."""
+    if work.flash:
         return 0
-    found = shards(work.config, work.rules, sizes_of(mesh))
+    heads = local.n // work.config.head_dim
+    return local.tokens * heads * work.seq * (work.itemsize + 4)
+
+
+def _backward_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Temporaries of training: cast weights, plus those of a block or of the loss.
+
+    A block needs its gathered weights, the operands of SwiGLU, its input, and the
+    gradient of each; without flash attention the attention weights too. The loss needs
+    the head, the last stream with its gradient, and a chunk's logits with theirs. The
+    head's float32 gradient, with D gathered, exists during both.
+
+    This is the simplest count whose total stays within a tenth of what libtpu 0.0.52
+    and XLA's compiler for H100s allocate: for whole models with remat of blocks, up to
+    four rows of 4,096 tokens per chip, training weights or adapters (the tests compile
+    them). For one program without remat it was 13 % too high; remat of all but matrix
+    products has not been compared.
+    """
+    local, width = local_sizes(work, mesh), work.itemsize
+    gathers = gathers_weights(mesh, work.rules)
+    block = _block_backward_size(work, local) * width
+    if gathers and (work.gpu or local.stream == local.tokens):
+        block += layer_weight_bytes(work, mesh)
+    if work.remat != "none":
+        block += _attention_weight_bytes(work, local)
+    shards = weight_shards(work, mesh)
+    head = shards[EMBEDDING if work.config.tied_embeddings else "lm_head"].gathered
+    loss = head * width + local.tokens * 2 * local.d * width
+    loss += 2 * local.rows * min(LOSS_CHUNK, work.seq) * local.v * 4
+    common = cast_bytes(work, mesh) if work.remat != "none" else 0
+    if work.gpu and gathers:
+        common += _transposed_bytes(work, mesh)
+    if work.task == "train":
+        common += 4 * head
+    return common + max(block, loss)
+
+
+def _transposed_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Weights that a GPU's compiler transposes before it loops over the layers.
+
+    These are the weights whose last axis is D: it gathers along the first axis only.
+    Weights that are cast are transposed in the same pass; `cast_bytes` counts them.
+    """
+    if cast_bytes(work, mesh):
+        return 0
     return sum(
-        shard_bytes(work, path, shard, shard.size)
-        for path, shard in found.items()
+        stored_bytes(work, shard, shard.size)
+        for path, shard in weight_shards(work, mesh).items()
         if path.endswith(("/o_proj", "/down_proj"))
     )
 
 
-def _block_backward(work: Workload, part: Parts) -> int:
-    """Numbers of activations that the backward pass of a block has at once, at most.
+def _block_backward_size(work: Workload, local: LocalSizes) -> int:
+    """Peak count of activation numbers in the backward pass of a block.
 
-    Where `tensor` cuts the stream, tokens are put together for the products: the
-    normed input of both halves, the gradient of the block, and two of these once more
-    as the gradients of weights want them laid out; what SwiGLU is made of, with the
-    gradient of each; and q, attention's output, the gradients of both, and one more in
-    another layout. Weights travel part by part meanwhile, and are never whole.
+    If `tensor` splits the stream, tokens are gathered for the products: the normed
+    input of both halves, the gradient of the block, and two of these again in the
+    layout that gradients of weights want; the operands of SwiGLU, with the gradient of
+    each; q, attention's output, the gradients of both, and one more in another layout.
+    Weights are gathered piece by piece meanwhile, and are never whole.
 
-    On GPUs nothing is computed again for want of memory: the stream, the normed input
-    and the gradient of each; q, keys or values, attention's output and its gradient;
-    gate, up, their product and two gradients.
+    GPUs do not recompute to save memory: the stream, the normed input and the gradient
+    of each; q, keys or values, attention's output and its gradient; gate, up, their
+    product and two gradients.
     """
     if work.gpu:
-        return part.tokens * (4 * part.d + 5 * part.f + 4 * part.n)
-    if part.stream == part.tokens:
-        return part.tokens * 2 * (part.d + part.f)
-    return part.tokens * (5 * part.d + 6 * part.f + 5 * part.n)
+        return local.tokens * (4 * local.d + 5 * local.f + 4 * local.n)
+    if local.stream == local.tokens:
+        return local.tokens * 2 * (local.d + local.f)
+    return local.tokens * (5 * local.d + 6 * local.f + 5 * local.n)
 
 
-def _prompt(work: Workload, mesh: Mapping[str, int]) -> int:
-    """Temporaries of reading a prompt.
+def _prefill_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
+    """Temporaries of prefill.
 
-    The stream with what is added to it, the normed input of the feed-forward half, put
-    together where `tensor` cuts the stream, and what SwiGLU multiplies; without flash
-    attention the weights of tokens, and those that had to be gathered.
+    The stream and what a half of the block adds to it; the normed input of the
+    feed-forward half, gathered if `tensor` splits the stream; the operands of SwiGLU;
+    gathered weights; without flash attention the attention weights.
     """
-    part, width = parts(work, mesh), work.itemsize
-    block = part.stream * 2 * part.d + part.tokens * (part.d + 2 * part.f)
-    held = block * width + part.rows * part.v * 4
-    if is_gathered(mesh, work.rules):
-        held += 2 * layer_bytes(work, mesh)
-    if not work.flash:
-        heads = part.n // work.config.head_dim
-        held += part.tokens * heads * work.seq * (width + 4)
-    return held
+    local = local_sizes(work, mesh)
+    size = local.stream * 2 * local.d + local.tokens * (local.d + 2 * local.f)
+    nbytes = size * work.itemsize + local.rows * local.v * 4
+    if gathers_weights(mesh, work.rules):
+        nbytes += 2 * layer_weight_bytes(work, mesh)
+    return nbytes + _attention_weight_bytes(work, local)
 
 
-def _step(work: Workload, mesh: Mapping[str, int]) -> int:
+def _step_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     """Temporaries of a decoding step.
 
-    Logits and what sampling makes of them in float32, the widest activation, weights
-    that had to be gathered, and what is there of each row and id on every chip: a bias
-    and a count in four bytes, and whether it is in the prompt in one.
+    Logits and what sampling derives from them in float32, the widest activation,
+    gathered weights, and for each row and token id on every chip a bias and a count of
+    four bytes each, and one byte for whether the id is in the prompt.
     """
-    part = parts(work, mesh, queries=1)
-    step = 9 * work.batch * work.config.vocab_size
-    step += 3 * part.rows * part.v * 4 + part.tokens * 2 * part.f * work.itemsize
-    if is_gathered(mesh, work.rules):
-        step += 2 * layer_bytes(work, mesh)
-    return step
+    local = local_sizes(work, mesh)
+    nbytes = 9 * work.batch * work.config.vocab_size
+    nbytes += 3 * local.rows * local.v * 4 + local.tokens * 2 * local.f * work.itemsize
+    if gathers_weights(mesh, work.rules):
+        nbytes += 2 * layer_weight_bytes(work, mesh)
+    return nbytes

@@ -1,104 +1,107 @@
-"""The programs that a workload runs, as jitted functions and what they take.
+"""The programs that a workload runs, as jitted functions with abstract arguments.
 
-They are the very functions that training and generation call; of their arguments only
-shapes, dtypes and placements are made, so that devices need not exist.
+They are the functions that training and generation call. Their arguments are shapes,
+dtypes and shardings only, so their devices need not be present.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
 from llama_jax.data.batch import Batch
 from llama_jax.generation import decode as decoding
-from llama_jax.generation.sampling import Sampling, sampling_rows
 from llama_jax.kernels.dispatch import Asked, Implementation, choose, refusal
+from llama_jax.model.cache import init_cache
 from llama_jax.model.lora import Lora, adapt, lora_shapes
 from llama_jax.model.quantize import quantized_shapes
 from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
-from llama_jax.planning.memory import Workload
+from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import cache_shardings, divisible, weight_shardings
-from llama_jax.train.loss import LossSums, next_token_loss
+from llama_jax.train.loss import Loss, LossSums, next_token_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import state_shapes
-from llama_jax.train.step import make_train_step
+from llama_jax.train.step import Step, make_train_step
 from llama_jax.types import Mesh
 
-_STOP_IDS = 8
+Tree = Any
+"""A pytree of `jax.ShapeDtypeStruct`s."""
 
 
 class Program(NamedTuple):
-    """A jitted function and its arguments, which may be of devices that are not there.
+    """A jitted function and its abstract arguments.
 
     Attributes:
-      function: jitted.
-      arguments: `jax.ShapeDtypeStruct`s, placed on the mesh.
+      function: the jitted function, or a training step.
+      arguments: pytrees of `jax.ShapeDtypeStruct`s with shardings.
       options: static arguments by name.
       kinds: the arrays among the arguments by kind: "weights", "optimizer", "cache"
         and "batch" (tokens, settings, counters).
-      attention: the implementation that it calls.
+      attention: the attention implementation that it calls.
       mesh: sizes by axis.
     """
 
-    function: Any
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    kinds: dict[str, Any]
+    options: Mapping[str, Any]
+    kinds: Mapping[str, Tree]
     attention: Implementation
-    mesh: dict[str, int]
+    mesh: Mapping[str, int]
 
-    def lower(self) -> Any:
-        """The program before it is compiled."""
-        return self.function.lower(*self.arguments, **self.options)
+    def lower(self) -> Lowered:
+        """Trace and lower it."""
+        lower = self.function.lower  # type: ignore[attr-defined]
+        lowered: Lowered = lower(*self.arguments, **self.options)
+        return lowered
 
 
-def program(
+def make_program(
     work: Workload, mesh: Mesh, *, attention: Implementation | None = None
 ) -> Program:
-    """What runs this work on a mesh, whose devices need not be there.
+    """Make the program of a workload.
 
     Args:
-      work: what is run.
-      mesh: where.
-      attention: the implementation; what `"auto"` takes on such a device if not given.
+      work: the workload.
+      mesh: its devices need not be present.
+      attention: the implementation; by default what "auto" selects on these devices.
 
     Raises:
       MeshError: the mesh does not divide the model.
     """
-    chosen = attention or attention_of(work, mesh.devices.flat[0])
     runtime = Runtime(
         dtype=work.dtype,
         param_dtype=work.param_dtype if work.task == "train" else work.dtype,
         cache_dtype=work.cache_dtype,
-        attention=chosen,
+        attention=attention or choose_attention(work, mesh.devices.flat[0]),
         layer_layout="stacked" if work.trains else "unrolled",
         remat=work.remat if work.trains else "none",
         rules=work.rules,
     )
     model = Llama(work.config, runtime, mesh)
-    build: Callable[..., Program] = {
+    make: Callable[[Workload, Llama, Mesh], Program] = {
         "train": _train,
-        "lora": _tune,
-        "qlora": _tune,
+        "lora": _train_adapters,
+        "qlora": _train_adapters,
         "prefill": _prefill,
         "decode": _decode,
     }[work.task]
-    return build(work, model, mesh)
+    return make(work, model, mesh)
 
 
-def attention_of(work: Workload, device: Any) -> Implementation:
-    """What attention runs on a device that need not be there.
+def choose_attention(work: Workload, device: jax.Device) -> Implementation:
+    """Choose the attention implementation for a device that need not be present.
 
-    As `"auto"` has it; on GPUs Mosaic's kernel where many queries meet, if the GPU is a
-    Hopper, since cuDNN compiles only where its library is; else plain XLA.
+    As "auto" does on CPUs and TPUs. On GPUs: Mosaic's kernel for many queries on a
+    Hopper, else plain XLA, since cuDNN compiles only where its library is installed.
     """
-    queries = 1 if work.task == "decode" else work.seq
+    queries = work.queries
     asked = Asked(
         dtype=work.dtype,
         head_dim=work.config.head_dim,
@@ -122,139 +125,132 @@ def _train(work: Workload, model: Llama, mesh: Mesh) -> Program:
     return _step(work, model, mesh, loss, _weights(work, model, mesh), {})
 
 
-def _tune(work: Workload, model: Llama, mesh: Mesh) -> Program:
+def _train_adapters(work: Workload, model: Llama, mesh: Mesh) -> Program:
     lora = Lora(rank=work.rank, alpha=float(work.rank))
 
     def loss(adapters: Any, frozen: Any, batch: Batch) -> LossSums:
         return next_token_loss(model, adapt(frozen, adapters, lora.scaling), batch)
 
     shapes = lora_shapes(work.config, lora, dtype=work.param_dtype)
-    adapters = _on_mesh(shapes, model, mesh)
+    adapters = _shard_weights(shapes, model, mesh)
     return _step(work, model, mesh, loss, adapters, _weights(work, model, mesh))
 
 
 def _step(
-    work: Workload, model: Llama, mesh: Mesh, loss: Any, trained: Any, frozen: Any
+    work: Workload, model: Llama, mesh: Mesh, loss: Loss, trained: Tree, frozen: Tree
 ) -> Program:
     optimizer = make_optimizer(make_schedule("cosine", 3e-4, steps=1000, warmup=10))
     state = state_shapes(trained, optimizer, mesh)
-    step = make_train_step(loss, optimizer)
-    batch = _batch(work, mesh)
+    ids, mask = _tokens(work, mesh), _tokens(work, mesh, jnp.float32)
+    batch = Batch(ids, ids, mask, ids, ids)
     kinds = {"weights": (state.params, frozen), "optimizer": state.opt_state}
-    return _made(model, step, (state, frozen, batch), {}, kinds | {"batch": batch})
+    kinds["batch"] = batch
+    step: Step = make_train_step(loss, optimizer)
+    return _program(model, mesh, step, (state, frozen, batch), kinds)
 
 
-def _batch(work: Workload, mesh: Mesh) -> Batch:
+def _tokens(work: Workload, mesh: Mesh, dtype: Any = jnp.int32) -> Tree:
+    """An array `[B, T]`, split as training and prefill split it."""
     shape = (work.batch, work.seq)
-    place = NamedSharding(mesh, divisible(shape, "B T", work.rules, mesh))
-
-    def rows(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    ids = rows(jnp.int32)
-    return Batch(ids, ids, rows(jnp.float32), ids, ids)
+    sharding = NamedSharding(mesh, divisible(shape, "B T", work.rules, mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _prefill(work: Workload, model: Llama, mesh: Mesh) -> Program:
-    params = _weights(work, model, mesh)
-    place = NamedSharding(
-        mesh, divisible((work.batch, work.seq), "B T", work.rules, mesh)
-    )
-    tokens = jax.ShapeDtypeStruct((work.batch, work.seq), jnp.int32, sharding=place)
-    lengths = _everywhere(jax.ShapeDtypeStruct((work.batch,), jnp.int32), mesh)
+    params, tokens = _weights(work, model, mesh), _tokens(work, mesh)
+    lengths = _replicate(jax.ShapeDtypeStruct((work.batch,), jnp.int32), mesh)
     kinds = {"weights": params, "batch": (tokens, lengths)}
     arguments = (model, params, tokens, lengths)
-    options = {"num_slots": work.seq}
-    return _made(model, decoding.prefill, arguments, options, kinds)
+    return _program(model, mesh, decoding.prefill, arguments, kinds, num_slots=work.seq)
 
 
 def _decode(work: Workload, model: Llama, mesh: Mesh) -> Program:
-    config, batch = work.config, work.batch
+    config, batch, slots = work.config, work.batch, work.seq
     params = _weights(work, model, mesh)
 
-    def ids(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def make_lanes() -> decoding.Lanes:
+        cache = init_cache(config, batch, slots, model.runtime.slot_dtype)
+        return decoding.empty_lanes(cache, config.vocab_size)
 
-    settings = [Sampling()] * batch
-    rows = jax.eval_shape(lambda: sampling_rows(settings, config.vocab_size))
-    start = functools.partial(decoding.start, model, num_slots=work.seq)
-    prompts = (ids(batch, 1), ids(batch), rows, ids(batch, _STOP_IDS), ids(batch))
-    lanes, _, _ = jax.eval_shape(start, params, *prompts)
-    places = cache_shardings(config, model.runtime, mesh, batch, work.seq)
-    cache = jax.tree.map(_placed, lanes.cache, places)
-    lanes = _everywhere(lanes, mesh)._replace(cache=cache)
-    steps = _everywhere(ids(), mesh)
-    kinds = {
-        "weights": params,
-        "cache": cache,
-        "batch": (lanes._replace(cache=()), steps),
-    }
+    lanes = jax.eval_shape(make_lanes)
+    shardings = cache_shardings(config, model.runtime, mesh, batch, slots)
+    cache = jax.tree.map(_with_sharding, lanes.cache, shardings)
+    lanes = _replicate(lanes, mesh)._replace(cache=cache)
+    steps = _replicate(jax.ShapeDtypeStruct((), jnp.int32), mesh)
+    kinds = {"weights": params, "cache": cache}
+    kinds["batch"] = (lanes._replace(cache=()), steps)
     arguments = (model, params, lanes, steps)
-    return _made(model, decoding.advance, arguments, {}, kinds)
+    return _program(model, mesh, decoding.advance, arguments, kinds)
 
 
-def _weights(work: Workload, model: Llama, mesh: Mesh) -> Any:
-    """Those of the model: what is trained, or what stays, quantized if it is asked."""
+def _weights(work: Workload, model: Llama, mesh: Mesh) -> Tree:
+    """The model's weights, quantized if the workload says so."""
     runtime = model.runtime
     if work.quantize == "none":
         dtype = jnp.dtype(runtime.weight_dtype)
         shapes = param_shapes(work.config, runtime.layer_layout, dtype=dtype)
     else:
         shapes = quantized_shapes(work.config, runtime, work.quantize)
-    return _on_mesh(shapes, model, mesh)
+    return _shard_weights(shapes, model, mesh)
 
 
-def _on_mesh(shapes: Any, model: Llama, mesh: Mesh) -> Any:
-    places = weight_shardings(shapes, model.config, model.runtime, mesh)
-    return jax.tree.map(_placed, shapes, places)
+def _shard_weights(shapes: Tree, model: Llama, mesh: Mesh) -> Tree:
+    shardings = weight_shardings(shapes, model.config, model.runtime, mesh)
+    return jax.tree.map(_with_sharding, shapes, shardings)
 
 
-def _placed(leaf: Any, place: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Tree:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _everywhere(tree: Any, mesh: Mesh) -> Any:
-    """The same on every device."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: _placed(leaf, whole), tree)
+def _replicate(tree: Tree, mesh: Mesh) -> Tree:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _with_sharding(leaf, replicated), tree)
 
 
-def _made(
-    model: Llama, function: Any, arguments: Any, options: Any, kinds: Any
+def _program(
+    model: Llama,
+    mesh: Mesh,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    kinds: Mapping[str, Tree],
+    **options: int,
 ) -> Program:
-    assert model.mesh is not None
-    sizes = {str(axis): size for axis, size in model.mesh.shape.items()}
+    sizes = {str(axis): size for axis, size in mesh.shape.items()}
     attention = model.runtime.attention
     return Program(function, arguments, options, kinds, attention, sizes)
 
 
-def shard_bytes_of(tree: Any) -> int:
-    """What one device holds of placed shapes, without the padding of layouts."""
+def shard_bytes(tree: Tree) -> int:
+    """Bytes of sharded arrays on one device, without the padding of layouts.
+
+    Args:
+      tree: arrays or shapes with shardings. Two four-bit numbers take one byte.
+    """
     return sum(
-        _numbers(leaf.sharding.shard_shape(leaf.shape)) * bits(leaf.dtype) // 8
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def bits(dtype: Any) -> int:
-    """Of one number; four-bit ones lie two to a byte."""
-    name = jnp.dtype(dtype).name
-    return 4 if name in ("int4", "uint4") else 8 * jnp.dtype(dtype).itemsize
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
+def _bits(dtype: Any) -> int:
+    dtype = jnp.dtype(dtype)
+    return 4 if dtype.name in ("int4", "uint4") else 8 * dtype.itemsize
 
 
 def abstract_gpu(kind: str, cores: int) -> contextlib.AbstractContextManager[Any]:
-    """In which kernels for a GPU can be lowered where there is none.
+    """A context in which GPU kernels can be lowered without a GPU.
 
-    jax 0.7 asks for no device, and has no such description of one.
+    jax 0.7 has no such description of a device, and needs none.
+
+    Args:
+      kind: jax's `device_kind`.
+      cores: number of multiprocessors.
     """
-    device = getattr(jax.sharding, "AbstractDevice", None)
+    make_device = getattr(jax.sharding, "AbstractDevice", None)
     try:
-        described = device(device_kind=kind, num_cores=cores, platform="cuda")  # type: ignore[misc]
+        device = make_device(device_kind=kind, num_cores=cores, platform="cuda")  # type: ignore[misc]
     except TypeError:
         return contextlib.nullcontext()
-    mesh = AbstractMesh((), (), abstract_device=described)
+    mesh = AbstractMesh((), (), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)

@@ -1,59 +1,39 @@
-"""A plan, and what fits where, as text for reading and as objects for JSON."""
+"""Reports of a plan: lines of text, and an object for JSON."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.params import count_params, param_shapes
-from llama_jax.planning.compiled import Compiled
-from llama_jax.planning.memory import Quantization, Workload
-from llama_jax.planning.search import Plan, fits_somehow
-from llama_jax.planning.topology import Topology, parse_topology
+from llama_jax.planning.compiled import CompiledPlan
+from llama_jax.planning.search import Plan
 
-COMMON = (
-    ("Colab", "v5e:1x1"),
-    ("Kaggle", "v5e:2x4"),
-    ("", "t4"),
-    ("", "a100-40"),
-    ("", "h100"),
-    ("v5p-8 cores", "v5p:2x2x1"),
-    ("", "v5p:2x2x2"),
-    ("", "v5e:4x4"),
-    ("", "v5e:16x16"),
-)
-"""What `--table` looks at: a word on where it is met, and the topology."""
-
-MOST_COLLECTIVES = 12
-"""Lines on what chips exchange; JSON has all."""
-
-MOST_SEQ = 4096
-"""Tokens of a row where nobody says, unless the model's longest is less."""
-
-
-Tried = Sequence[tuple[Plan, Compiled]]
-"""Plans with the compiler's answers; the last one is what is reported."""
+MAX_COLLECTIVES = 12
+"""Number of collectives in the text report; the JSON object has all."""
 
 
 def describe(
-    model: str, found: Plan, hint: str | None, tried: Tried = ()
+    model: str,
+    plan: Plan,
+    advice: str | None,
+    compiled: Sequence[CompiledPlan] = (),
 ) -> dict[str, Any]:
-    """A plan as an object for JSON; seconds and rates are null where not known.
+    """Describe a plan as an object for JSON; unknown times and rates are null.
 
     Args:
       model: its name.
-      found: the plan.
-      hint: what to change where nothing fits.
-      tried: what a compiler was asked, if one was; the last answer is of this plan.
+      plan: the plan.
+      advice: what to change if nothing fits.
+      compiled: compiled plans in the order in which they were tried; the last one is
+        `plan`.
     """
-    work, bound = found.work, found.bound
-    fits = tried[-1][1].fits if tried else found.fits
+    work, bound = plan.work, plan.bound
     return {
         "model": model,
         "params": count_params(param_shapes(work.config, "stacked")),
         "task": work.task,
-        "topology": str(found.topology),
-        "chips": found.topology.chips,
-        "mesh": dict(found.mesh),
+        "topology": str(plan.topology),
+        "chips": plan.topology.chips,
+        "mesh": dict(plan.mesh),
         "batch": work.batch,
         "seq": work.seq,
         "dtype": work.dtype,
@@ -61,11 +41,11 @@ def describe(
         "param_dtype": work.param_dtype if work.trains else work.dtype,
         "quantize": work.quantize,
         "remat": work.remat if work.trains else None,
-        "fits": fits,
-        "fits_by_formula": found.fits,
-        "bytes_per_chip": found.held._asdict(),
-        "total_bytes_per_chip": found.held.total,
-        "limit_bytes": found.limit_bytes,
+        "fits": compiled[-1].fits if compiled else plan.fits,
+        "fits_by_formula": plan.fits,
+        "bytes_per_chip": plan.footprint._asdict(),
+        "total_bytes_per_chip": plan.footprint.total,
+        "limit_bytes": plan.limit_bytes,
         "flops_per_step": bound.model_flops,
         "flops_per_chip": bound.chip_flops,
         "tokens_per_step": bound.tokens,
@@ -74,265 +54,186 @@ def describe(
         "interconnect_seconds": bound.interconnect_seconds,
         "interconnect_bytes": dict(bound.interconnect_bytes),
         "step_seconds_bound": bound.seconds,
-        "step_seconds_no_overlap": bound.seconds_apart,
+        "step_seconds_no_overlap": bound.seconds_no_overlap,
         "tokens_per_second_bound": bound.tokens_per_second,
-        "mfu_bound": mfu(found, bound.seconds),
+        "mfu_bound": plan.mfu(bound.seconds),
         "limited_by": bound.limited_by,
-        "advice": hint,
-        "compiled": describe_compiled(tried) if tried else None,
+        "advice": advice,
+        "compiled": _describe_compiled(compiled) if compiled else None,
     }
 
 
-def mfu(found: Plan, seconds: float | None) -> float | None:
-    """Part of the chips' peak that the work itself takes, none of it done twice."""
-    chip = found.topology.chip
-    peak = chip.flops.get(found.work.dtype)
-    if not peak or not seconds:
-        return None
-    return found.bound.model_flops / (found.topology.chips * peak * seconds)
-
-
-def describe_compiled(tried: Tried) -> dict[str, Any]:
-    """The compiler's last answer as an object for JSON, and how others fell out."""
-    found, answer = tried[-1]
+def _describe_compiled(compiled: Sequence[CompiledPlan]) -> dict[str, Any]:
+    last = compiled[-1]
     return {
-        "seconds": answer.seconds,
-        "attention": answer.attention,
-        "kernels": answer.kernels,
-        "fits": answer.fits,
-        "bytes_per_chip": answer.held._asdict() if answer.held else None,
-        "total_bytes_per_chip": answer.total,
-        "limit_bytes": answer.limit,
-        "out_of_memory": answer.out_of_memory,
-        "formula_over_compiler": _ratio(found, answer),
+        "seconds": last.seconds,
+        "attention": last.attention,
+        "kernels": last.kernels,
+        "fits": last.fits,
+        "bytes_per_chip": last.footprint._asdict() if last.footprint else None,
+        "total_bytes_per_chip": last.total,
+        "limit_bytes": last.plan.limit_bytes,
+        "out_of_memory": last.out_of_memory,
+        "formula_over_compiler": last.formula_ratio,
         "collectives": [
             {
-                "kind": one.kind,
-                "axes": one.axes,
-                "dtype": one.dtype,
-                "count": one.times,
-                "bytes": one.nbytes,
+                "kind": collective.kind,
+                "axes": collective.axes,
+                "dtype": collective.dtype,
+                "count": collective.times,
+                "bytes": collective.nbytes,
             }
-            for one in answer.collectives
+            for collective in last.collectives
         ],
-        "product_flops_per_chip": answer.product_flops,
-        "compute_seconds": answer.compute_seconds,
-        "collective_seconds": answer.collective_seconds,
-        "mfu_overlap": answer.mfu(found, overlap=True),
-        "mfu_no_overlap": answer.mfu(found, overlap=False),
+        "product_flops_per_chip": last.product_flops,
+        "compute_seconds": last.compute_seconds,
+        "collective_seconds": last.collective_seconds,
+        "mfu_overlap": last.mfu(overlap=True),
+        "mfu_no_overlap": last.mfu(overlap=False),
         "tried": [
             {
-                "mesh": dict(plan.mesh),
-                "batch": plan.work.batch,
-                "remat": plan.work.remat if plan.work.trains else None,
+                "mesh": dict(other.plan.mesh),
+                "batch": other.plan.work.batch,
+                "remat": other.plan.work.remat if other.plan.work.trains else None,
                 "fits": other.fits,
                 "total_bytes_per_chip": other.total,
                 "out_of_memory": other.out_of_memory,
             }
-            for plan, other in tried
+            for other in compiled
         ],
     }
 
 
-def _ratio(found: Plan, answer: Compiled) -> float | None:
-    return found.held.total / answer.total if answer.total else None
-
-
-def lines(model: str, found: Plan, hint: str | None, tried: Tried = ()) -> list[str]:
-    """A plan for reading; arguments as of `describe`."""
-    work, bound, chip = found.work, found.bound, found.topology.chip
-    how = [f"batch {work.batch}", f"{work.seq:,} tokens", work.dtype]
+def report_lines(
+    model: str,
+    plan: Plan,
+    advice: str | None,
+    compiled: Sequence[CompiledPlan] = (),
+) -> list[str]:
+    """Describe a plan as lines of text; arguments as of `describe`."""
+    work, chips = plan.work, plan.topology.chips
+    settings = [f"batch {work.batch}", f"{work.seq:,} tokens", work.dtype]
     if work.trains:
-        how.append(f"remat {work.remat}")
+        settings.append(f"remat {work.remat}")
     if work.quantize != "none":
-        how.append(work.quantize if work.trains else f"{work.quantize} weights")
+        settings.append(f"{work.quantize} weights")
     if work.cache_dtype:
-        how.append(f"{work.cache_dtype} cache")
-    chips = found.topology.chips
-    said = [
-        f"{model}: {work.task} on {found.topology} "
-        f"({chips} chip{'s' if chips > 1 else ''})",
-        f"  {', '.join(how)}; mesh {_mesh(found)}",
+        settings.append(f"{work.cache_dtype} cache")
+    lines = [
+        f"{model}: {work.task} on {plan.topology} ({_count(chips, 'chip')})",
+        f"  {', '.join(settings)}; mesh {_mesh(plan)}",
         "",
-        f"  {'fits' if found.fits else 'DOES NOT FIT'}: "
-        f"{_gb(found.held.total)} of {_gb(found.limit_bytes)} GB on each chip",
+        f"  {'fits' if plan.fits else 'DOES NOT FIT'}: "
+        f"{_gb(plan.footprint.total)} of {_gb(plan.limit_bytes)} GB on each chip",
     ]
-    for kind, nbytes in found.held._asdict().items():
+    for kind, nbytes in plan.footprint._asdict().items():
         if nbytes:
-            said.append(f"    {kind:<14}{_gb(nbytes):>8} GB")
-    said.append("")
-    if bound.seconds is None or bound.seconds_apart is None:
-        said.append(f"  how fast {chip.name} is is not known; a step has")
-        said.append(f"    {bound.model_flops / 1e12:,.3g} TFLOP")
-    else:
-        rate = bound.tokens_per_second or 0.0
-        said.append(
-            f"  at best {rate:,.4g} tokens/s, limited by {bound.limited_by}; a step of "
-            f"{bound.tokens:,} token{'s' if bound.tokens > 1 else ''} takes"
-        )
-        for name, seconds in bound.known.items():
-            said.append(f"    {name:<17}{_seconds(seconds):>11}")
-        part = mfu(found, bound.seconds) or 0.0
-        apart = mfu(found, bound.seconds_apart) or 0.0
-        said.append(
-            f"    {_seconds(bound.seconds)} if they overlap, "
-            f"{_seconds(bound.seconds_apart)} if not: {part:.0%} and {apart:.0%} of "
-            "the chips' peak"
-        )
-    if found.fits and found.raises_fraction:
-        said += [
+            lines.append(f"    {kind:<14}{_gb(nbytes):>8} GB")
+    lines += ["", *_time_lines(plan)]
+    if plan.fits and plan.exceeds_default_fraction:
+        lines += [
             "",
-            "  Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9: jax takes 0.75 of a GPU.",
+            "  Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9: jax allocates 0.75 of a GPU's "
+            "memory by default.",
         ]
-    if hint:
-        said += ["", f"  {hint}."]
-    if tried:
-        return [*said, "", *compiled_lines(tried)]
-    said += ["", "  By formula: no compiler was asked, no overlap or speed measured."]
-    return said
+    if advice:
+        lines += ["", f"  {advice}."]
+    if compiled:
+        return [*lines, "", *_compiled_lines(compiled)]
+    return [*lines, "", "  Computed by formula; nothing was compiled or measured."]
 
 
-def compiled_lines(tried: Tried) -> list[str]:
-    """Formula and compiler side by side, and what the program sends and multiplies."""
-    found, answer = tried[-1]
-    said = []
-    for plan, other in tried[:-1]:
-        said.append(
-            f"  compiled first, and too large: batch {plan.work.batch}, mesh "
-            f"{_mesh(plan)}: {other.out_of_memory or _gb(other.total or 0) + ' GB'}"
-        )
-    verdict = "it fits" if answer.fits else "IT DOES NOT FIT"
-    said.append(
-        f"  compiled in {answer.seconds:,.0f} s (attention {answer.attention}): "
-        f"{verdict}"
+def _time_lines(plan: Plan) -> list[str]:
+    bound = plan.bound
+    if bound.seconds is None or bound.seconds_no_overlap is None:
+        return [
+            f"  the speed of {plan.topology.chip.name} is unknown; a step has",
+            f"    {bound.model_flops / 1e12:,.3g} TFLOP",
+        ]
+    overlap, no_overlap = (
+        plan.mfu(seconds) or 0.0
+        for seconds in (bound.seconds, bound.seconds_no_overlap)
     )
-    if answer.out_of_memory:
-        said.append(f"    {answer.out_of_memory}")
-    if answer.held is None:
-        return said
-    held, asked = found.held, answer.held
-    rest = held.gradients + held.activations + held.temporaries
-    cached = held.cache if asked.cache else 0
-    rows: list[tuple[str, int | None, int]] = [
-        ("weights", held.weights, asked.weights),
-        ("optimizer", held.optimizer, asked.optimizer),
-        ("cache", cached, asked.cache),
-        ("all else", rest + held.cache - cached, sum(asked[3:])),
-        ("total", held.total, answer.total or 0),
+    return [
+        f"  at most {bound.tokens_per_second:,.4g} tokens/s, limited by "
+        f"{bound.limited_by}; a step of {_count(bound.tokens, 'token')} takes",
+        *(f"    {name:<17}{_time(time):>11}" for name, time in bound.times.items()),
+        f"    {_time(bound.seconds)} with full overlap, "
+        f"{_time(bound.seconds_no_overlap)} without: {overlap:.0%} and "
+        f"{no_overlap:.0%} of the chips' peak",
     ]
-    said.append(f"    {'GB of a chip':<14}{'formula':>10}{'compiler':>10}{'ratio':>8}")
+
+
+def _compiled_lines(compiled: Sequence[CompiledPlan]) -> list[str]:
+    """Formula and compiler side by side, then communication and matrix products."""
+    last = compiled[-1]
+    lines = []
+    for other in compiled[:-1]:
+        reason = other.out_of_memory or f"{_gb(other.total or 0)} GB"
+        lines.append(
+            f"  compiled first, too large: batch {other.plan.work.batch}, mesh "
+            f"{_mesh(other.plan)}: {reason}"
+        )
+    lines.append(
+        f"  compiled in {last.seconds:,.0f} s (attention {last.attention}): "
+        f"{'fits' if last.fits else 'DOES NOT FIT'}"
+    )
+    if last.out_of_memory:
+        lines.append(f"    {last.out_of_memory}")
+    if last.footprint is None:
+        return lines
+    formula, compiler = last.plan.footprint, last.footprint
+    cache = formula.cache if compiler.cache else 0
+    others = formula.gradients + formula.activations + formula.temporaries
+    rows: list[tuple[str, int, int]] = [
+        ("weights", formula.weights, compiler.weights),
+        ("optimizer", formula.optimizer, compiler.optimizer),
+        ("cache", cache, compiler.cache),
+        ("other", others + formula.cache - cache, sum(compiler[3:])),
+        ("total", formula.total, last.total or 0),
+    ]
+    lines.append(f"    {'GB per chip':<14}{'formula':>10}{'compiler':>10}{'ratio':>8}")
     for name, by_formula, by_compiler in rows:
         if by_formula or by_compiler:
-            ratio = f"{(by_formula or 0) / by_compiler:.3f}" if by_compiler else ""
-            said.append(
-                f"    {name:<14}{_gb(by_formula or 0):>10}{_gb(by_compiler):>10}"
-                f"{ratio:>8}"
+            ratio = f"{by_formula / by_compiler:.3f}" if by_compiler else ""
+            lines.append(
+                f"    {name:<14}{_gb(by_formula):>10}{_gb(by_compiler):>10}{ratio:>8}"
             )
-    most = [one for one in answer.collectives if one.nbytes >= 1e4][:MOST_COLLECTIVES]
-    if most:
-        said.append("    each chip receives in a step")
-    for one in most:
-        said.append(
-            f"      {_gb(one.nbytes):>9} GB in {one.times:,.0f} "
-            f"{one.kind} of {one.dtype} over {one.axes}"
+    largest = [c for c in last.collectives if c.nbytes >= 1e4][:MAX_COLLECTIVES]
+    if largest:
+        lines.append("    each chip receives per step")
+    for collective in largest:
+        lines.append(
+            f"      {_gb(collective.nbytes):>9} GB in {collective.times:,.0f} "
+            f"{collective.kind} of {collective.dtype} over {collective.axes}"
         )
-    if answer.compute_seconds is not None and answer.collective_seconds is not None:
+    if last.compute_seconds is not None and last.collective_seconds is not None:
         times = (
-            f"    products {_seconds(answer.compute_seconds)}, links "
-            f"{_seconds(answer.collective_seconds)}"
+            f"    matrix products {_time(last.compute_seconds)}, communication "
+            f"{_time(last.collective_seconds)}"
         )
-        overlap, apart = (answer.mfu(found, overlap=both) for both in (True, False))
-        if overlap is not None and apart is not None:
-            times += f": {overlap:.0%} of the peak if they overlap, {apart:.0%} if not"
-        said.append(times)
-    return said
+        overlap, no_overlap = last.mfu(overlap=True), last.mfu(overlap=False)
+        if overlap is not None and no_overlap is not None:
+            times += f": {overlap:.0%} of the peak with full overlap, "
+            times += f"{no_overlap:.0%} without"
+        lines.append(times)
+    return lines
 
 
-def _mesh(found: Plan) -> str:
-    used = (f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
+def _mesh(plan: Plan) -> str:
+    used = (f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
     return ",".join(used) or "data=1"
 
 
-def table(seq: int | None) -> list[dict[str, Any]]:
-    """What fits where, of every preset on common hardware.
-
-    Args:
-      seq: tokens of a row; 4096, or the model's longest if that is shorter.
-    """
-    known: dict[LlamaConfig, dict[str, Any]] = {}
-    rows = []
-    for name, config in PRESETS.items():
-        if config not in known:
-            known[config] = {
-                text: _what_fits(config, parse_topology(text), seq)
-                for _, text in COMMON
-            }
-        rows.append({"model": name, "fits": known[config]})
-    return rows
-
-
-def _what_fits(config: LlamaConfig, topology: Topology, seq: int | None) -> Any:
-    work = Workload(
-        config=config,
-        task="decode",
-        batch=1,
-        seq=seq or min(config.max_seq_len, MOST_SEQ),
-        dtype=topology.chip.dtype,
-        flash=topology.chip.flash,
-        gpu=topology.chip.links == "host",
-    )
-    decode: str | None = None
-    kinds: tuple[Quantization, ...] = ("none", "int8", "int4")
-    for kind in kinds:
-        if fits_somehow(work.replace(quantize=kind), topology):
-            decode = topology.chip.dtype if kind == "none" else kind
-            break
-    tuned: str | None = None
-    for task in ("train", "lora", "qlora"):
-        kind = "int4" if task == "qlora" else "none"
-        if fits_somehow(work.replace(task=task, quantize=kind), topology):
-            tuned = task
-            break
-    return {"decode": decode, "train": tuned}
-
-
-def table_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The table for reading, as Markdown has them."""
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", None: "–"}
-    heads = [f"{text} ({met})" if met else text for met, text in COMMON]
-    cells = [["", *heads]]
-    for row in rows:
-        found = [row["fits"][text] for _, text in COMMON]
-        cells.append(
-            [row["model"]]
-            + [
-                f"{short.get(f['decode'], f['decode'])} · {f['train'] or '–'}"
-                if f["decode"] or f["train"]
-                else "–"
-                for f in found
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    ruled = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    said = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in ruled
-    ]
-    return [
-        *said,
-        "",
-        "Each cell: the widest weights that decode one row of 4,096 tokens (or the "
-        "model's longest,",
-        "or --seq), and the fullest training (train, lora, qlora) of a row on each "
-        "chip. By formula.",
-    ]
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number > 1 else ''}"
 
 
 def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:,.2f}"
 
 
-def _seconds(seconds: float) -> str:
+def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:,.2f} s"
     return f"{seconds * 1e3:,.3g} ms"

@@ -1,40 +1,38 @@
-"""How fast a chip could be at best: operations, bytes of memory, bytes between chips.
+"""Lower bounds of step time: FLOPs, memory traffic, and traffic between chips.
 
-Three times that no program beats: of the products at the chip's peak, of what must be
-read from and written to its memory, and of what its links must bring. If all three go
-on at once a step takes the longest of them; one after another, their sum.
+No program is faster than its matrix products at the chip's peak rate, its necessary
+reads and writes of memory, or its necessary traffic over the links. If all three
+overlap, a step takes the longest of them; without overlap, their sum.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llama_jax.config import LlamaConfig
-from llama_jax.params import LAYERS, axes_of, leaf_paths, weight_shape
-from llama_jax.planning.memory import (
-    Footprint,
-    Shard,
-    Workload,
-    layer_bytes,
-    parts,
-    shard_bytes,
-    shards,
-    sizes_of,
-    trained_numbers,
-)
+from llama_jax.params import LAYERS
+from llama_jax.planning.flops import chip_flops, step_flops
+from llama_jax.planning.memory import Footprint, layer_weight_bytes, num_trained
 from llama_jax.planning.topology import Topology, axis_bandwidths
+from llama_jax.planning.workload import (
+    EMBEDDING,
+    Workload,
+    layer_shards,
+    local_sizes,
+    stored_bytes,
+    weight_shards,
+)
 from llama_jax.runtime import MESH_AXES
 
 
 class Bound(NamedTuple):
-    """The least time of a step: a batch forwards and backwards, or a token each.
+    """Lower bound of the time of a step: one batch of training, or one token per row.
 
     Attributes:
-      model_flops: operations that the step is about, on all chips together.
-      chip_flops: operations of one chip, what is computed twice counted twice.
-      compute_seconds: of a chip's products at its peak; None where that is not known.
-      hbm_seconds: of a chip's memory; None where its rate is not known.
-      interconnect_seconds: of what a chip receives; None where that is not known.
-      interconnect_bytes: received by each chip, by axis of the mesh.
+      model_flops: of the step on all chips, without recomputation.
+      chip_flops: of one chip, with recomputation.
+      compute_seconds: of one chip's FLOPs at its peak; None if that is unknown.
+      hbm_seconds: of one chip's memory traffic; None if its bandwidth is unknown.
+      interconnect_seconds: of what one chip receives; None if a bandwidth is unknown.
+      interconnect_bytes: received by each chip, by mesh axis.
       tokens: of a step.
     """
 
@@ -47,277 +45,143 @@ class Bound(NamedTuple):
     tokens: int
 
     @property
-    def known(self) -> dict[str, float]:
-        """The times by what they are of; empty where one of them is not known."""
+    def times(self) -> dict[str, float]:
+        """Seconds by resource; empty if one of them is unknown."""
         times = {
             "compute": self.compute_seconds,
             "memory bandwidth": self.hbm_seconds,
             "interconnect": self.interconnect_seconds,
         }
-        found = {name: time for name, time in times.items() if time is not None}
-        return found if len(found) == len(times) else {}
+        known = {name: time for name, time in times.items() if time is not None}
+        return known if len(known) == len(times) else {}
 
     @property
     def seconds(self) -> float | None:
-        """Of a step in which everything overlaps."""
-        return max(self.known.values(), default=None)
+        """Time of a step in which everything overlaps."""
+        return max(self.times.values(), default=None)
 
     @property
-    def seconds_apart(self) -> float | None:
-        """Of a step in which nothing does."""
-        return sum(self.known.values()) if self.known else None
+    def seconds_no_overlap(self) -> float | None:
+        """Time of a step in which nothing overlaps."""
+        return sum(self.times.values()) if self.times else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all chips together, where everything overlaps."""
+        """Throughput of all chips if everything overlaps."""
         return self.tokens / self.seconds if self.seconds else None
 
     @property
     def limited_by(self) -> str | None:
-        """What takes the longest."""
-        return max(self.known, key=lambda name: self.known[name], default=None)
+        """The resource that takes longest."""
+        return max(self.times, key=lambda name: self.times[name], default=None)
 
 
-def forward_flops(
-    config: LlamaConfig, batch: int, seq: int, *, causal: bool = True
-) -> float:
-    """Operations of one forward pass with the logits of all tokens.
-
-    Two per weight of a product and token, four per pair of a query and a slot and
-    number of all query heads. Norms, softmax and rotations are not counted.
-
-    Args:
-      config: of the model.
-      batch: B.
-      seq: T.
-      causal: count the pairs that a query sees, about half; or all of them.
-    """
-    tokens = batch * seq
-    slots = (seq + 1) / 2 if causal else seq
-    weights = _product_weights(config)
-    return 2.0 * tokens * weights + _attention_flops(config, tokens, slots)
-
-
-def train_flops(config: LlamaConfig, batch: int, seq: int) -> float:
-    """Operations of a forward and backward pass, nothing being computed again.
-
-    Three times those of the forward one, since each product has two gradients.
-    """
-    return 3 * forward_flops(config, batch, seq)
-
-
-def prefill_flops(config: LlamaConfig, batch: int, seq: int) -> float:
-    """Operations of reading prompts of `seq` tokens, with the logits of their last."""
-    head = config.embed_dim * config.vocab_size
-    return forward_flops(config, batch, seq) - 2.0 * batch * (seq - 1) * head
-
-
-def decode_flops(config: LlamaConfig, batch: int, slots: int) -> float:
-    """Operations of a token in each row, behind `slots` - 1 others."""
-    weights = _product_weights(config)
-    return 2.0 * batch * weights + _attention_flops(config, batch, slots)
-
-
-def bound(
-    work: Workload, topology: Topology, mesh: Mapping[str, int], held: Footprint
+def roofline(
+    work: Workload, topology: Topology, mesh: Mapping[str, int], footprint: Footprint
 ) -> Bound:
-    """The least time of a step of this work on these chips.
+    """Compute the lower bound of a step's time on these chips.
 
     Args:
       work: on the whole mesh.
       topology: the chips.
       mesh: sizes by axis.
-      held: what each chip holds (`memory.footprint`).
+      footprint: memory of each chip (`memory.footprint`).
 
     Raises:
-      MeshError: a mesh axis does not divide the axis of a weight that it splits.
+      MeshError: a mesh axis does not divide the weight axis that it splits.
     """
     chip = topology.chip
-    moved = interconnect_bytes(work, mesh)
-    rates = axis_bandwidths(topology, mesh)
-    links: float | None = 0.0
-    for axis, nbytes in moved.items():
-        if nbytes and links is not None:
-            links = links + nbytes / rates[axis] if rates[axis] else None
-    peak = chip.flops.get(work.dtype)
+    received = interconnect_bytes(work, mesh)
+    bandwidths = axis_bandwidths(topology, mesh)
+    interconnect: float | None = 0.0
+    for axis, nbytes in received.items():
+        if nbytes and interconnect is not None:
+            rate = bandwidths[axis]
+            interconnect = interconnect + nbytes / rate if rate else None
+    peak, hbm = chip.flops.get(work.dtype), chip.hbm_bandwidth
     flops = chip_flops(work, mesh)
-    if work.trains:
-        model = train_flops(work.config, work.batch, work.seq)
-        if work.task != "train":  # weights that stay have no gradient
-            model -= forward_flops(work.config, work.batch, work.seq)
-        tokens = work.batch * work.seq
-    elif work.task == "prefill":
-        model = prefill_flops(work.config, work.batch, work.seq)
-        tokens = work.batch * work.seq
-    else:
-        model = decode_flops(work.config, work.batch, work.seq)
-        tokens = work.batch
     return Bound(
-        model_flops=model,
+        model_flops=step_flops(work),
         chip_flops=flops,
         compute_seconds=flops / peak if peak else None,
-        hbm_seconds=(
-            hbm_bytes(work, mesh, held) / chip.hbm_bandwidth
-            if chip.hbm_bandwidth
-            else None
-        ),
-        interconnect_seconds=links,
-        interconnect_bytes=moved,
-        tokens=tokens,
+        hbm_seconds=hbm_bytes(work, mesh, footprint) / hbm if hbm else None,
+        interconnect_seconds=interconnect,
+        interconnect_bytes=received,
+        tokens=work.batch * work.queries,
     )
 
 
-def chip_flops(work: Workload, mesh: Mapping[str, int]) -> float:
-    """Operations of one chip in a step, with what remat computes again.
+def hbm_bytes(work: Workload, mesh: Mapping[str, int], footprint: Footprint) -> float:
+    """Count the bytes that a chip must at least read and write in a step.
 
-    What a mesh does not divide (key heads, a batch of one) every chip computes.
+    Decoding: the weights (one row of the embedding per token) and the whole cache.
+    Training: each layer's weights in every pass, residuals written and read, and the
+    optimizer's pass over weights, gradients and moments. Other activations are left
+    out: a perfect program would not write them.
     """
-    config, found = work.config, shards(work.config, work.rules, sizes_of(mesh))
-    part = parts(work, mesh, queries=work.queries)
-    layers = 2.0 * part.tokens * sum(map(_product_numbers, *_items(found, True)))
-    # Of a prompt the last token's logits are wanted.
-    asked = part.tokens if work.trains else part.rows
-    head = 2.0 * asked * sum(map(_product_numbers, *_items(found, False)))
-    if config.tied_embeddings:
-        head = 2.0 * asked * found["transformer/embedding"].gathered
-    attention = chip_attention_flops(work, mesh)
-    if not work.trains:
-        return layers + head + attention
-    # Forwards, and the gradients of activations and (where they learn) of weights. The
-    # backward pass of the loss computes the logits again.
-    passes = 3 if work.task == "train" else 2
-    again = layers if work.remat == "block" else 0.0
-    return passes * layers + (passes + 1) * head + attention + again
-
-
-def chip_attention_flops(work: Workload, mesh: Mapping[str, int]) -> float:
-    """Those of `chip_flops` that are attention's, whose operands are activations.
-
-    Backwards they are twice as many as forwards; any remat computes them again.
-    """
-    part, config = parts(work, mesh, queries=work.queries), work.config
-    slots = work.seq if work.task == "decode" else (work.seq + 1) / 2
-    split = part.n / (config.num_heads * config.head_dim)
-    once = split * _attention_flops(config, part.tokens, slots)
-    return once * ((3 + (work.remat != "none")) if work.trains else 1)
-
-
-def hbm_bytes(work: Workload, mesh: Mapping[str, int], held: Footprint) -> float:
-    """What a chip must at least read and write in a step.
-
-    Decoding: the weights, of the embedding a row each, and the whole cache. Training:
-    each layer's weights as products need them in every pass, what is kept written and
-    read, and the optimizer's pass over weights, gradients and moments. Activations
-    that need not be kept are left out: a perfect program would not write them.
-    """
-    found = shards(work.config, work.rules, sizes_of(mesh))
-    table = "transformer/embedding"
+    shards = weight_shards(work, mesh)
+    gathered = work.config.num_layers * layer_weight_bytes(work, mesh)
     if not work.trains:
         unread = 0
         if not work.config.tied_embeddings:
-            unread = shard_bytes(work, table, found[table], found[table].size)
-        gathered = work.config.num_layers * layer_bytes(work, mesh)
-        own = _layer_bytes(work, found)
+            unread = stored_bytes(work, shards[EMBEDDING], shards[EMBEDDING].size)
+        stored = sum(
+            stored_bytes(work, shard, shard.size) for shard in layer_shards(work, mesh)
+        )
         # A gathered layer is written once and read once, instead of its own part.
-        more = 2 * gathered - own if gathered > own else 0
-        return held.weights - unread + more + held.cache
+        extra = 2 * gathered - stored if gathered > stored else 0
+        return footprint.weights - unread + extra + footprint.cache
     passes = {"none": 2, "dots": 2, "block": 3}[work.remat]
     if work.task == "train":
         passes += 1  # a gradient of each weight is written, as wide
-    read = passes * work.config.num_layers * layer_bytes(work, mesh)
-    head = found[table if work.config.tied_embeddings else "lm_head"].gathered
+    head = shards[EMBEDDING if work.config.tied_embeddings else "lm_head"].gathered
+    read = passes * gathered
     read += (4 if work.task == "train" else 3) * head * work.itemsize
-    trained = 0
-    if work.task == "train":
-        trained = held.weights
-    elif trained_numbers(work, mesh):
-        trained = held.gradients  # adapters are as wide as their gradients
-    return read + 2 * held.activations + 2 * (trained + held.optimizer + held.gradients)
+    # Adapters are as wide as their gradients.
+    trained = footprint.weights if work.task == "train" else footprint.gradients
+    updated = trained + footprint.optimizer + footprint.gradients
+    return read + 2 * footprint.activations + 2 * updated
 
 
 def interconnect_bytes(work: Workload, mesh: Mapping[str, int]) -> dict[str, float]:
-    """What each chip receives in a step, by axis of the mesh; rings of n chips.
+    """Count the bytes that each chip receives in a step, by axis; rings of n chips.
 
-    fsdp      weights, in `dtype`, for the forward and again for the backward pass; of
-              training, gradients summed to their parts; all (n - 1)/n of their bytes
-    data      gradients of a chip's part, summed for everyone: 2 (n - 1)/n
-    sequence  keys and values of the other tokens in every pass; in training, which cuts
-              weights over it too, its part of what fsdp brings
-    tensor    the stream, summed for everyone behind o_proj and down_proj in each pass,
-              and behind the embedding
+    fsdp      weights, in `dtype`, for the forward and again for the backward pass;
+              gradients of training, reduce-scattered; (n - 1)/n of the bytes of each
+    data      gradients of a chip's shard, all-reduced: 2 (n - 1)/n
+    sequence  keys and values of the other tokens in every pass; in training, which
+              splits weights over it too, its part of the fsdp traffic
+    tensor    the stream, all-reduced after o_proj and down_proj in each pass, and
+              after the embedding
     """
     config, width = work.config, work.itemsize
-    sizes = dict(zip(MESH_AXES, sizes_of(mesh), strict=True))
-    found = shards(config, work.rules, sizes_of(mesh))
-    part = parts(work, mesh, queries=work.queries)
+    sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+    shards, local = weight_shards(work, mesh), local_sizes(work, mesh)
 
     def others(axis: str) -> float:
         return (sizes[axis] - 1) / sizes[axis]
 
-    outside = sum(s.gathered for p, s in found.items() if not p.startswith(LAYERS))
-    gathered = config.num_layers * layer_bytes(work, mesh) + outside * width
-    gathers = 2 if work.trains else 1
-    summed = held = 0.0
+    outside = sum(s.gathered for p, s in shards.items() if not p.startswith(LAYERS))
+    gathered = config.num_layers * layer_weight_bytes(work, mesh) + outside * width
+    weights = (2 if work.trains else 1) * gathered
     if work.task == "train":
-        summed = sum(shard.gathered for shard in found.values()) * width
-    if work.trains:
-        held = trained_numbers(work, mesh) * 4.0
-    again = work.trains and work.remat == "block"
-    # Of the second forward pass o_proj's sum is needed, down_proj's is not.
+        weights += sum(shard.gathered for shard in shards.values()) * width
+    gradients = num_trained(work, mesh) * 4.0 if work.trains else 0.0
+    # A recomputed forward pass needs the sum of o_proj, but not that of down_proj.
     sums = config.num_layers * (4 if work.trains else 2) + 1
-    sums += config.num_layers if again else 0
+    if work.trains and work.remat == "block":
+        sums += config.num_layers
     kv_passes = 0 if work.task == "decode" else 1
     if work.trains:
         kv_passes = 3 + (work.remat != "none")
-    kv = config.num_layers * part.tokens * sizes["sequence"] * 2 * part.k * width
-    stream = part.tokens * part.d * width
-    put_together = gathers * gathered + summed
-    both = 0.0 if work.task == "train" or not work.trains else 2 * held
+    kv = config.num_layers * local.tokens * sizes["sequence"] * 2 * local.k * width
+    stream = local.tokens * local.d * width
+    over_sequence = 2 * gradients if work.task in ("lora", "qlora") else 0.0
     if "sequence" in dict(work.rules.weights)["D"]:
-        both += put_together / sizes["fsdp"]
+        over_sequence += weights / sizes["fsdp"]
     return {
-        "data": 2 * held * others("data"),
-        "fsdp": put_together * others("fsdp"),
-        "sequence": (kv * kv_passes + both) * others("sequence"),
+        "data": 2 * gradients * others("data"),
+        "fsdp": weights * others("fsdp"),
+        "sequence": (kv * kv_passes + over_sequence) * others("sequence"),
         "tensor": 2 * sums * stream * others("tensor"),
     }
-
-
-def _items(found: Mapping[str, Shard], layers: bool) -> tuple[list[str], list[Shard]]:
-    names = [name for name in found if name.startswith(LAYERS) == layers]
-    return names, [found[name] for name in names]
-
-
-def _product_numbers(path: str, shard: Shard) -> int:
-    """Numbers of a weight that a token is multiplied with, on one chip."""
-    return shard.gathered if _multiplies(path) else 0
-
-
-def _multiplies(path: str) -> bool:
-    return path.endswith("_proj") or path == "lm_head"
-
-
-def _layer_bytes(work: Workload, found: Mapping[str, Shard]) -> int:
-    return sum(
-        shard_bytes(work, path, shard, shard.size)
-        for path, shard in found.items()
-        if path.startswith(LAYERS)
-    )
-
-
-def _product_weights(config: LlamaConfig) -> int:
-    total = 0
-    for path in leaf_paths(config, "stacked"):
-        if _multiplies(path):
-            numbers = 1
-            for size in weight_shape(config, axes_of(path)):
-                numbers *= size
-            total += numbers
-    if config.tied_embeddings:
-        total += config.vocab_size * config.embed_dim
-    return total
-
-
-def _attention_flops(config: LlamaConfig, tokens: float, slots: float) -> float:
-    heads = config.num_heads * config.head_dim
-    return 4.0 * config.num_layers * tokens * slots * heads

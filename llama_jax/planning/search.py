@@ -1,6 +1,8 @@
-"""Whether work fits chips, on which mesh it is fastest, and what to change if not."""
+"""Search for the fastest plan that fits, and advice if nothing does."""
 
+import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, get_args
@@ -8,72 +10,84 @@ from typing import NamedTuple, get_args
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.planning.chips import DEFAULT_GPU_FRACTION
-from llama_jax.planning.memory import Footprint, Workload, footprint, shards
-from llama_jax.planning.roofline import Bound, bound
+from llama_jax.planning.memory import Footprint, footprint
+from llama_jax.planning.roofline import Bound, roofline
 from llama_jax.planning.topology import Topology
+from llama_jax.planning.workload import Workload, shards_on
 from llama_jax.runtime import MESH_AXES, Remat, Rules
 
-MOST_TRAINED_TOKENS = 4 << 20
-"""Of a step whose batch is searched for: Llama 2's, 4M (arXiv:2307.09288, 2.2)."""
+MAX_TRAIN_TOKENS = 4 << 20
+"""Largest step when the batch is searched: Llama 2's, 4M (arXiv:2307.09288, 2.2)."""
 
-MOST_ROWS = 1024
-"""Of decoding whose batch is searched for."""
+MAX_DECODE_ROWS = 1024
+"""Largest batch of decoding when the batch is searched."""
 
 
 class Plan(NamedTuple):
-    """Work on a mesh of chips: what it takes and how fast it could be.
+    """A workload on a mesh of chips, with its memory and its lower bound of time.
 
     Attributes:
-      work: all choices made.
+      work: the workload, with all choices made.
       topology: the chips.
       mesh: sizes by axis.
-      held: bytes on each chip.
-      bound: the least time of a step.
+      footprint: bytes on each chip.
+      bound: lower bound of the time of a step.
     """
 
     work: Workload
     topology: Topology
     mesh: Mapping[str, int]
-    held: Footprint
+    footprint: Footprint
     bound: Bound
 
     @property
     def limit_bytes(self) -> int:
-        """What a chip can hold."""
+        """Memory of a chip that a program can use."""
         return self.topology.chip.limit_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether each chip holds its part."""
-        return self.held.total <= self.limit_bytes
+        """Whether the footprint is within the limit."""
+        return self.footprint.total <= self.limit_bytes
 
     @property
-    def raises_fraction(self) -> bool:
-        """Whether jax must be told to take more of a GPU than it does by itself."""
+    def exceeds_default_fraction(self) -> bool:
+        """Whether it needs more of a GPU's memory than jax allocates by default."""
         chip = self.topology.chip
-        return chip.is_gpu and self.held.total > DEFAULT_GPU_FRACTION * chip.hbm_bytes
+        default = DEFAULT_GPU_FRACTION * chip.hbm_bytes
+        return chip.is_gpu and self.footprint.total > default
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """Smaller is better: seconds per token if links wait for the rest, then bytes.
+    def cost(self) -> tuple[float, float]:
+        """Sort key: seconds per token without overlap of communication, then bytes.
 
-        Where a chip's speed is not known bytes alone decide.
+        Bytes alone if the chip's rates are unknown.
         """
-        times = self.bound.known
+        times = self.bound.times
         if not times:
-            return 0.0, float(self.held.total)
-        links = times["interconnect"]
+            return 0.0, float(self.footprint.total)
         busy = max(times["compute"], times["memory bandwidth"])
-        return (links + busy) / self.bound.tokens, float(self.held.total)
+        seconds = times["interconnect"] + busy
+        return seconds / self.bound.tokens, float(self.footprint.total)
+
+    def mfu(self, seconds: float | None) -> float | None:
+        """Model FLOPs utilization of all chips if a step takes so many seconds.
+
+        None if the time or the chip's peak is unknown.
+        """
+        peak = self.topology.chip.flops.get(self.work.dtype)
+        if not peak or not seconds:
+            return None
+        return self.bound.model_flops / (self.topology.chips * peak * seconds)
 
 
-def plan(work: Workload, topology: Topology, mesh: Mapping[str, int]) -> Plan:
-    """What the work takes on this mesh.
+def make_plan(work: Workload, topology: Topology, mesh: Mapping[str, int]) -> Plan:
+    """Plan a workload on one mesh.
 
     Args:
-      work: all choices made.
+      work: the workload, with all choices made.
       topology: the chips.
-      mesh: sizes by axis; one may be -1, for the chips that are left.
+      mesh: sizes by axis; one may be -1, which takes the remaining chips.
 
     Raises:
       MeshError: the mesh has another number of chips, or does not divide the model.
@@ -89,50 +103,48 @@ def plan(work: Workload, topology: Topology, mesh: Mapping[str, int]) -> Plan:
             f"mesh {wanted} needs {math.prod(sizes.values())} chips, but {topology} "
             f"has {topology.chips}"
         )
-    held = footprint(work, sizes)
-    return Plan(work, topology, sizes, held, bound(work, topology, sizes, held))
+    memory = footprint(work, sizes)
+    bound = roofline(work, topology, sizes, memory)
+    return Plan(work, topology, sizes, memory, bound)
 
 
-def meshes(config: LlamaConfig, rules: Rules, chips: int) -> list[dict[str, int]]:
-    """Every mesh of so many chips that divides the model."""
-    return [dict(zip(MESH_AXES, s, strict=True)) for s in _meshes(config, rules, chips)]
+def meshes(work: Workload, chips: int) -> list[dict[str, int]]:
+    """Every mesh of this many chips that divides the model."""
+    sizes_of_meshes = _mesh_sizes(work.config, work.rules, chips)
+    return [dict(zip(MESH_AXES, sizes, strict=True)) for sizes in sizes_of_meshes]
 
 
 @functools.lru_cache(maxsize=256)
-def _meshes(
-    config: LlamaConfig, rules: Rules, chips: int
-) -> tuple[tuple[int, ...], ...]:
+def _mesh_sizes(config: LlamaConfig, rules: Rules, chips: int) -> list[tuple[int, ...]]:
     found = []
-    for sizes in _factors(chips, len(MESH_AXES)):
-        try:
-            shards(config, rules, sizes)
-        except MeshError:
-            continue
-        found.append(sizes)
-    return tuple(found)
+    for sizes in _factorizations(chips, len(MESH_AXES)):
+        with contextlib.suppress(MeshError):  # it does not divide the model
+            shards_on(config, rules, sizes)
+            found.append(sizes)
+    return found
 
 
-def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write a number as a product of so many."""
-    if parts == 1:
+def _factorizations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write a number as an ordered product of this many factors."""
+    if factors == 1:
         yield (number,)
         return
     for first in range(1, number + 1):
         if number % first == 0:
-            for rest in _factors(number // first, parts - 1):
+            for rest in _factorizations(number // first, factors - 1):
                 yield (first, *rest)
 
 
 def remats(work: Workload) -> Sequence[Remat]:
-    """What there is to choose from: nothing where nothing is differentiated."""
+    """Choices of remat; only "none" without a backward pass."""
     return get_args(Remat) if work.trains else ("none",)
 
 
 def batches(work: Workload) -> list[int]:
-    """Batches to try, largest first."""
-    most = MOST_ROWS
+    """Batches to try: powers of two, largest first."""
+    most = MAX_DECODE_ROWS
     if work.task != "decode":
-        most = max(MOST_TRAINED_TOKENS // work.seq, 1)
+        most = max(MAX_TRAIN_TOKENS // work.seq, 1)
     return [1 << n for n in reversed(range(most.bit_length()))]
 
 
@@ -144,44 +156,44 @@ def search(
     remat: Remat | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The plan with the least time per token that fits, or the nearest to fitting.
+    """Find the plan with the least time per token that fits, else the smallest plan.
 
     Args:
-      work: whose batch and remat stand for what is not searched.
+      work: the workload; its batch and remat are replaced.
       topology: the chips.
-      batch: rows of the whole mesh; the best power of two where not given.
-      remat: the best where not given.
-      mesh: sizes by axis; the best where not given.
+      batch: rows of the whole mesh; if None, search powers of two.
+      remat: if None, search all.
+      mesh: sizes by axis; if None, search all.
 
     Raises:
-      MeshError: the given mesh is not one of these chips, or no mesh of so many chips
-        divides the model.
+      MeshError: `mesh` does not match the chips, or no mesh divides the model.
+
+    >>> from llama_jax import preset
+    >>> from llama_jax.planning.topology import parse_topology
+    >>> work = Workload(config=preset("llama2-7b"), task="train", batch=8, seq=4096)
+    >>> plan = search(work, parse_topology("v5e:4x4"), batch=16)
+    >>> plan.fits, {axis: size for axis, size in plan.mesh.items() if size > 1}
+    (True, {'fsdp': 16})
     """
-    if mesh is None:
-        tried = meshes(work.config, work.rules, topology.chips)
-    else:
-        tried = [dict(mesh)]
-    if not tried:
-        raise MeshError(f"no mesh of {topology.chips} chips divides this model")
     rows = batches(work) if batch is None else [batch]
     best: Plan | None = None
-    nearest: Plan | None = None
-    for sizes in tried:
-        for kept in remats(work) if remat is None else [remat]:
-            for count in rows:  # a larger batch never takes longer per token
-                chosen = work.replace(batch=count, remat=kept)
-                found = plan(chosen, topology, sizes)
-                if found.fits:
-                    if best is None or found.rank < best.rank:
-                        best = found
-                    break
-            if nearest is None or found.held.total < nearest.held.total:
-                nearest = found
-    assert nearest is not None
-    return best or nearest
+    smallest: Plan | None = None
+    for sizes, policy in itertools.product(
+        _meshes_to_try(work, topology, mesh), remats(work) if remat is None else [remat]
+    ):
+        for count in rows:  # a larger batch never takes longer per token
+            plan = make_plan(work.replace(batch=count, remat=policy), topology, sizes)
+            if plan.fits:
+                if best is None or plan.cost < best.cost:
+                    best = plan
+                break
+        if smallest is None or plan.footprint.total < smallest.footprint.total:
+            smallest = plan
+    assert smallest is not None
+    return best or smallest
 
 
-def ranked(
+def ranked_plans(
     work: Workload,
     topology: Topology,
     *,
@@ -189,34 +201,37 @@ def ranked(
     remat: Remat | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> list[Plan]:
-    """All plans that fit, best first; the nearest to fitting where none does.
+    """Return all plans that fit, best first; if none does, the smallest plan.
 
-    Args:
-      work: as of `search`, and all that follows.
-      topology: the chips.
-      batch: rows of the whole mesh, if there is no choice.
-      remat: if there is no choice.
-      mesh: sizes by axis, if there is no choice.
-
-    Raises:
-      MeshError: as `search`.
+    Args and raises as `search`.
     """
     best = search(work, topology, batch=batch, remat=remat, mesh=mesh)
     if not best.fits:
         return [best]
-    tried = meshes(work.config, work.rules, topology.chips) if mesh is None else [mesh]
     plans = [
-        plan(work.replace(batch=count, remat=kept), topology, sizes)
-        for sizes in tried
-        for kept in (remats(work) if remat is None else [remat])
+        make_plan(work.replace(batch=count, remat=policy), topology, sizes)
+        for sizes in _meshes_to_try(work, topology, mesh)
+        for policy in (remats(work) if remat is None else [remat])
         for count in (batches(work) if batch is None else [batch])
     ]
-    return sorted((p for p in plans if p.fits), key=lambda found: found.rank)
+    return sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.cost)
 
 
-def fits_somehow(work: Workload, topology: Topology) -> bool:
-    """Whether any mesh and remat fit, at the smallest batch that fills the mesh."""
-    for mesh in meshes(work.config, work.rules, topology.chips):
+def _meshes_to_try(
+    work: Workload, topology: Topology, mesh: Mapping[str, int] | None
+) -> Sequence[Mapping[str, int]]:
+    candidates = meshes(work, topology.chips) if mesh is None else [mesh]
+    if not candidates:
+        raise MeshError(
+            f"topology {topology}: no mesh of {topology.chips} chips divides this "
+            "model; choose another number of chips"
+        )
+    return candidates
+
+
+def can_fit(work: Workload, topology: Topology) -> bool:
+    """Whether any mesh and remat fit, with the smallest batch that fills the mesh."""
+    for mesh in meshes(work, topology.chips):
         rows = mesh["data"] * mesh["fsdp"] if work.trains else 1
         chosen = work.replace(batch=rows, remat="block" if work.trains else "none")
         if footprint(chosen, mesh).total <= topology.chip.limit_bytes:
@@ -225,43 +240,23 @@ def fits_somehow(work: Workload, topology: Topology) -> bool:
 
 
 def advice(work: Workload, topology: Topology, *, batch: int | None = None) -> str:
-    """A sentence that says what to change where nothing fits.
+    """Say in one sentence what to change when nothing fits.
 
     Args:
-      work: that does not fit.
-      topology: these chips.
-      batch: rows that were asked for; the fewest where any would do.
+      work: the workload that does not fit.
+      topology: the chips.
+      batch: the required batch; 1 if None.
     """
     rows = batch or 1
-    changes: list[tuple[str, Workload]] = []
-    if not work.trains:
-        stages = ("none", "int8", "int4")
-        narrower = {"none": 1, "int8": 2}.get(work.quantize, 3)
-        for kind in stages[narrower:]:
-            changes.append((f"--quantize {kind}", work.replace(quantize=kind)))
-        if work.cache_dtype is None:
-            small = work.replace(cache_dtype="int8")
-            both = [
-                (f"{flag} --cache-dtype int8", changed.replace(cache_dtype="int8"))
-                for flag, changed in changes
-            ]
-            changes += [("--cache-dtype int8", small), *both]
-    if work.task == "train":
-        changes.append(("--task lora", work.replace(task="lora")))
-    if work.task in ("train", "lora"):
-        small = work.replace(task="qlora", quantize="int4")
-        changes.append(("--task qlora", small))
     options = []
-    for flag, changed in changes:
+    for flags, changed in _smaller_variants(work):
         if search(changed, topology, batch=rows).fits:
-            options.append(flag)
+            options.append(flags)
             break
-    if rows > 1 and (fewer := _most_rows(work, topology, rows)):
+    if rows > 1 and (fewer := _largest_batch(work, topology, rows)):
         options.append(f"--batch {fewer}")
     for larger in topology.larger():
-        if not meshes(work.config, work.rules, larger.chips):
-            continue
-        if search(work, larger, batch=rows).fits:
+        if meshes(work, larger.chips) and search(work, larger, batch=rows).fits:
             options.append(f"--topology {larger}, the smallest of its kind that fits")
             break
     if not options:
@@ -272,8 +267,29 @@ def advice(work: Workload, topology: Topology, *, batch: int | None = None) -> s
     return "What would fit: " + "; or ".join(options)
 
 
-def _most_rows(work: Workload, topology: Topology, rows: int) -> int | None:
-    """The largest power of two below the asked batch that fits."""
+def _smaller_variants(work: Workload) -> Iterator[tuple[str, Workload]]:
+    """Variants of a workload that take less memory, with their flags."""
+    if work.task == "train":
+        yield "--task lora", work.replace(task="lora")
+    if work.task in ("train", "lora"):
+        yield "--task qlora", work.replace(task="qlora", quantize="int4")
+    if work.trains:
+        return
+    stages = ("none", "int8", "int4")
+    narrower = {"none": 1, "int8": 2}.get(work.quantize, 3)
+    quantized = [
+        (f"--quantize {kind}", work.replace(quantize=kind))
+        for kind in stages[narrower:]
+    ]
+    yield from quantized
+    if work.cache_dtype is None:
+        yield "--cache-dtype int8", work.replace(cache_dtype="int8")
+        for flag, changed in quantized:
+            yield f"{flag} --cache-dtype int8", changed.replace(cache_dtype="int8")
+
+
+def _largest_batch(work: Workload, topology: Topology, rows: int) -> int | None:
+    """The largest power of two below `rows` that fits."""
     for count in (1 << n for n in reversed(range((rows - 1).bit_length()))):
         if search(work, topology, batch=count).fits:
             return count

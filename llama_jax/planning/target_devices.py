@@ -1,16 +1,18 @@
-"""Devices that are not there, for which programs can be compiled all the same."""
+"""Devices to compile for that need not be present."""
 
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
 
 from llama_jax.errors import MeshError
+from llama_jax.planning.gpu_target_config import target_config
+from llama_jax.planning.topology import Topology
 
-# What libtpu must find in the environment of a host without a TPU: it would ask the
-# cloud's metadata server, and wait for other processes to leave the chip.
+# Environment of libtpu on a host without a TPU. Without it, libtpu would query the
+# cloud's metadata server and wait for other processes to release the chip.
 _HOST_WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -19,21 +21,41 @@ _HOST_WITHOUT_TPU = {
 }
 
 
-def tpu_devices(name: str) -> list[Any]:
-    """The devices of a TPU slice, as placements of arguments in ahead-of-time compiles.
-
-    `jax.jit(f).lower(shapes).compile()`, with shapes whose sharding names these
-    devices, runs the TPU's real compiler, which refuses what would not fit. Nothing
-    can be run on them. On a host without a TPU this sets what libtpu wants to know in
-    the process's environment, which libtpu reads once: call it before anything else
-    uses libtpu.
+def target_devices(
+    topology: Topology, *, gpu_config: str | None = None
+) -> Sequence[jax.Device]:
+    """The devices of a topology, to compile for; nothing can run on them.
 
     Args:
-      name: generation and chips, such as `v5e:2x2`, `v6e:4x4` or `v5p:2x2x1`.
+      topology: of TPUs or NVIDIA GPUs.
+      gpu_config: the GPU as text (see `gpu_devices`); by default from the table.
+
+    Raises:
+      MeshError: the compiler is not installed, or does not know these chips.
+    """
+    try:
+        if topology.chip.links == "torus":
+            return tpu_devices(str(topology))
+        text = gpu_config or target_config(topology.chip)
+        return gpu_devices("x".join(map(str, (1, *topology.shape))), text)
+    except ImportError as error:
+        raise MeshError(f"--compile for {topology}: {error}") from error
+
+
+def tpu_devices(name: str) -> list[jax.Device]:
+    """Return the devices of a TPU slice, for ahead-of-time compilation.
+
+    `jax.jit(f).lower(shapes).compile()` with shapes sharded over these devices runs the
+    real TPU compiler, which rejects programs that do not fit. Nothing can run on them.
+    On a host without a TPU this sets variables in the process's environment, which
+    libtpu reads once: call it before anything else uses libtpu.
+
+    Args:
+      name: generation and shape, such as `v5e:2x2`, `v6e:4x4` or `v5p:2x2x1`.
 
     Raises:
       ImportError: libtpu is not installed.
-      MeshError: libtpu knows no such slice.
+      MeshError: libtpu does not know this slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
@@ -44,32 +66,35 @@ def tpu_devices(name: str) -> list[Any]:
             os.putenv(variable, value)  # for the C library alone
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # the plugin raises what XLA's status happens to be
+    except Exception as error:  # the type depends on XLA's status
         raise MeshError(
-            f"there is no TPU slice {name!r}, or libtpu cannot say ({error}); "
-            "write generation and chips, such as v5e:2x2"
+            f"topology {name!r}: libtpu does not know this slice ({error}); write "
+            "generation and shape, such as v5e:2x2"
         ) from error
 
 
-def gpu_devices(name: str, target_config: str) -> list[Any]:
-    """The devices of a GPU cluster, as placements of arguments like `tpu_devices`'s.
+def gpu_devices(name: str, target_config: str) -> list[jax.Device]:
+    """Return the devices of a GPU cluster, for ahead-of-time compilation.
 
-    XLA:GPU compiles for them on any host, down to machine code, Pallas kernels too,
-    but for what calls cuDNN, which needs its library. Triton kernels must be lowered
-    in `jax.sharding.use_abstract_mesh` of a mesh whose `abstract_device` is the GPU.
+    XLA:GPU compiles for them on any host, down to machine code, including Pallas
+    kernels, but not calls of cuDNN, which need its library. Lower Triton kernels inside
+    `jax.sharding.use_abstract_mesh` of a mesh whose `abstract_device` is the GPU.
 
     Args:
-      name: slices, hosts and GPUs of each, such as `1x1x8`, or `1x2x8` for sixteen.
-      target_config: the GPU, as the text of an XLA `GpuTargetConfigProto`; what
-        `--xla_dump_to` writes as `*.gpu_target_config.pbtxt` where there is such a GPU.
+      name: slices, hosts per slice and GPUs per host, such as `1x1x8` for eight GPUs,
+        or `1x2x8` for sixteen.
+      target_config: the GPU as the text of an XLA `GpuTargetConfigProto`; on a host
+        with such a GPU, `--xla_dump_to` writes it as `*.gpu_target_config.pbtxt`.
 
     Raises:
       ImportError: XLA's GPU plugin is not installed.
-      MeshError: the name or the text says nothing to the plugin.
+      MeshError: the plugin does not understand the name or the text.
     """
-    if not any(map(_is_there, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))):
+    if not any(
+        map(_is_installed, ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"))
+    ):
         raise ImportError(
-            "compiling for a GPU needs XLA's plugin of jax's own version; pip install "
+            "compiling for a GPU needs XLA's plugin in jax's version; pip install "
             "--no-deps jax-cuda13-plugin jax-cuda13-pjrt (Linux; no CUDA is needed)"
         )
     try:
@@ -80,15 +105,15 @@ def gpu_devices(name: str, target_config: str) -> list[Any]:
             target_config=target_config,
         )
         return list(described.devices)
-    except Exception as error:  # the plugin raises what XLA's status happens to be
+    except Exception as error:  # the type depends on XLA's status
         raise MeshError(
-            f"there are no GPUs {name!r} of this target_config ({error}); write "
-            "slices, hosts and GPUs of each, such as 1x1x8"
+            f"topology {name!r}: XLA's GPU plugin does not accept it or the "
+            f"target_config ({error}); write slices, hosts and GPUs, such as 1x1x8"
         ) from error
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of what it would be in
+    except ModuleNotFoundError:  # its parent package is missing
         return False

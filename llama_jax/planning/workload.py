@@ -1,4 +1,4 @@
-"""What is run, and a chip's part of its weights and activations."""
+"""A workload, and one chip's shard of its weights and activations."""
 
 import dataclasses
 import functools
@@ -34,31 +34,33 @@ Task = Literal["train", "lora", "qlora", "prefill", "decode"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
 
 INT4_GROUP = 64
-"""Weights that share a scale in four bits: a block of QLoRA (arXiv:2305.14314)."""
+"""Four-bit weights per scale: a block of QLoRA (arXiv:2305.14314)."""
+
+EMBEDDING = "transformer/embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is run, wherever it is.
+    """What runs, independent of the hardware.
 
     Attributes:
-      config: of the model.
-      task: "train" all weights; "lora" and "qlora" adapters of `rank` for each of a
-        layer's seven projections, on weights that stay; "prefill" reads prompts of
-        `seq` tokens into a cache; "decode" writes a token for each row.
+      config: the model.
+      task: "train" updates all weights; "lora" and "qlora" train adapters of `rank` on
+        each of a layer's seven projections, with frozen weights; "prefill" reads
+        prompts of `seq` tokens into a cache; "decode" generates one token per row.
       batch: B, rows of the whole mesh.
-      seq: tokens of a row; slots of its cache.
-      dtype: of activations, and of weights that are not trained.
-      cache_dtype: of the cache; "int8" with a float32 scale for each slot and head,
-        None as `dtype`.
-      param_dtype: of weights that are trained, their gradients and their moments.
-      quantize: how projections of the layers are held that are not trained: "int8"
-        with a float32 scale for each column, "int4" and "nf4" with one in `dtype` for
-        each `INT4_GROUP` weights. Embedding, norms and head stay in `dtype`.
-      remat: what the backward pass computes again.
-      rank: R of adapters.
-      flash: attention runs without the matrix of its weights.
-      gpu: compiled for GPUs, whose compiler keeps more of a block at once.
+      seq: tokens per row; for decoding, slots of the cache.
+      dtype: dtype of activations, and of weights that are not trained.
+      cache_dtype: dtype of the cache; "int8" has a float32 scale per slot and head,
+        None means `dtype`.
+      param_dtype: dtype of trained weights, their gradients and their moments.
+      quantize: storage of the layers' frozen projections: "int8" has a float32 scale
+        per column, "int4" and "nf4" one in `dtype` per `INT4_GROUP` weights. Embedding,
+        norms and head stay in `dtype`.
+      remat: what the backward pass recomputes.
+      rank: R, the rank of adapters.
+      flash: attention does not materialize its weights.
+      gpu: compiled for GPUs, whose compiler keeps more of a block alive at once.
     """
 
     config: LlamaConfig
@@ -76,8 +78,13 @@ class Workload:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in `dtype`."""
+        """Bytes per number in `dtype`."""
         return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def param_itemsize(self) -> int:
+        """Bytes per number in `param_dtype`."""
+        return jnp.dtype(self.param_dtype).itemsize
 
     @property
     def trains(self) -> bool:
@@ -91,53 +98,96 @@ class Workload:
 
     @property
     def queries(self) -> int:
-        """Tokens of each row that go through the model at once."""
+        """Tokens per row that go through the model at once."""
         return 1 if self.task == "decode" else self.seq
 
     def replace(self, **changes: object) -> "Workload":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-class Shard(NamedTuple):
-    """A chip's part of one kind of weight, all layers together.
+class WeightShard(NamedTuple):
+    """One chip's shard of a kind of weight, all layers together.
 
     Attributes:
-      shape: of the part; L in front of a layer's weight.
-      gathered: numbers of it once its D is whole again, as products need it.
-      adapters: numbers of its adapter per unit of rank; 0 for what has none.
+      shape: of the shard; L leads the shape of a layer's weight.
+      gathered: its size with D gathered, as matrix products need it.
+      adapter_size: size of its adapter per unit of rank; 0 if it has none.
     """
 
     shape: tuple[int, ...]
     gathered: int
-    adapters: int
+    adapter_size: int
 
     @property
     def size(self) -> int:
-        """Numbers of the part."""
+        """Numbers in the shard."""
         return math.prod(self.shape)
 
 
-def shard_bytes(work: Workload, path: str, shard: Shard, numbers: int) -> int:
-    """What so many numbers of a kind of weight take, with their scales."""
+def weight_shards(work: Workload, mesh: Mapping[str, int]) -> dict[str, WeightShard]:
+    """One chip's shard of each kind of weight, by path, layers stacked.
+
+    Raises:
+      MeshError: a mesh axis does not divide the weight axis that it splits.
+    """
+    return shards_on(work.config, work.rules, sizes_of(mesh))
+
+
+def layer_shards(work: Workload, mesh: Mapping[str, int]) -> list[WeightShard]:
+    """The shards of `weight_shards` that belong to the layers."""
+    shards = weight_shards(work, mesh)
+    return [shard for path, shard in shards.items() if path.startswith(LAYERS)]
+
+
+@functools.lru_cache(maxsize=4096)
+def shards_on(
+    config: LlamaConfig, rules: Rules, sizes: tuple[int, ...]
+) -> dict[str, WeightShard]:
+    """`weight_shards` by mesh sizes in the order of `MESH_AXES`; cached."""
+    mesh = abstract_mesh(dict(zip(MESH_AXES, sizes, strict=True)))
+    runtime = Runtime(layer_layout="stacked", rules=rules)
+    shardings = flatten(param_shardings(config, runtime, mesh))
+    shapes = flatten(param_shapes(config, "stacked"))
+    embed_dim = axis_sizes(config)["D"]
+    shards = {}
+    for path in leaf_paths(config, "stacked"):
+        shape = shardings[path].shard_shape(shapes[path].shape)
+        gathered = math.prod(
+            embed_dim if letter == "D" else size
+            for letter, size in zip(axes_of(path).split(), shape, strict=True)
+        )
+        # An adapter is [I, R] and [R, O], split as I and O are.
+        projection = path.startswith(LAYERS) and len(shape) == 3
+        adapter_size = shape[0] * (shape[1] + shape[2]) if projection else 0
+        shards[path] = WeightShard(shape, gathered, adapter_size)
+    return shards
+
+
+def stored_bytes(work: Workload, shard: WeightShard, size: int) -> int:
+    """Bytes of `size` numbers of a weight as they are stored, with their scales."""
     if work.task == "train":
-        return numbers * jnp.dtype(work.param_dtype).itemsize
-    if work.quantize == "none" or not shard.adapters:
-        return numbers * work.itemsize
+        return size * work.param_itemsize
+    if work.quantize == "none" or not shard.adapter_size:
+        return size * work.itemsize
     if work.quantize == "int8":
-        # A scale for each column of each layer; a part of D has them all.
-        return numbers + 4 * shard.shape[0] * shard.shape[2]
-    return math.ceil(numbers / 2) + math.ceil(numbers / INT4_GROUP) * work.itemsize
+        # One scale per column and layer; each shard along D has all of them.
+        return size + 4 * shard.shape[0] * shard.shape[2]
+    return math.ceil(size / 2) + math.ceil(size / INT4_GROUP) * work.itemsize
 
 
-class Parts(NamedTuple):
-    """A chip's part of an activation.
+class LocalSizes(NamedTuple):
+    """Sizes of one chip's part of the activations.
 
     Attributes:
       rows: of the batch.
-      tokens: of all its rows, as a block's products have them.
-      stream: of all its rows between the blocks, where `tensor` cuts them too.
-      d: of D, and so on; heads times their width.
+      tokens: of all its rows, inside a block.
+      stream: of all its rows between blocks, where `tensor` splits them too.
+      d: its part of D.
+      n: its part of N times H.
+      k: its part of K times H.
+      f: its part of F.
+      v: its part of V.
     """
 
     rows: int
@@ -150,25 +200,24 @@ class Parts(NamedTuple):
     v: int
 
 
-def parts(work: Workload, mesh: Mapping[str, int], queries: int | None = None) -> Parts:
-    """How activations of so many tokens in each row (all, if not told) are split.
+def local_sizes(work: Workload, mesh: Mapping[str, int]) -> LocalSizes:
+    """Split activations as `sharding.divisible` does.
 
-    As by `sharding.divisible`: the last mesh axes that do not divide are left out.
+    The last mesh axes of a letter that do not divide its size are dropped.
     """
     config, rules = work.config, dict(work.rules.activations)
-    sizes = dict(zip(MESH_AXES, sizes_of(mesh), strict=True))
 
     def part(letter: str, size: int) -> int:
         axes = list(rules.get(letter) or ())
-        while axes and size % math.prod(sizes[axis] for axis in axes):
+        while axes and size % math.prod(mesh.get(axis, 1) for axis in axes):
             axes.pop()
-        return size // math.prod(sizes[axis] for axis in axes)
+        return size // math.prod(mesh.get(axis, 1) for axis in axes)
 
-    rows, length = part("B", work.batch), work.seq if queries is None else queries
-    return Parts(
+    rows = part("B", work.batch)
+    return LocalSizes(
         rows=rows,
-        tokens=rows * part("T", length),
-        stream=rows * part("TS", length),
+        tokens=rows * part("T", work.queries),
+        stream=rows * part("TS", work.queries),
         d=part("D", config.embed_dim),
         n=part("N", config.num_heads) * config.head_dim,
         k=part("K", config.num_kv_heads) * config.head_dim,
@@ -178,49 +227,11 @@ def parts(work: Workload, mesh: Mapping[str, int], queries: int | None = None) -
 
 
 def sizes_of(mesh: Mapping[str, int]) -> tuple[int, ...]:
-    """The sizes of all axes, in their order."""
+    """Sizes of all mesh axes, in the order of `MESH_AXES`."""
     return tuple(mesh.get(axis, 1) for axis in MESH_AXES)
 
 
-@functools.lru_cache(maxsize=4096)
-def shards(
-    config: LlamaConfig, rules: Rules, sizes: tuple[int, ...]
-) -> dict[str, Shard]:
-    """A chip's part of every kind of weight, by path, layers stacked.
-
-    Args:
-      config: of the model.
-      rules: how axis letters map to mesh axes.
-      sizes: of the mesh, in the order of `MESH_AXES`.
-
-    Raises:
-      MeshError: a mesh axis does not divide the axis of a weight that it splits.
-    """
-    mesh = dict(zip(MESH_AXES, sizes, strict=True))
-    places = flatten(param_shardings(config, runtime_of(rules), abstract_mesh(mesh)))
-    shapes = flatten(param_shapes(config, "stacked"))
-    whole = axis_sizes(config)
-    found = {}
-    for path in leaf_paths(config, "stacked"):
-        shape = places[path].shard_shape(shapes[path].shape)
-        letters = axes_of(path).split()
-        gathered = math.prod(
-            whole["D"] if letter == "D" else size
-            for letter, size in zip(letters, shape, strict=True)
-        )
-        # An adapter is [I, R] and [R, O], split as I and O are.
-        projection = path.startswith(LAYERS) and len(shape) == 3
-        adapters = shape[0] * (shape[1] + shape[2]) if projection else 0
-        found[path] = Shard(shape, gathered, adapters)
-    return found
-
-
-def runtime_of(rules: Rules) -> Runtime:
-    """What placements ask a runtime for: its rules, and layers stacked."""
-    return Runtime(layer_layout="stacked", rules=rules)
-
-
 def abstract_mesh(mesh: Mapping[str, int]) -> Mesh:
-    """A mesh of no devices."""
-    # Placements ask a mesh for its sizes only, so that one without devices will do.
+    """A mesh without devices."""
+    # Shardings need a mesh's sizes only, so an abstract mesh can stand in for one.
     return cast(Mesh, AbstractMesh(sizes_of(mesh), MESH_AXES))

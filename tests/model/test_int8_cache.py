@@ -443,8 +443,8 @@ def test_plans_count_the_cache_as_it_lies(text: str) -> None:
     )
     held = footprint(work(), dict(mesh.shape))
     assert held.cache == part
-    built = programs.program(work(), mesh)
-    assert programs.shard_bytes_of(built.kinds["cache"]) == part
+    built = programs.make_program(work(), mesh)
+    assert programs.shard_bytes(built.kinds["cache"]) == part
     assert footprint(work("prefill"), dict(mesh.shape)).cache == part
 
 
@@ -452,7 +452,7 @@ def test_a_plan_of_training_has_no_cache(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as exit:
         cli.run(plan.main, ["--task", "lora", "--cache-dtype", "int8"])
     assert exit.value.code == 2
-    assert "--cache-dtype: --task lora keeps no cache" in capsys.readouterr().err
+    assert "--cache-dtype: --task lora has no cache" in capsys.readouterr().err
 
 
 def test_a_plan_advises_a_cache_in_eight_bits(

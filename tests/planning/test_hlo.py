@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text equals what was written into it."""
+"""Communication and FLOPs read from a compiled program equal those of its source."""
 
 import functools
 from typing import Any
@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
+from support.workloads import eight_devices
 
 from llama_jax.planning import hlo, hlo_costs
 from llama_jax.runtime import MESH_AXES
 from llama_jax.sharding import make_mesh
 
-eight_devices = pytest.mark.skipif(
-    len(jax.devices()) < 8, reason="needs eight devices (tests/conftest.py)"
-)
 SIZES = {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
-TURNS = 5
+TRIPS = 5
 
 
-def sent(function: Any, *shapes: tuple[int, ...]) -> list[hlo_costs.Collective]:
-    """The exchanges of a function of local parts, run on all devices of a mesh."""
+def collectives_of(
+    function: Any, *shapes: tuple[int, ...]
+) -> list[hlo_costs.Collective]:
+    """The collectives of a function of local shards."""
     mesh = make_mesh(SIZES, jax.devices()[:8])
     whole = PartitionSpec()
     mapped = jax.shard_map(
@@ -36,10 +36,10 @@ def sent(function: Any, *shapes: tuple[int, ...]) -> list[hlo_costs.Collective]:
 
 
 def repeated(once: Any) -> Any:
-    """The same over and over, each turn fed from the last one."""
+    """A loop around a function, each trip fed from the last one."""
 
     def run(x: Any) -> Any:
-        return jax.lax.scan(lambda x, _: (once(x), None), x, None, length=TURNS)[0]
+        return jax.lax.scan(lambda x, _: (once(x), None), x, None, length=TRIPS)[0]
 
     return run
 
@@ -69,37 +69,37 @@ def gather(x: Any, axis: str) -> Any:
     ],
     ids=["psum", "psum of two axes", "gather", "ring"],
 )
-def test_exchanges_within_a_loop_count_once_for_each_turn(
+def test_collectives_in_a_loop_count_once_per_trip(
     once: Any, kind: str, axes: str, nbytes: int
 ) -> None:
-    (found,) = sent(repeated(once), (32, 32))
-    assert (found.kind, found.axes, found.dtype) == (kind, axes, "f32")
-    assert found.times == TURNS
-    assert found.nbytes == TURNS * nbytes
+    (collective,) = collectives_of(repeated(once), (32, 32))
+    assert (collective.kind, collective.axes, collective.dtype) == (kind, axes, "f32")
+    assert collective.times == TRIPS
+    assert collective.nbytes == TRIPS * nbytes
 
 
 @eight_devices
-def test_a_scattered_sum_brings_half_of_a_whole_one() -> None:
+def test_a_reduce_scatter_receives_half_of_an_all_reduce() -> None:
     def scattered(x: Any) -> Any:
         return jax.lax.psum_scatter(x, "tensor", scatter_dimension=0, tiled=True)
 
-    (found,) = sent(scattered, (32, 32))
-    assert (found.kind, found.axes) == ("reduce-scatter", "tensor")
-    assert found.nbytes == 2048
+    (collective,) = collectives_of(scattered, (32, 32))
+    assert (collective.kind, collective.axes) == ("reduce-scatter", "tensor")
+    assert collective.nbytes == 2048
 
 
-def test_products_count_once_for_each_turn() -> None:
+def test_matrix_products_in_a_loop_count_once_per_trip() -> None:
     def run(x: Any, w: Any) -> Any:
-        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=TURNS)[0]
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=TRIPS)[0]
 
     text = jax.jit(run).lower(jnp.ones((8, 64)), jnp.ones((64, 64))).compile().as_text()
     program = hlo.parse(text)
-    assert hlo_costs.product_flops(program) == TURNS * 2 * 8 * 64 * 64
-    assert hlo_costs.kernels(program) == 0
+    assert hlo_costs.product_flops(program) == TRIPS * 2 * 8 * 64 * 64
+    assert hlo_costs.kernel_calls(program) == 0
 
 
-# As TPUs print it: no count of turns but in the condition, products as convolutions,
-# an asynchronous exchange in three computations, of which one is in an inner loop.
+# As for TPUs: the trip count is in the condition only, products are convolutions, and
+# an asynchronous collective is in three computations, one of them in an inner loop.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %start (p.0: bf16[8,512]) -> (bf16[8,512], bf16[8,8192], u32[]) {
@@ -173,23 +173,26 @@ body=%outer
 POD = {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 16}
 
 
-def test_a_tpus_loops_are_counted_from_their_conditions() -> None:
+def test_trip_counts_of_a_tpu_program_are_read_from_its_conditions() -> None:
     runs = hlo.parse(TPU).runs()
     assert runs["outer"] == 80
     assert runs["inner"] == runs["piece"] == 80 * 4
     assert runs["start"] == 80
 
 
-def test_an_asynchronous_exchange_of_a_tpu_counts_where_it_begins() -> None:
-    (found,) = hlo_costs.collectives(hlo.parse(TPU), POD)
-    assert (found.kind, found.axes, found.dtype) == ("all-gather", "fsdp", "bf16")
-    assert (found.times, found.nbytes) == (80, 80 * 15 * 8 * 512 * 2)
+def test_an_asynchronous_collective_counts_once() -> None:
+    (collective,) = hlo_costs.collectives(hlo.parse(TPU), POD)
+    assert (collective.kind, collective.axes, collective.dtype) == (
+        "all-gather",
+        "fsdp",
+        "bf16",
+    )
+    assert (collective.times, collective.nbytes) == (80, 80 * 15 * 8 * 512 * 2)
 
 
-def test_a_tpus_products_count_without_their_padding() -> None:
-    found = hlo_costs.product_flops(hlo.parse(TPU))
-    assert found == 80 * 4 * 2 * 16 * 64 * 32 * 8
-    # A window that sticks out at both ends: of 7 offsets each of 4 taps meets 4.
+def test_convolution_flops_do_not_count_padding() -> None:
+    assert hlo_costs.product_flops(hlo.parse(TPU)) == 80 * 4 * 2 * 16 * 64 * 32 * 8
+    # A window padded at both ends: at 7 offsets each of 4 taps meets 4 elements.
     padded = (
         "ENTRY %main (a: bf16[16,4096,2,8192,1]) -> bf16[16,4096,4,128,1] {\n"
         "  %a = bf16[16,4096,2,8192,1]{4,3,2,1,0} parameter(0)\n"
@@ -198,8 +201,8 @@ def test_a_tpus_products_count_without_their_padding() -> None:
         "window={size=1x4x2 pad=0_0x3_3x0_0 rhs_reversal=0x1x0}, "
         "dim_labels=0b2f1_1o2i0->0b1f2\n}\n"
     )
-    wanted = 2 * 16 * 4096 * (2 * 8192) * (4 * 128)
-    assert hlo_costs.product_flops(hlo.parse(padded)) == wanted
+    expected = 2 * 16 * 4096 * (2 * 8192) * (4 * 128)
+    assert hlo_costs.product_flops(hlo.parse(padded)) == expected
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,7 @@ def test_a_tpus_products_count_without_their_padding() -> None:
         ),
     ],
 )
-def test_groups_of_chips_are_named_by_their_axes(
+def test_replica_groups_are_named_by_their_mesh_axes(
     groups: str, size: int, axes: str
 ) -> None:
     text = (
@@ -227,12 +230,12 @@ def test_groups_of_chips_are_named_by_their_axes(
         f"  ROOT %r = f32[16]{{0}} all-reduce(%a), channel_id=1, {groups}, "
         "use_global_device_ids=true, to_apply=%add\n}\n"
     )
-    (found,) = hlo_costs.collectives(hlo.parse(text), POD)
-    assert found.axes == axes
-    assert found.nbytes == pytest.approx(2 * 64 * (size - 1) / size)
+    (collective,) = hlo_costs.collectives(hlo.parse(text), POD)
+    assert collective.axes == axes
+    assert collective.nbytes == pytest.approx(2 * 64 * (size - 1) / size)
 
 
 @eight_devices
-def test_a_mesh_of_jaxs_numbers_its_devices_as_groups_do() -> None:
+def test_a_mesh_has_its_axes_in_the_order_of_replica_groups() -> None:
     mesh = make_mesh(SIZES, jax.devices()[:8])
     assert tuple(mesh.shape) == MESH_AXES == tuple(SIZES)
