@@ -1,7 +1,6 @@
 """From any checkpoint to any other, tensor by tensor."""
 
 import hashlib
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -32,8 +31,7 @@ from llama_jax.conversion.tokenizer_files import open_tokenizer
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
 from llama_jax.params import count_params
 from llama_jax.text.tokenizer import Tokenizer
-
-Path = str | os.PathLike[str]
+from llama_jax.types import Path
 
 _TABLES: Mapping[FormatName, Format] = {
     "orbax": ORBAX,

@@ -1,6 +1,5 @@
 """The formats by name: how each is recognised, read and written."""
 
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -13,8 +12,8 @@ from llama_jax.conversion.meta import is_meta, read_meta
 from llama_jax.conversion.native import read_orbax
 from llama_jax.conversion.source import Source
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.types import Path
 
-Path = str | os.PathLike[str]
 FormatName = Literal["orbax", "meta", "hf", "gguf", "llama2c"]
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llama_jax.checkpoint.json_files import config_errors_in
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress, raw_bytes
-from llama_jax.checkpoint.model_folder import naming
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.gguf_header import (
     CHUNK,
@@ -123,10 +123,10 @@ def read_gguf(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
     """
     path = pathlib.Path(path)
     header = read_header(path)
-    with naming(path):
+    with config_errors_in(path):
         _check_keys(header)
     tensors = lazy_tensors(header)
-    with naming(path):
+    with config_errors_in(path):
         config = _config(header, tensors)
         context = "from the file's metadata"
         if max_seq_len is not None:

@@ -309,7 +309,7 @@ def _leaf(header: Header, name: str, tensor: Described) -> tuple[LazyLeaf, int]:
         return out.reshape(shape)
 
     leaf = LazyLeaf(shape, np.dtype(np.float32), dequantized)
-    return leaf.taking(leaf.nbytes + _CHUNK_BYTES), nbytes
+    return leaf.with_host_bytes(leaf.nbytes + _CHUNK_BYTES), nbytes
 
 
 def _block(path: pathlib.Path, name: str, number: int) -> tuple[int, int]:

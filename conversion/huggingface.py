@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.json_files import config_errors_in, read_json, write_json
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
-from llama_jax.checkpoint.model_folder import naming, read_json, write_json
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.conversion.source import Export, Source, counted
@@ -78,7 +78,7 @@ def read_hugging_face(path: pathlib.Path, *, max_seq_len: int | None = None) -> 
     """
     file = path / _CONFIG
     fields = read_json(file)
-    with naming(file):
+    with config_errors_in(file):
         config = config_from_hugging_face(fields)
         context = f"from {_CONFIG}"
         if max_seq_len is not None:

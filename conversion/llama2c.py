@@ -6,8 +6,8 @@ import struct
 
 import numpy as np
 
+from llama_jax.checkpoint.json_files import config_errors_in
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress, raw_bytes
-from llama_jax.checkpoint.model_folder import naming
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.axis_patterns import axes_shape
 from llama_jax.conversion.source import Export, Source, counted
@@ -56,7 +56,7 @@ def read_llama2c(path: pathlib.Path, *, max_seq_len: int | None = None) -> Sourc
             f"{path}: was exported with version {header[1]} of llama2.c's format; "
             "export it again with --version 0"
         )
-    with naming(path):
+    with config_errors_in(path):
         config = _config_from_header(header)
         sizes = pattern_sizes(config)
         # Before anything is listed, since a damaged header may claim 2³¹ layers.

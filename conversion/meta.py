@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.json_files import config_errors_in, read_json, write_json
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
-from llama_jax.checkpoint.model_folder import naming, read_json, write_json
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.source import Export, Source, counted, published_context
 from llama_jax.conversion.tensor_mapping import export, rule_of, source_shapes
@@ -53,7 +53,7 @@ def read_meta(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
             f"{path}: has no {_EMBEDDING} of two axes; is it a language model of Meta?"
         )
     rows, columns = ranks[0][_EMBEDDING].shape
-    with naming(path / _PARAMS):
+    with config_errors_in(path / _PARAMS):
         split_by_rows = columns == fields.get("dim")
         vocab_size = rows * len(ranks) if split_by_rows else rows
         config = config_from_params(fields, vocab_size, max_seq_len or 1)
@@ -201,7 +201,7 @@ def _join(
         if joined == wanted:
             read = functools.partial(np.concatenate, parts, axis)
             whole = LazyLeaf(wanted, dtype, read)
-            return whole.taking(whole.nbytes)
+            return whole.with_host_bytes(whole.nbytes)
 
     def read_same() -> np.ndarray:
         for rank, part in enumerate(parts):

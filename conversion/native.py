@@ -2,12 +2,12 @@
 
 import pathlib
 
-from llama_jax.checkpoint.lazy_leaf import open_leaves
 from llama_jax.checkpoint.model_folder import (
     read_config,
     read_tokenizer,
     tokenizer_file,
 )
+from llama_jax.checkpoint.orbax_io import open_leaves
 from llama_jax.conversion.source import Source
 from llama_jax.conversion.tensor_tables import ORBAX
 from llama_jax.conversion.tokenizer_files import find_tokenizer

@@ -5,7 +5,6 @@ Hugging Face's names of the weights, with lora_A [R, I] and lora_B [O, R]. Rotar
 lie half a head apart there as they do here, so that nothing is permuted.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.atomic_write import new_folder
+from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
-from llama_jax.checkpoint.model_folder import read_json, write_json
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.conversion.tensor_mapping import foreign_names
@@ -23,9 +22,7 @@ from llama_jax.conversion.tensor_tables import HUGGING_FACE
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.model.lora import Lora, lora_shapes
 from llama_jax.params import flatten, leaf_paths, unflatten
-from llama_jax.types import Params
-
-Path = str | os.PathLike[str]
+from llama_jax.types import Params, Path
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

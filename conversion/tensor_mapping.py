@@ -130,7 +130,7 @@ def _moved(
 
     moved = LazyLeaf(shape, kind, read)
     copied = 0 if is_plain(pattern) and kind == tensor.dtype else moved.nbytes
-    return moved.taking(tensor.host_bytes + copied)
+    return moved.with_host_bytes(tensor.host_bytes + copied)
 
 
 def source_shapes(form: Format, config: LlamaConfig) -> dict[str, tuple[int, ...]]:

@@ -1,17 +1,15 @@
 """Where a checkpoint's tokenizer lies, in the folders of every format."""
 
-import os
 import pathlib
 from typing import Any
 
-from llama_jax.checkpoint.model_folder import read_json, write_json
+from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
 from llama_jax.conversion.tokenizer_json import describe
 from llama_jax.errors import TokenizerError
 from llama_jax.text.sentencepiece_proto import pieces_of_model
 from llama_jax.text.tokenizer import Tokenizer
-
-Path = str | os.PathLike[str]
+from llama_jax.types import Path
 
 _MODEL, _LLAMA2C, _JSON = "tokenizer.model", "tokenizer.bin", "tokenizer.json"
 _ADDED, _SETTINGS = "added_tokens.json", "tokenizer_config.json"

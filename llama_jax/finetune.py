@@ -17,7 +17,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llama_jax.checkpoint.model_folder import read_tokenizer, write_json
+from llama_jax.checkpoint.json_files import write_json
+from llama_jax.checkpoint.model_folder import read_tokenizer
 from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
 from llama_jax.cli.finetune_settings import (
@@ -227,8 +228,7 @@ def begin(
     }
     if is_main():
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / f"{RUN}.partial", run)
-        (output / f"{RUN}.partial").replace(output / RUN)
+        write_json(output / RUN, run)
     barrier("the run has begun")
     return run
 

@@ -1,7 +1,6 @@
 """`load`: a model, its weights and its tokenizer from a folder, ours or foreign."""
 
 import functools
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax.checkpoint.device_put import device_put_leaves
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.checkpoint.model_folder import (
     Loaded,
     is_checkpoint,
     open_params,
-    place_params,
     read_config,
     read_tokenizer,
 )
@@ -27,10 +26,8 @@ from llama_jax.params import stack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import weight_shardings
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Mesh
+from llama_jax.types import Mesh, Path
 from llama_jax.weights import Kind
-
-Path = str | os.PathLike[str]
 
 _BUNDLED = pathlib.Path(__file__).resolve().parent / "assets"
 
@@ -148,7 +145,7 @@ def read_weights(
     if quantize is not None:
         check_kind(quantize)
         held = functools.partial(quantize_leaf, kind=quantize)
-    return place_params(
+    return device_put_leaves(
         opened.leaves, opened.config, runtime=runtime, mesh=mesh, quantize=held
     )
 

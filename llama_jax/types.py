@@ -4,6 +4,7 @@ Letters: B batch, T query length, S cache slots, L layers, D model width, N quer
 heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -15,6 +16,8 @@ Params: TypeAlias = Mapping[str, Any]
 
 FlatParams: TypeAlias = Mapping[str, Any]
 """The same tree flat: `"transformer/layers/0/attention/q_proj"` to leaf."""
+
+Path: TypeAlias = str | os.PathLike[str]
 
 Mesh: TypeAlias = jax.sharding.Mesh
 
@@ -35,6 +38,7 @@ __all__ = [
     "Mesh",
     "PRNGKeyArray",
     "Params",
+    "Path",
     "Tokens",
     "UInt32",
 ]

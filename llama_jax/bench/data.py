@@ -10,12 +10,13 @@ from typing import Any
 
 from llama_jax.data.batch import Example, assemble, pack
 from llama_jax.data.encode import Encoder
-from llama_jax.data.files import Corpus, Path
+from llama_jax.data.files import Corpus
 from llama_jax.data.loader import Loader
 from llama_jax.data.records import parse
 from llama_jax.data.stream import Packing
 from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.types import Path
 
 _WORDS = 40_000  # made up, of the bundled model's kind of text
 

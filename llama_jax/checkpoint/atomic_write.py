@@ -1,6 +1,7 @@
-"""Write beside, then rename: a new file or folder appears complete, or not at all."""
+"""Write under a temporary name, then rename: a file or folder is complete or absent."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import secrets
@@ -9,25 +10,27 @@ import time
 from collections.abc import Callable, Iterator
 
 from llama_jax.errors import CheckpointError
-
-Path = str | os.PathLike[str]
+from llama_jax.types import Path
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[pathlib.Path]:
-    """A folder beside `path`, which becomes `path` if all goes well, else vanishes.
+    """Yield a temporary folder that is renamed to `path` on success, else removed.
 
-    What a process that was killed has left there is removed first.
+    What a killed process left under a temporary name is removed first.
+
+    Args:
+      path: must not exist, or be an empty folder.
 
     Raises:
-      CheckpointError: there is something at `path`, or it cannot be made.
+      CheckpointError: `path` exists, or its parent is not writable.
     """
     path = pathlib.Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(
             f"{path}: already exists; name a new folder, or remove this one"
         )
-    with _beside(path, pathlib.Path.mkdir) as partial:
+    with _temporary(path, lambda partial: partial.mkdir(parents=True)) as partial:
         yield partial
         if path.exists():
             path.rmdir()
@@ -35,49 +38,83 @@ def new_folder(path: Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[pathlib.Path]:
-    """A file beside `path`, which becomes `path` if all goes well, else vanishes.
+    """Yield a temporary file that is renamed to `path` on success, else removed.
+
+    Args:
+      path: must not exist; its parent folders are created.
 
     Raises:
-      CheckpointError: there is something at `path`, or it cannot be made.
+      CheckpointError: `path` exists, or its parent is not writable.
     """
     path = pathlib.Path(path).absolute()
     if path.exists():
         raise CheckpointError(
             f"{path}: already exists; name a new file, or remove this one"
         )
-    with _beside(path, pathlib.Path.touch) as partial:
+    with _reporting(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path, pathlib.Path.touch) as partial:
         yield partial
 
 
+def write_file(path: Path, contents: str | bytes) -> None:
+    """Write a file, or replace it; `path` has the old contents or all of the new.
+
+    Args:
+      path: in an existing folder.
+      contents: bytes, or text to be encoded in UTF-8.
+
+    Raises:
+      CheckpointError: the file cannot be written.
+    """
+    path = pathlib.Path(path).absolute()
+    data = contents.encode() if isinstance(contents, str) else contents
+    with (
+        _temporary(path, pathlib.Path.touch) as partial,
+        _reporting(path),
+        partial.open("wb") as file,
+    ):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
-def _beside(
-    path: pathlib.Path, make: Callable[[pathlib.Path], None]
+def _temporary(
+    path: pathlib.Path, create: Callable[[pathlib.Path], None]
 ) -> Iterator[pathlib.Path]:
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_left_overs(path)
-            make(partial)
-        except OSError as error:
-            raise CheckpointError(
-                f"{partial}: cannot be made ({error.strerror}); choose a place where "
-                "you may write"
-            ) from error
-        with _held(partial):
+        with _reporting(path):
+            _remove_abandoned(path)
+            create(partial)
+        with _lock(partial):
             yield partial
-        partial.rename(path)
+        with _reporting(path):
+            partial.replace(path)
     except BaseException:  # Ctrl-C too
         _remove(partial)
         raise
 
 
 @contextlib.contextmanager
-def _held(partial: pathlib.Path) -> Iterator[bool]:
-    """A lock that the system takes back when its owner dies; whether it was free."""
+def _reporting(path: pathlib.Path) -> Iterator[None]:
+    """Raise a `CheckpointError` that names the path for an `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror}); choose an existing folder "
+            "with write permission and free space"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock(partial: pathlib.Path) -> Iterator[bool]:
+    """Take a lock that the system releases with its process; yield whether it did."""
     try:
         import fcntl
-    except ImportError:  # not on Windows, where left-overs stay
+    except ImportError:  # Windows, where abandoned files stay
         yield False
         return
     descriptor = os.open(partial, os.O_RDONLY)
@@ -90,17 +127,19 @@ def _held(partial: pathlib.Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _remove_left_overs(path: pathlib.Path) -> None:
-    for partial in path.parent.glob(f"{path.name}.partial-*"):
-        with contextlib.suppress(OSError), _held(partial) as free:
-            if free:
+def _remove_abandoned(path: pathlib.Path) -> None:
+    """Remove temporary files and folders of `path` that no living process locks."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
+        with contextlib.suppress(OSError), _lock(partial) as locked:
+            if locked:
                 _remove(partial)
 
 
 def _remove(partial: pathlib.Path) -> None:
-    """Remove a file, or a folder in which Orbax's threads may be making another one."""
+    """Remove a file, or a folder to which Orbax's threads may still be adding files."""
     if not partial.is_dir():
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         return
     for _ in range(20):
         shutil.rmtree(partial, ignore_errors=True)

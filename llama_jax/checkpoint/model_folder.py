@@ -1,54 +1,36 @@
-"""A model on disk: its configuration, its tokenizer and its weights.
+"""Model folders: a checkpoint's configuration, tokenizer and weights on disk.
 
 A checkpoint is a folder with
 
 * config.json: `{"format": "llama_jax", "format_version": 1, "config": {...}}`;
-* tokenizer.model or tokenizer.json: as it came with the model; with
-  added_tokens.json where ids were added;
-* params/: an Orbax tree of one uncompressed leaf per layer and weight (`leaves.py`).
+* tokenizer.model or tokenizer.json, unchanged from the original model, and
+  added_tokens.json if ids were added;
+* params/: an Orbax tree with one uncompressed leaf per layer and weight (`orbax_io`).
 """
 
-import contextlib
-import functools
-import json
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.checkpoint.atomic_write import new_folder
-from llama_jax.checkpoint.gathering import gathered
+from llama_jax.checkpoint.device_put import device_put_leaves
+from llama_jax.checkpoint.gather_to_main import gathered_to_main
+from llama_jax.checkpoint.json_files import config_errors_in, read_json, write_json
 from llama_jax.checkpoint.lazy_leaf import (
     LazyLeaf,
     Progress,
     check_leaves,
     lazy_leaves,
-    open_leaves,
-    write_leaves,
 )
+from llama_jax.checkpoint.orbax_io import open_leaves, write_leaves
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
+from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.model.transformer import Llama, ScalarModel
-from llama_jax.params import (
-    LAYERS,
-    axes_of,
-    flatten,
-    leaf_paths,
-    unflatten,
-    weight_shape,
-)
 from llama_jax.runtime import DType, Runtime
-from llama_jax.sharding import param_shardings, weight_shardings
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer
-from llama_jax.types import Array, Mesh, Params
-
-Path = str | os.PathLike[str]
-Quantize = Callable[[str, Array], Any]
-"""(path, weight or a layer of one) to what is held in its place."""
+from llama_jax.types import Mesh, Params, Path
 
 _FORMAT, _VERSION = "llama_jax", 1
 _CONFIG, _PARAMS = "config.json", "params"
@@ -56,7 +38,21 @@ _ADDED = "added_tokens.json"
 
 
 class Loaded(NamedTuple):
-    """A checkpoint in memory; `model.config` and `model.runtime` say what and how."""
+    """A checkpoint in memory.
+
+    Attributes:
+      model: with the configuration (`model.config`) and the choices of this run
+        (`model.runtime`, `model.mesh`); its class depends on `config.head`.
+      params: tree of arrays in the runtime's layout and dtype.
+      tokenizer: of the model.
+
+    >>> import jax.numpy as jnp, llama_jax
+    >>> loaded = llama_jax.load()
+    >>> ids = jnp.asarray([loaded.tokenizer.encode("Once", bos=True, eos=False)])
+    >>> logits, _ = llama_jax.apply(loaded.model, loaded.params, ids)
+    >>> logits.shape
+    (1, 2, 2048)
+    """
 
     model: Llama | ScalarModel
     params: dict[str, Any]
@@ -64,10 +60,10 @@ class Loaded(NamedTuple):
 
     @property
     def language_model(self) -> Llama:
-        """The model, which must have an "lm" head.
+        """The model, if it has an "lm" head.
 
         Raises:
-          ConfigError: it has a scalar head, and no logits.
+          ConfigError: the model has a scalar head, so it has no logits.
         """
         self.model.config.check_head("lm", "generation")
         assert isinstance(self.model, Llama)
@@ -83,27 +79,36 @@ def save_params(
     dtype: DType | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model checkpoint; it appears at `path` complete, or not at all.
+    """Write a model checkpoint, which appears at `path` only when it is complete.
 
-    Of several processes all must call this; process 0 writes, and the others return
-    when it is done.
+    With several processes, all must call this function; process 0 writes, and the
+    others return when it has finished.
 
     Args:
       path: of the folder; must not exist, or be empty.
       params: tree of arrays or of `LazyLeaf`s, in either layout, nested or flat.
-      config: what the weights are.
-      tokenizer: stored beside them.
-      dtype: of the weights on disk; as they are where not given.
-      progress: told of the bytes that are written.
+      config: of the model; its head decides between `lm_head` and `scalar_head`.
+      tokenizer: stored next to the weights.
+      dtype: of the weights on disk; defaults to the dtypes of `params`.
+      progress: called with the bytes written so far.
 
     Raises:
-      CheckpointError: there is something at `path`, or the tree is not the config's.
+      CheckpointError: `path` exists or cannot be written, or `params` does not match
+        `config`.
+
+    >>> import pathlib, tempfile, llama_jax
+    >>> loaded = llama_jax.load()
+    >>> config, tokenizer = loaded.model.config, loaded.tokenizer
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+    >>> llama_jax.save_params(folder, loaded.params, config, tokenizer=tokenizer)
+    >>> llama_jax.load(folder).model.config == config
+    True
     """
     leaves = lazy_leaves(params)
-    check_leaves(leaves, config, where="the parameters")
+    check_leaves(leaves, config, where="params")
     if dtype is not None:
         leaves = {path: leaf.cast(jnp.dtype(dtype)) for path, leaf in leaves.items()}
-    with gathered(leaves) as whole:
+    with gathered_to_main(leaves) as whole:
         if whole is not None:
             _write_checkpoint(path, whole, config, tokenizer, progress)
 
@@ -117,8 +122,8 @@ def _write_checkpoint(
 ) -> None:
     with new_folder(path) as folder:
         write_leaves(folder / _PARAMS, leaves, progress)
-        described = {"format": _FORMAT, "format_version": _VERSION}
-        write_json(folder / _CONFIG, described | {"config": config.to_dict()})
+        header = {"format": _FORMAT, "format_version": _VERSION}
+        write_json(folder / _CONFIG, header | {"config": config.to_dict()})
         if tokenizer is not None:
             (folder / tokenizer.file_name).write_bytes(tokenizer.contents)
             if tokenizer.added_tokens:
@@ -133,90 +138,32 @@ def load_params(
     runtime: Runtime,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """The weights of a checkpoint in the runtime's dtype and layout.
+    """Load the weights of a checkpoint in the runtime's dtype and layout.
 
-    They go from mapped files to their place leaf by leaf; with a mesh no device holds
-    more than its part of them.
+    Mapped files are copied to devices leaf by leaf; with a mesh no device holds more
+    than its shards.
 
     Raises:
-      CheckpointError: a leaf is missing, damaged or not the config's.
+      CheckpointError: a leaf is missing, damaged or does not match `config`.
       MeshError: the mesh does not divide the model.
     """
     leaves = open_params(path, config)
-    return place_params(leaves, config, runtime=runtime, mesh=mesh)
+    return device_put_leaves(leaves, config, runtime=runtime, mesh=mesh)
 
 
 def open_params(path: Path, config: LlamaConfig) -> dict[str, LazyLeaf]:
-    """The weights of a checkpoint, one for each layer, to be read when wanted.
+    """Open the weights of a checkpoint as lazy leaves, one per layer and weight.
 
     Raises:
-      CheckpointError: a leaf is missing, damaged or not the config's.
+      CheckpointError: a leaf is missing, damaged or does not match `config`.
     """
     leaves = open_leaves(pathlib.Path(path) / _PARAMS)
     check_leaves(leaves, config, where=path)
     return leaves
 
 
-def place_params(
-    leaves: Mapping[str, LazyLeaf],
-    config: LlamaConfig,
-    *,
-    runtime: Runtime,
-    mesh: Mesh | None = None,
-    quantize: Quantize | None = None,
-) -> dict[str, Any]:
-    """The leaves as arrays in the runtime's dtype and layout, on the mesh's devices.
-
-    Each is read, cast and put in its place before the next one is read. On CPU a
-    mapped leaf that needs no cast is used where it lies, not copied.
-
-    Args:
-      leaves: all of the model's, one for each layer and weight.
-      config: of the model.
-      runtime: its dtype, layout and rules count.
-      mesh: devices; where there is none, the default one.
-      quantize: what becomes of each as soon as it is in its place, given its path.
-    """
-    dtype = jnp.dtype(runtime.weight_dtype)
-    shardings: Mapping[str, Any] = {}
-    if mesh is not None:
-        shardings = flatten(param_shardings(config, runtime, mesh))
-    flat = {}
-    for path in leaf_paths(config, runtime.layer_layout):
-        sharding = shardings.get(path)
-        axes = axes_of(path)
-        if not axes.startswith("L "):
-            leaf = _place(leaves[path], dtype, sharding)
-            flat[path] = quantize(path, leaf) if quantize else leaf
-            continue
-        weight = path.removeprefix(LAYERS)
-        shape = weight_shape(config, axes)
-        stacked: Any = None
-        row = None
-        if sharding is not None:
-            spec = PartitionSpec(*sharding.spec[1:])
-            row = NamedSharding(sharding.mesh, spec)
-        for layer in range(config.num_layers):
-            leaf = _place(leaves[f"{LAYERS}{layer}/{weight}"], dtype, row)
-            if quantize is not None:
-                leaf = quantize(path, leaf)
-            if stacked is None and isinstance(leaf, jax.Array):
-                stacked = jnp.zeros(shape, dtype, device=sharding)
-            elif stacked is None:
-                stacked = _empty_layers(leaf, config.num_layers)
-            stacked = jax.tree.map(
-                functools.partial(_set_layer, layer=layer), stacked, leaf
-            )
-        flat[path] = stacked
-    if mesh is not None and quantize is not None:
-        # Its scales lie where the compiler put them.
-        places = weight_shardings(unflatten(flat), config, runtime, mesh)
-        flat = flatten(jax.tree.map(jax.device_put, unflatten(flat), places))
-    return unflatten(flat)
-
-
 def is_checkpoint(path: Path) -> bool:
-    """Whether there is a folder of ours, be it damaged: by its files and names."""
+    """Whether a folder is a llama_jax checkpoint, intact or damaged, by its files."""
     file = pathlib.Path(path) / _CONFIG
     if not file.is_file():
         return False
@@ -228,39 +175,40 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read_config(path: Path) -> LlamaConfig:
-    """What a checkpoint of ours says it is.
+    """Read the configuration of a llama_jax checkpoint.
 
     Raises:
-      CheckpointError: it is not one, or a newer version wrote it.
-      ConfigError: its fields are not a model.
+      CheckpointError: the folder is not one, or a newer version wrote it.
+      ConfigError: a field is missing, unknown or out of range.
     """
     file = pathlib.Path(path) / _CONFIG
-    found = read_json(file)
-    if found.get("format") != _FORMAT:
+    content = read_json(file)
+    if content.get("format") != _FORMAT:
         raise CheckpointError(
             f"{file}: not the configuration of a llama_jax checkpoint; convert the "
             f"model with `python -m llama_jax.conversion {path} NEW_FOLDER`"
         )
-    if found.get("format_version") != _VERSION:
+    version = content.get("format_version")
+    if version != _VERSION:
         raise CheckpointError(
-            f"{file}: format_version is {found.get('format_version')!r}, this "
-            f"llama_jax reads {_VERSION}; upgrade with pip install -U llama-jax"
+            f"{file}: format_version is {version!r}, but this llama_jax reads "
+            f"{_VERSION}; upgrade with pip install -U llama-jax"
         )
-    fields = found.get("config")
+    fields = content.get("config")
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file}: has no `config`; convert the model again")
-    with naming(file):
+    with config_errors_in(file):
         return LlamaConfig.from_dict(fields)
 
 
 def tokenizer_file(path: Path) -> pathlib.Path | None:
-    """The file of a folder that `read_tokenizer` reads, where there is one."""
+    """The file that `read_tokenizer` reads in a folder, or None without one."""
     files = [pathlib.Path(path) / name for name in FILE_NAMES]
     return next((file for file in files if file.is_file()), None)
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer that lies in a folder, ours or foreign, where there is one.
+    """Read the tokenizer in a folder (of any format), or return None without one.
 
     Raises:
       TokenizerError: it is damaged, or needs a package that is not installed.
@@ -273,66 +221,8 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
         return Tokenizer.from_file(file)
     ids = read_json(added)
     if not all(type(id) is int for id in ids.values()):
-        raise TokenizerError(f"{added}: every value must be a token's id, an integer")
+        raise TokenizerError(
+            f"{added}: a value is not an integer token id; download the file again"
+        )
     names = {id: name for name, id in ids.items()}
     return Tokenizer.from_file(file, added_tokens=names)
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      CheckpointError: there is no such file, or no object in it.
-    """
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: is not JSON ({error}); download it again"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; download it again")
-    return found
-
-
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Puts the file that a `ConfigError` is about in front of its message."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-
-
-def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Write an object as a JSON file that people can read."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _place(leaf: LazyLeaf, dtype: Any, sharding: NamedSharding | None) -> Array:
-    array = leaf.read()
-    if sharding is None:
-        return jax.device_put(array.astype(dtype, copy=False))
-    return jax.make_array_from_callback(
-        leaf.shape, sharding, lambda index: array[index].astype(dtype, copy=False)
-    )
-
-
-def _empty_layers(layer: Any, count: int) -> Any:
-    """Room for so many layers of a leaf of several arrays."""
-
-    def room(array: Array) -> Array:
-        place = None
-        if isinstance(array.sharding, NamedSharding):
-            spec = PartitionSpec(None, *array.sharding.spec)
-            place = NamedSharding(array.sharding.mesh, spec)
-        return jnp.zeros((count, *array.shape), array.dtype, device=place)
-
-    return jax.tree.map(room, layer)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: Array, leaf: Array, layer: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, leaf, layer, 0)

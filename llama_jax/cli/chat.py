@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
-from llama_jax.errors import PromptError
+from llama_jax.checkpoint.atomic_write import write_file
+from llama_jax.errors import CheckpointError, PromptError
 from llama_jax.text.prompt_formats import Dialog, Message
 
 Answer = Callable[[Dialog], Iterator[str]]
@@ -107,14 +107,11 @@ class Conversation:
             self._tell("/save needs a file name, as in /save talk.json")
             return
         path = pathlib.Path(file).expanduser()
-        beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        text = json.dumps(self.dialog, ensure_ascii=False, indent=1)
         try:
-            text = json.dumps(self.dialog, ensure_ascii=False, indent=1)
-            beside.write_text(text + "\n", encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            self._tell(f"error: cannot write {path}: {error.strerror}")
+            write_file(path, text + "\n")
+        except CheckpointError as error:
+            self._tell(f"error: {error}")
         else:
             self._tell(f"({len(self.dialog)} messages written to {path})")
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.checkpoint.model_folder import read_json
+from llama_jax.checkpoint.json_files import read_json
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, TrainError
 from llama_jax.model.quantize import PROJECTIONS

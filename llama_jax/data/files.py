@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llama_jax.errors import DataError
+from llama_jax.types import Path
 
-Path = str | os.PathLike[str]
 Unit = Literal["line", "item", "row", "document"]
 
 _KEYS = (

@@ -24,12 +24,13 @@ from typing import Any
 
 from llama_jax.data.batch import Batch, assemble, check_targets
 from llama_jax.data.encode import Encoder, OnLong
-from llama_jax.data.files import Corpus, Path
+from llama_jax.data.files import Corpus
 from llama_jax.data.infilling import RATE
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing, Statistics, Stream
 from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.types import Path
 
 _SMALLEST_PIECE = 1 << 14
 _BYTES_PER_TOKEN = 8  # more than text has

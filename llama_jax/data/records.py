@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-from llama_jax.data.files import Corpus, Path, Place, Raw
+from llama_jax.data.files import Corpus, Place, Raw
 from llama_jax.errors import DataError
 from llama_jax.text.dialogs import Message
+from llama_jax.types import Path
 
 OnBad = Literal["drop", "refuse"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import sentencepiece
 
 from llama_jax.checkpoint.atomic_write import new_file
-from llama_jax.data.files import Path
 from llama_jax.data.records import Content, Pair, read_records
 from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.types import Path
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",

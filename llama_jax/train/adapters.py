@@ -4,7 +4,6 @@ An adapter's folder is that of the `peft` package, so both read it.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +19,7 @@ from llama_jax.loading import open_model
 from llama_jax.model.lora import Lora, merge
 from llama_jax.params import flatten, unflatten
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Params
-
-Path = str | os.PathLike[str]
+from llama_jax.types import Params, Path
 
 
 def save_adapters(

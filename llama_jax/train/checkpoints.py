@@ -6,7 +6,6 @@ the process was killed is never found, and removed by the next run.
 """
 
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from llama_jax.errors import CheckpointError
 from llama_jax.train.state import TrainState
-
-Path = str | os.PathLike[str]
+from llama_jax.types import Path
 
 _STATE, _FACTS = "state", "run"
 _LOSS = "eval_loss"

@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from llama_jax.checkpoint.atomic_write import write_file
 from llama_jax.errors import TrainError
+from llama_jax.types import Path
 
-Path = str | os.PathLike[str]
 Record = dict[str, Any]
 
 FILE_NAME = "metrics.jsonl"
@@ -40,11 +41,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, step: int = 0) -> None:
         self._path = pathlib.Path(path)
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        partial = self._path.with_name(self._path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in kept)
-            _sync(file)
-        partial.replace(self._path)
+        write_file(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("r+", encoding="utf-8", newline="\n")
         self._file.seek(0, os.SEEK_END)
         self._last = (0, 0)  # step and place of the last line

@@ -5,15 +5,14 @@ matplotlib (`llama-jax[plots]`) there is a PNG too.
 """
 
 import html
-import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.train.metrics import FILE_NAME, Record, read_metrics
+from llama_jax.types import Path
 
-Path = str | os.PathLike[str]
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 720, 360, 56, 40, 16

@@ -79,7 +79,7 @@ def test_save_writes_the_whole_dialog(monkeypatch, echo, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_reported(monkeypatch, capsys, echo, tmp_path):
     talk(monkeypatch, Conversation(echo), f"/save {tmp_path}/no/such/folder/x.json")
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

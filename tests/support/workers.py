@@ -13,8 +13,9 @@ import numpy as np
 from support.models import TALKING, random_params, talking_model
 
 from llama_jax import distributed
+from llama_jax.checkpoint.device_put import device_put_leaves
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
-from llama_jax.checkpoint.model_folder import place_params, save_params
+from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.data.batch import Batch
 from llama_jax.generation.generate import generate
 from llama_jax.generation.request import Request
@@ -92,7 +93,7 @@ def write(mesh: Any) -> list[list[int]]:
     alone = talking_model(CONFIG)
     model = Llama(CONFIG, Runtime(), mesh)
     leaves = lazy_leaves(random_params(CONFIG, 1))
-    params = place_params(leaves, CONFIG, runtime=Runtime(), mesh=mesh)
+    params = device_put_leaves(leaves, CONFIG, runtime=Runtime(), mesh=mesh)
     loaded = alone._replace(model=model, params=params)
     settings = [Sampling(temperature=0), Sampling(seed=3), Sampling(seed=4)]
     requests = [
@@ -136,7 +137,7 @@ def read(mesh: Any) -> float:
         if len(leaf.shape) > 1:
             leaves[path] = watched(leaf)
             whole += leaf.nbytes
-    place_params(leaves, CONFIG, runtime=Runtime(), mesh=mesh)
+    device_put_leaves(leaves, CONFIG, runtime=Runtime(), mesh=mesh)
     return sum(taken) / whole
 
 

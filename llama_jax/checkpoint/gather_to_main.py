@@ -1,4 +1,4 @@
-"""Weights that lie over several processes, whole in one of them: leaf after leaf."""
+"""Gather weights that are sharded over processes, leaf by leaf, in process 0."""
 
 import contextlib
 import dataclasses
@@ -11,21 +11,21 @@ from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.distributed import agreed, is_main, place
 from llama_jax.errors import CheckpointError
 
+# What process 0 tells the others: to stop, or to take part in reading leaf n - _FIRST.
 _DONE, _FAILED, _FIRST = 0, 1, 2
 
 
 @contextlib.contextmanager
-def gathered(
+def gathered_to_main(
     leaves: Mapping[str, LazyLeaf],
 ) -> Iterator[Mapping[str, LazyLeaf] | None]:
-    """The leaves where they are to be written: in process 0; None in the others.
+    """Yield whole leaves in process 0, and None in the others when it has finished.
 
-    A leaf is brought together when process 0 reads it, in whatever order that is, and
-    for as long every device has it whole. The others take part in that, and go on when
-    process 0 has left the block.
+    Process 0 may read the leaves in any order. Each is gathered when it is read, and
+    every device holds all of it meanwhile.
 
     Raises:
-      CheckpointError: in the others, if it failed in process 0.
+      CheckpointError: in the other processes, if process 0 failed.
     """
     if place()[1] == 1:
         yield leaves
@@ -42,10 +42,12 @@ def gathered(
         agreed(_DONE)
         return
     in_order = list(leaves.values())
-    while (told := agreed(_DONE)) >= _FIRST:
-        in_order[told - _FIRST].read()
-    if told == _FAILED:
-        raise CheckpointError("process 0 could not write the checkpoint; it says why")
+    while (message := agreed(_DONE)) >= _FIRST:
+        in_order[message - _FIRST].read()
+    if message == _FAILED:
+        raise CheckpointError(
+            "process 0 could not write the checkpoint; see its error for the reason"
+        )
     yield None
 
 

@@ -1,0 +1,44 @@
+"""JSON files of model folders."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llama_jax.checkpoint.atomic_write import write_file
+from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.types import Path
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+      CheckpointError: the file cannot be read, or has no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: is not JSON ({error}); download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: is not a JSON object; download it again")
+    return content
+
+
+def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Write an object as an indented JSON file, atomically."""
+    write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def config_errors_in(file: Path) -> Iterator[None]:
+    """Prefix the message of a `ConfigError` with the file that it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
