@@ -1,4 +1,4 @@
-"""`LlamaConfig`: the facts of a checkpoint, and the published ones by name."""
+"""Model configurations: the facts of a checkpoint, and the published presets."""
 
 import dataclasses
 import difflib
@@ -10,27 +10,33 @@ from llama_jax.errors import ConfigError
 
 RopeScalingKind = Literal["linear", "llama3"]
 Head = Literal["lm", "scalar"]
-"""What a model computes of each token: logits, or one number."""
+"""What a model computes for each token: logits or a scalar."""
 
-_HEADS: dict[Head, str] = {"lm": "a language model", "scalar": "a number per token"}
+_HEADS: dict[Head, str] = {"lm": "logits", "scalar": "a number per token"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How a model's rotary wavelengths were stretched for longer contexts.
+    """Scaling of the RoPE wavelengths for a longer context.
 
     Attributes:
-      kind: "linear" stretches all of them (Chen et al., arXiv:2306.15595); "llama3"
-        the long ones and, gradually, those in the middle (Meta's code of Llama 3.1).
-        The fields below are those of "llama3", and None for "linear".
-      factor: by how much, at least 1.
-      low_freq_factor: a wavelength longer than `original_max_seq_len` divided by this
-        is stretched whole.
-      high_freq_factor: one shorter than it divided by this is kept.
-      original_max_seq_len: the context before the model was extended, in tokens.
+      kind: "linear" scales all wavelengths (position interpolation, Chen et al.,
+        arXiv:2306.15595); "llama3" scales long wavelengths and interpolates for
+        medium ones (Meta's Llama 3.1 code). The fields after `factor` belong to
+        "llama3" and are None for "linear".
+      factor: by which wavelengths are multiplied, at least 1.
+      low_freq_factor: wavelengths above `original_max_seq_len / low_freq_factor` are
+        multiplied by `factor`.
+      high_freq_factor: wavelengths below `original_max_seq_len / high_freq_factor` do
+        not change.
+      original_max_seq_len: context of the model before scaling, in tokens.
 
     Raises:
-      ConfigError: a value is out of range, or not one of this kind's.
+      ConfigError: a value is out of range, or does not belong to `kind`.
+
+    >>> from llama_jax import RopeScaling
+    >>> RopeScaling(kind="linear", factor=4.0).to_dict()
+    {'kind': 'linear', 'factor': 4.0}
     """
 
     kind: RopeScalingKind
@@ -48,64 +54,75 @@ class RopeScaling:
         for field in dataclasses.fields(self)[1:]:
             name, value = field.name, getattr(self, field.name)
             if self.kind == "linear" and name != "factor":
-                wanted, fits = "None for kind 'linear'", value is None
+                allowed, valid = "None for kind 'linear'", value is None
             else:
-                number = "integer" if name == "original_max_seq_len" else "number"
-                wanted, fits = f"a positive {number}", _is_positive(value, number)
+                integer = name == "original_max_seq_len"
+                allowed, valid = _check_positive(value, integer=integer)
             if name == "factor":
-                wanted, fits = "a number of at least 1", fits and value >= 1
-            if not fits:
+                allowed, valid = "a number of at least 1", valid and value >= 1
+            if not valid:
                 raise ConfigError(
-                    f"config: rope_scaling {name} is {value!r}; it must be {wanted}"
+                    f"config: rope_scaling {name} is {value!r}; it must be {allowed}"
                 )
         low, high = self.low_freq_factor, self.high_freq_factor
         if low is not None and high is not None and low >= high:
             raise ConfigError(
                 f"config: rope_scaling low_freq_factor {low} is not below "
-                f"high_freq_factor {high}"
+                f"high_freq_factor {high}; it must be smaller"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that this kind has by name, ready for JSON."""
+        """The fields that are not None, for JSON."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RopeScaling":
-        """The inverse of `to_dict`; refuses a field that is missing or unknown."""
+        """The inverse of `to_dict`; a missing or unknown field is an error."""
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names[:2] if name not in fields]:
-            raise ConfigError(f"config: rope_scaling lacks {', '.join(missing)}")
+            raise ConfigError(
+                f"config: rope_scaling lacks {', '.join(missing)}; add it"
+            )
         if unknown := sorted(fields.keys() - set(names)):
             raise ConfigError(
-                f"config: rope_scaling {', '.join(unknown)} not understood; was this "
-                "written by a newer llama_jax?"
+                f"config: rope_scaling has unknown fields {', '.join(unknown)}; was "
+                "this written by a newer llama_jax?"
             )
         return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What a checkpoint *is*; no field has a default, since a wrong one is silent.
+    """The facts of a checkpoint.
+
+    No field has a default: a wrong default would give wrong numbers without an error.
 
     Attributes:
-      vocab_size: V, rows of the embedding; may exceed the tokenizer's pieces.
+      vocab_size: V, rows of the embedding; may exceed the tokenizer's vocabulary.
       num_layers: L.
       embed_dim: D, width of the residual stream.
       num_heads: N, query heads.
-      num_kv_heads: K, key/value heads; divides N, and equals it without grouping.
-      head_dim: H, even (rotary pairs).
-      mlp_dim: F, width between the feed-forward projections.
-      max_seq_len: longest sequence the model is meant for, in tokens.
-      rope_theta: base of the rotary wavelengths.
-      rope_scaling: how they were stretched, None where they were not.
+      num_kv_heads: K, key/value heads; a divisor of N (N itself without grouping).
+      head_dim: H, width of a head; even, since RoPE rotates pairs.
+      mlp_dim: F, hidden width of the feed-forward layers.
+      max_seq_len: context length, in tokens.
+      rope_theta: base of the RoPE wavelengths.
+      rope_scaling: how the wavelengths are scaled, or None.
       norm_eps: added to the mean square in RMSNorm.
-      tied_embeddings: the output projection is the embedding, transposed.
-      head: "lm" for a language model, "scalar" for a reward model or critic, whose
-        only weight besides the transformer's is `scalar_head`.
+      tied_embeddings: the output projection is the transposed embedding.
+      head: "lm" for a language model with logits; "scalar" for a reward model or
+        critic with one number per token, which has no output projection.
 
     Raises:
-      ConfigError: a value is out of range, or two contradict each other.
+      ConfigError: a value is out of range, or two values contradict each other.
+
+    >>> import llama_jax
+    >>> config = llama_jax.preset("llama2-7b")
+    >>> config.num_layers, config.embed_dim, config.head
+    (32, 4096, 'lm')
+    >>> config.replace(max_seq_len=8192).max_seq_len
+    8192
     """
 
     vocab_size: int
@@ -126,31 +143,32 @@ class LlamaConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is bool:
-                wanted, fits = "true or false", isinstance(value, bool)
+                allowed, valid = "true or false", isinstance(value, bool)
             elif field.name == "head":
-                wanted, fits = " or ".join(map(repr, _HEADS)), value in get_args(Head)
+                allowed = " or ".join(map(repr, _HEADS))
+                valid = isinstance(value, str) and value in _HEADS
             elif field.name == "rope_scaling":
-                wanted = "a RopeScaling or None"
-                fits = value is None or isinstance(value, RopeScaling)
+                allowed = "a RopeScaling or None"
+                valid = value is None or isinstance(value, RopeScaling)
             else:
-                number = "integer" if field.type is int else "number"
-                wanted, fits = f"a positive {number}", _is_positive(value, number)
-            if not fits:
+                allowed, valid = _check_positive(value, integer=field.type is int)
+            if not valid:
                 raise ConfigError(
-                    f"config: {field.name} is {value!r}; it must be {wanted}"
+                    f"config: {field.name} is {value!r}; it must be {allowed}"
                 )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"config: num_heads {self.num_heads} is not a multiple of "
-                f"num_kv_heads {self.num_kv_heads}"
+                f"num_kv_heads {self.num_kv_heads}; it must be"
             )
         if self.head_dim % 2:
             raise ConfigError(
-                f"config: head_dim {self.head_dim} is odd; rotary positions turn pairs"
+                f"config: head_dim {self.head_dim} is odd; it must be even, since RoPE "
+                "rotates pairs"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
+        """The fields by name, for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.rope_scaling is not None:
             fields["rope_scaling"] = self.rope_scaling.to_dict()
@@ -160,16 +178,16 @@ class LlamaConfig:
     def from_dict(cls, fields: dict[str, Any]) -> "LlamaConfig":
         """The inverse of `to_dict`; a missing or unknown field is an error.
 
-        `head` may be missing, as in files of the first versions: it is "lm" then.
+        Except `head`, which the first versions did not write: it defaults to "lm".
         """
         fields = {"head": "lm"} | fields
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - fields.keys()):
-            raise ConfigError(f"config: missing {', '.join(missing)}")
+            raise ConfigError(f"config: missing {', '.join(missing)}; add it")
         if unknown := sorted(fields.keys() - names):
             raise ConfigError(
-                f"config: {', '.join(unknown)} not understood; was this written by a "
-                "newer llama_jax?"
+                f"config: has unknown fields {', '.join(unknown)}; was this written "
+                "by a newer llama_jax?"
             )
         scaling = fields["rope_scaling"]
         if isinstance(scaling, dict):
@@ -177,7 +195,7 @@ class LlamaConfig:
         return cls(**fields)
 
     def replace(self, **changes: Any) -> "LlamaConfig":
-        """A copy with some fields changed (and checked again)."""
+        """A copy with some fields changed and checked."""
         return dataclasses.replace(self, **changes)
 
     def check_head(self, head: Head, what: str) -> None:
@@ -185,14 +203,16 @@ class LlamaConfig:
         if self.head != head:
             raise ConfigError(
                 f"{what}: needs a model with head {head!r} ({_HEADS[head]}), but the "
-                f"head is {self.head!r} ({_HEADS[self.head]}); give another model"
+                f"head is {self.head!r} ({_HEADS[self.head]}); use another checkpoint"
             )
 
 
-def _is_positive(value: Any, number: str) -> bool:
-    kinds = int if number == "integer" else (int, float)
-    fits = isinstance(value, kinds) and not isinstance(value, bool)
-    return fits and 0 < value < math.inf
+def _check_positive(value: Any, *, integer: bool) -> tuple[str, bool]:
+    """What a field may be, in words, and whether the value is that."""
+    kinds = int if integer else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    allowed = "a positive integer" if integer else "a positive number"
+    return allowed, number and 0 < value < math.inf
 
 
 _COLUMNS = (
@@ -200,8 +220,8 @@ _COLUMNS = (
     "max_seq_len", "rope_theta", "norm_eps",
 )  # fmt: skip
 
-# Published architectures. Variants that share their base's row name it; Code Llama's
-# Python models of 7B and 13B lack the infilling pieces, hence rows of their own.
+# Published architectures; a name in place of a row refers to that row. Code Llama's
+# Python models of 7B and 13B have their own rows: they lack the infilling pieces.
 _ROWS: dict[str, tuple[int | float, ...] | str] = {
     "llama1-7b":               (32, 4096, 32, 32, 11008, 32000, 2048, 1e4, 1e-6),
     "llama1-13b":              (40, 5120, 40, 40, 13824, 32000, 2048, 1e4, 1e-6),
@@ -240,23 +260,41 @@ def _published(name: str) -> LlamaConfig:
 
 
 PRESETS: dict[str, LlamaConfig] = {name: _published(name) for name in _ROWS}
-"""Meta's published models by name. A checkpoint's own configuration always wins."""
+"""Configurations of Meta's published models by name.
+
+A checkpoint has its own configuration, which may differ.
+
+>>> import llama_jax
+>>> llama_jax.PRESETS["llama2-70b"].num_kv_heads
+8
+"""
 
 
 def preset(name: str) -> LlamaConfig:
-    """The published configuration called `name`, or a `ConfigError` that lists them."""
+    """Return the configuration of a published model.
+
+    Args:
+      name: a key of `PRESETS`.
+
+    Raises:
+      ConfigError: there is no such preset; the message lists all.
+
+    >>> import llama_jax
+    >>> llama_jax.preset("codellama-7b").rope_theta
+    1000000.0
+    """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         raise ConfigError(
-            f"no preset is called {name!r}; "
+            f"preset: {name!r} does not exist; "
             + (f"did you mean {close[0]!r}? " if close else "")
-            + f"There are: {', '.join(PRESETS)}"
+            + f"choose from {', '.join(PRESETS)}"
         )
     return PRESETS[name]
 
 
 EXAMPLE_MODEL = "L12,D768,N12,F2048,V32000"
-"""A model written by its sizes, 134 million parameters."""
+"""A model given by its sizes (134 million parameters)."""
 
 _LETTERS = {
     "L": "num_layers",
@@ -270,21 +308,18 @@ _LETTERS = {
 
 
 def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
-    """The configuration called `text`, or of the shape that it spells.
+    """Parse the name of a preset or the sizes of a model.
 
     Args:
-      text: a preset's name, or letters with sizes: `L12,D768,N12,F2048,V32000`; K is N
-        and H is D / N where they are not given. With `tied`, the embedding is the
-        output head too.
-      max_seq_len: of a shape; a preset has its own.
+      text: a preset, or letters with sizes such as `L12,D768,N12,F2048,V32000`. K
+        defaults to N, H to D / N. A final `tied` ties the embeddings.
+      max_seq_len: context length if `text` gives sizes.
 
     Raises:
-      ConfigError: it is neither, or its sizes contradict each other.
+      ConfigError: `text` is neither, or its sizes contradict each other.
     """
-    if text in PRESETS:
+    if text in PRESETS or not re.match(r"[A-Z]\d", text):
         return preset(text)
-    if not re.match(r"[A-Z]\d", text):
-        return preset(text)  # which knows how to refuse a name
     sizes: dict[str, int] = {}
     parts = text.split(",")
     tied = parts[-1] == "tied"
@@ -292,13 +327,16 @@ def parse_model(text: str, max_seq_len: int) -> LlamaConfig:
         letter, size = part[:1], part[1:]
         if letter not in _LETTERS or not size.isdecimal() or letter in sizes:
             raise ConfigError(
-                f"--model {text}: {part!r} is not understood; write each of "
-                f"{', '.join(_LETTERS)} once with its size, as in {EXAMPLE_MODEL}, and "
-                "`tied` last where the embedding is the output head too"
+                f"model {text}: {part!r} is not a letter and its size; write each of "
+                f"{', '.join(_LETTERS)} at most once, as in {EXAMPLE_MODEL}, and `tied` "
+                "last for tied embeddings"
             )
         sizes[letter] = int(size)
     if missing := [letter for letter in "LDNFV" if letter not in sizes]:
-        raise ConfigError(f"--model {text}: lacks {', '.join(missing)}")
+        raise ConfigError(
+            f"model {text}: lacks {', '.join(missing)}; write them as in "
+            f"{EXAMPLE_MODEL}"
+        )
     sizes.setdefault("K", sizes["N"])
     sizes.setdefault("H", sizes["D"] // max(sizes["N"], 1))
     return LlamaConfig(

@@ -1,12 +1,12 @@
-"""The table of axes, and the tree of parameters it describes.
+"""The table of weights and their axes, and operations on trees of parameters.
 
-`AXES` says once what every weight is: its path, and a letter for each axis. The model
-takes shapes from it, `sharding` takes placements, and converters take their targets.
+`AXES` describes each weight once: its path and a letter per axis. Shapes, shardings,
+initialization and conversion are derived from it.
 
-A tree has one of two layouts. *Stacked*: one array per kind of layer weight, with L in
-front, as the table has it. *Unrolled*: one array per layer, without L, the layer's
-number in the path (`transformer/layers/3/attention/q_proj`). Checkpoints on disk are
-unrolled.
+A tree has one of two layouts. *Stacked*: one array per kind of layer weight, with a
+leading axis L, as in the table. *Unrolled*: one array per layer, without L, with the
+layer's number in the path (`transformer/layers/3/attention/q_proj`). Checkpoints on
+disk are unrolled.
 """
 
 import math
@@ -35,14 +35,19 @@ AXES: dict[str, str] = {
     "lm_head": "D V",
     "scalar_head": "D",
 }
-"""Every weight and the letters of its axes; `NH` and `KH` are heads × head width."""
+"""Every weight and the letters of its axes; NH = N × H and KH = K × H.
+
+>>> import llama_jax
+>>> llama_jax.AXES["transformer/layers/attention/q_proj"]
+'L D NH'
+"""
 
 LAYERS = "transformer/layers/"
 """The prefix of every layer weight's path, in either layout."""
 
 
 def axis_sizes(config: LlamaConfig) -> dict[str, int]:
-    """The length of each axis letter of `AXES` for one model."""
+    """The size of each axis letter of `AXES` for a model."""
     return {
         "V": config.vocab_size,
         "D": config.embed_dim,
@@ -54,7 +59,7 @@ def axis_sizes(config: LlamaConfig) -> dict[str, int]:
 
 
 def row_of(path: str) -> tuple[str, int | None]:
-    """The row of `AXES` that a leaf belongs to, in either layout, and its layer."""
+    """The row of `AXES` for a path in either layout, and its layer if it has one."""
     layer, _, weight = path.removeprefix(LAYERS).partition("/")
     if path.startswith(LAYERS) and layer.isdecimal():
         return LAYERS + weight, int(layer)
@@ -62,16 +67,16 @@ def row_of(path: str) -> tuple[str, int | None]:
 
 
 def axes_of(path: str) -> str:
-    """The letters of one leaf, in either layout: without `L` where a layer is named."""
+    """The axis letters of a leaf, without `L` if its path has a layer number."""
     row, layer = row_of(path)
     return AXES[row] if layer is None else AXES[row].removeprefix("L ")
 
 
 def init_std(path: str, config: LlamaConfig) -> float | None:
-    """Standard deviation of a leaf's first numbers; None for norms, which are ones.
+    """Standard deviation of a leaf's initial values; None for norms, which are ones.
 
-    Where 2 L projections add up to the stream it is the smaller by the root of their
-    number, so that the stream keeps its size.
+    0.02, and 0.02 / √(2 L) for the 2 L projections whose outputs are added to the
+    residual stream (GPT-2), so that its variance does not grow with depth.
     """
     if path.endswith("/scale"):
         return None
@@ -81,14 +86,14 @@ def init_std(path: str, config: LlamaConfig) -> float | None:
 
 
 def draw(key: Any, shape: tuple[int, ...], dtype: Any, std: float | None) -> Any:
-    """The first numbers of a leaf, normally distributed; ones without a deviation."""
+    """Initial values of a leaf: normal with standard deviation `std`, or ones."""
     if std is None:
         return jnp.ones(shape, dtype)
     return std * jax.random.normal(key, shape, dtype)
 
 
 def weight_shape(config: LlamaConfig, axes: str) -> tuple[int, ...]:
-    """The shape that a row of letters has in one model: `"D NH"` to `(4096, 4096)`."""
+    """The shape of axis letters in a model: `"D NH"` gives `(4096, 4096)`."""
     sizes = axis_sizes(config)
     return tuple(sizes[letter] for letter in axes.split())
 
@@ -115,7 +120,7 @@ def param_shapes(
     *,
     dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
-    """The tree of a model as `jax.ShapeDtypeStruct`s, no memory used."""
+    """The parameters of a model as a tree of `jax.ShapeDtypeStruct`s."""
     return unflatten(
         {
             path: jax.ShapeDtypeStruct(weight_shape(config, axes_of(path)), dtype)
@@ -125,12 +130,12 @@ def param_shapes(
 
 
 def count_params(tree: Params) -> int:
-    """How many numbers a tree holds (arrays or shapes)."""
+    """The number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def flatten(tree: Params) -> dict[str, Any]:
-    """Nested dicts to one dict of `"a/b/c"` paths, in the tree's own order."""
+    """Convert nested dicts to one dict of `"a/b/c"` paths, in the tree's order."""
     flat: dict[str, Any] = {}
     for name, branch in tree.items():
         if isinstance(branch, Mapping):
@@ -155,7 +160,12 @@ def unflatten(flat: FlatParams) -> dict[str, Any]:
 def stack_layers(
     tree: Params, stack: Callable[[list[Any]], Any] = jnp.stack
 ) -> dict[str, Any]:
-    """An unrolled tree made stacked, one kind of weight at a time."""
+    """Convert an unrolled tree to the stacked layout, one kind of weight at a time.
+
+    Args:
+      tree: in the unrolled layout.
+      stack: stacks the arrays of all layers along a new first axis.
+    """
     flat = flatten(tree)
     layers = len(tree["transformer"]["layers"])
     stacked = {}
@@ -171,7 +181,7 @@ def stack_layers(
 
 
 def unstack_layers(tree: Params) -> dict[str, Any]:
-    """A stacked tree made unrolled; the inverse of `stack_layers`."""
+    """Convert a stacked tree to the unrolled layout; the inverse of `stack_layers`."""
     flat = flatten(tree)
     rows = {path: leaf for path, leaf in flat.items() if path.startswith(LAYERS)}
     layers = next(iter(rows.values())).shape[0]

@@ -1,4 +1,4 @@
-"""Names for the arrays and trees that signatures speak of.
+"""Types of arrays, trees and paths in signatures.
 
 Letters: B batch, T query length, S cache slots, L layers, D model width, N query
 heads, K key/value heads, G = N // K, H head width, F feed-forward width, V vocabulary.
@@ -12,10 +12,10 @@ import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 Params: TypeAlias = Mapping[str, Any]
-"""A nested dict whose leaves are arrays (or, before loading, descriptions of them)."""
+"""A nested dict whose leaves are arrays, or shapes or lazy leaves of arrays."""
 
 FlatParams: TypeAlias = Mapping[str, Any]
-"""The same tree flat: `"transformer/layers/0/attention/q_proj"` to leaf."""
+"""The same tree as one dict: `"transformer/layers/0/attention/q_proj"` to leaf."""
 
 Path: TypeAlias = str | os.PathLike[str]
 
