@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
-from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.tensor_mapping import plan
 from llama_jax.conversion.tensor_tables import Format
 from llama_jax.errors import ConfigError
+from llama_jax.presets import PRESETS
 from llama_jax.text.tokenizer import Tokenizer
 
 

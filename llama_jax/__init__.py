@@ -10,10 +10,8 @@ from llama_jax._version import __version__
 if TYPE_CHECKING:
     from llama_jax.checkpoint.model_folder import Loaded as Loaded
     from llama_jax.checkpoint.model_folder import save_params as save_params
-    from llama_jax.config import PRESETS as PRESETS
     from llama_jax.config import LlamaConfig as LlamaConfig
     from llama_jax.config import RopeScaling as RopeScaling
-    from llama_jax.config import preset as preset
     from llama_jax.data.batch import Batch as Batch
     from llama_jax.data.loader import Loader as Loader
     from llama_jax.errors import LlamaJaxError as LlamaJaxError
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
     from llama_jax.model.transformer import ScalarModel as ScalarModel
     from llama_jax.model.transformer import apply as apply
     from llama_jax.params import AXES as AXES
+    from llama_jax.presets import PRESETS as PRESETS
+    from llama_jax.presets import preset as preset
     from llama_jax.runtime import Rules as Rules
     from llama_jax.runtime import Runtime as Runtime
     from llama_jax.sharding import make_mesh as make_mesh
@@ -73,7 +73,8 @@ _HOMES = {
     "model.cache": ("KVCache", "init_cache"),
     "checkpoint.model_folder": ("Loaded", "save_params"),
     "generation.completion": ("chat_completion", "text_completion", "text_infilling"),
-    "config": ("PRESETS", "LlamaConfig", "RopeScaling", "preset"),
+    "config": ("LlamaConfig", "RopeScaling"),
+    "presets": ("PRESETS", "preset"),
     "generation.decode": ("decode_step", "prefill"),
     "errors": ("LlamaJaxError",),
     "generation.generate": ("Completion", "Delta", "generate", "stream"),

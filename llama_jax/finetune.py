@@ -29,7 +29,7 @@ from llama_jax.cli.finetune_settings import (
     taken_over,
 )
 from llama_jax.cli.trainer import Trainer
-from llama_jax.config import LlamaConfig, parse_model
+from llama_jax.config import LlamaConfig
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
@@ -38,6 +38,7 @@ from llama_jax.distributed import barrier, is_main, share_of_rows
 from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
 from llama_jax.model.lora import Lora
+from llama_jax.presets import parse_model
 from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sharding import axes_size, make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ import llama_jax
 LAYERS = (
     ("_version", "kernels"),
     ("errors", "config", "runtime", "types"),
-    ("params", "weights"),
+    ("params", "presets", "weights"),
     ("sharding", "clusters", "sockets", "meeting", "distributed"),
     ("model", "text"),
     ("checkpoint",),

@@ -28,11 +28,11 @@ from llama_jax.bench.tables import (
     train_rows,
 )
 from llama_jax.bench.train import measure_train
-from llama_jax.config import EXAMPLE_MODEL, parse_model
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
 from llama_jax.errors import ConfigError, LlamaJaxError
 from llama_jax.loading import bundled
+from llama_jax.presets import EXAMPLE_MODEL, parse_model
 from llama_jax.runtime import Remat, Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer

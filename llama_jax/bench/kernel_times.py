@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llama_jax import kernels
 from llama_jax.bench.machine import bandwidth, best_and_median, matmul_rate, seconds
 from llama_jax.bench.peers import Work, causal_shapes, peers, with_gradient
-from llama_jax.config import PRESETS
+from llama_jax.presets import PRESETS
 from llama_jax.runtime import DType
 from llama_jax.types import Array
 

@@ -42,9 +42,9 @@ from llama_jax.bench.peers import (
     with_gradient,
 )
 from llama_jax.bench.prefetched import prefetched
-from llama_jax.config import PRESETS
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import QuantizedSlots
+from llama_jax.presets import PRESETS
 from llama_jax.types import Array
 
 KINDS: tuple[Kind, ...] = ("flash", "backward", "decode")

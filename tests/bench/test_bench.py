@@ -8,9 +8,9 @@ from support.models import TINY
 
 from llama_jax.bench import __main__ as entry
 from llama_jax.bench import decode, machine, prefill
-from llama_jax.config import EXAMPLE_MODEL, parse_model, preset
 from llama_jax.errors import ConfigError
 from llama_jax.params import count_params, param_shapes
+from llama_jax.presets import EXAMPLE_MODEL, parse_model, preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 
@@ -33,8 +33,8 @@ def test_a_model_is_named_by_preset_or_by_letters() -> None:
     [
         ("llama2-7", "did you mean 'llama2-7b'"),
         ("L2,D32,N4,F48", "lacks V"),
-        ("L2,D32,N4,F48,V96,X3", "'X3' is not understood"),
-        ("L2,D32,N4,F48,V96,V97", "'V97' is not understood"),
+        ("L2,D32,N4,F48,V96,X3", "'X3' is not a letter"),
+        ("L2,D32,N4,F48,V96,V97", "'V97' is not a letter"),
         ("L2,D32,N3,K2,F48,V96", "not a multiple"),
         ("L2,D32,N0,F48,V96", "num_heads is 0"),
     ],

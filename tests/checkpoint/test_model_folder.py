@@ -30,6 +30,7 @@ from llama_jax.conversion import convert
 from llama_jax.conversion.llama2c_tokenizer import from_llama2c
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
 from llama_jax.generation.generate import generate
+from llama_jax.generation.request import Request
 from llama_jax.loading import load
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama, ScalarModel, apply
@@ -164,7 +165,7 @@ def test_a_scalar_model_cannot_be_read_or_used_as_a_language_model(
         load_params(tmp_path / "model", TINY, runtime=Runtime())
     loaded = load(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"generation: needs .* head 'lm'"):
-        generate(loaded, [[1, 2]])
+        generate(loaded, [Request([1, 2])])
     with pytest.raises(ConfigError, match=r"Llama: needs .* the head is 'scalar'"):
         Llama(config, Runtime())
     for target in ("hf", "meta", "gguf", "llama2c"):

@@ -19,13 +19,14 @@ from support.foreign import (
     write_pth,
 )
 
-from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.convert import verify_checksums
 from llama_jax.conversion.formats import open_source
 from llama_jax.conversion.meta import config_from_params, read_meta
 from llama_jax.conversion.source import published_context
 from llama_jax.conversion.torch_zip import read_pth
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.presets import PRESETS
 
 
 def read_all(folder: pathlib.Path, config: LlamaConfig) -> dict[str, np.ndarray]:

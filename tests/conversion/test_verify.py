@@ -18,7 +18,6 @@ from support.foreign import (
     write_meta,
 )
 
-from llama_jax.config import preset
 from llama_jax.conversion import compare, convert, open_source, plan_conversion
 from llama_jax.conversion.__main__ import main
 from llama_jax.conversion.host_memory import anonymous_bytes, watching
@@ -27,6 +26,7 @@ from llama_jax.conversion.tensor_mapping import source_shapes
 from llama_jax.conversion.tensor_tables import HUGGING_FACE
 from llama_jax.conversion.verify import describe
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.presets import preset
 
 
 @pytest.fixture

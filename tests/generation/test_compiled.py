@@ -17,7 +17,7 @@ from support.programs import (
 )
 
 from llama_jax.checkpoint.model_folder import Loaded
-from llama_jax.config import LlamaConfig, preset
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.batching import start_inputs
@@ -29,6 +29,7 @@ from llama_jax.kernels import Implementation
 from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import Llama
 from llama_jax.planning.target_devices import tpu_devices
+from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 
 SLOTS = 768

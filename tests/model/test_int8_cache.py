@@ -26,7 +26,7 @@ from support.tolerances import DECODE_FLOAT32, EQUAL_FORWARD, INT8_CACHE_LOGITS
 
 from llama_jax import kernels, plan, sample
 from llama_jax.cli import command as cli
-from llama_jax.config import LlamaConfig, preset
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.generate import generate
@@ -42,6 +42,7 @@ from llama_jax.planning import programs
 from llama_jax.planning.memory import footprint
 from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.planning.workload import Workload
+from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import cache_shardings, make_mesh, param_shardings, parse_mesh
 

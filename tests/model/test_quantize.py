@@ -22,7 +22,7 @@ from support.programs import (
 )
 from support.tolerances import EQUAL_FORWARD
 
-from llama_jax.config import LlamaConfig, preset
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.generation import decode as decoding
 from llama_jax.model.cache import init_cache
@@ -39,6 +39,7 @@ from llama_jax.model.quantize import (
 from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten, stack_layers, unstack_layers
 from llama_jax.planning.target_devices import tpu_devices
+from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, weight_shardings
 from llama_jax.weights import KINDS, NF4_LEVELS, Int4, Quantized, dequantize, group_size

@@ -10,7 +10,6 @@ import jax
 import pytest
 from support.programs import needs_tpu_compiler
 
-from llama_jax.config import preset
 from llama_jax.errors import MeshError
 from llama_jax.planning.compiled import CompiledPlan
 from llama_jax.planning.compiler import compile_plan
@@ -18,6 +17,7 @@ from llama_jax.planning.search import make_plan
 from llama_jax.planning.target_devices import target_devices
 from llama_jax.planning.topology import parse_topology
 from llama_jax.planning.workload import Workload
+from llama_jax.presets import preset
 from llama_jax.sharding import parse_mesh
 
 pytestmark = pytest.mark.skipif(

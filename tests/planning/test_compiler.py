@@ -15,7 +15,6 @@ from support.models import TINY
 from support.workloads import eight_devices, workload
 
 from llama_jax import plan
-from llama_jax.config import parse_model
 from llama_jax.planning import compiler
 from llama_jax.planning.chips import CHIPS
 from llama_jax.planning.compiled import CompiledFootprint, CompiledPlan
@@ -24,6 +23,7 @@ from llama_jax.planning.memory import footprint
 from llama_jax.planning.programs import make_program, shard_bytes
 from llama_jax.planning.search import Plan, make_plan
 from llama_jax.planning.topology import local_topology, parse_topology
+from llama_jax.presets import parse_model
 from llama_jax.sharding import make_mesh, parse_mesh
 
 QUICKLY = {

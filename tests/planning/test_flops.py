@@ -8,7 +8,6 @@ import pytest
 from support.models import TINY
 from support.workloads import GROUPED, ONE_CHIP, workload
 
-from llama_jax.config import parse_model, preset
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.params import count_params, param_shapes
 from llama_jax.planning.flops import (
@@ -20,6 +19,7 @@ from llama_jax.planning.flops import (
 from llama_jax.planning.roofline import interconnect_bytes
 from llama_jax.planning.search import make_plan
 from llama_jax.planning.topology import parse_topology
+from llama_jax.presets import parse_model, preset
 from llama_jax.runtime import Remat, Runtime
 
 COST_ANALYSIS = 0.02

@@ -9,10 +9,10 @@ import pytest
 from support.commands import run_command
 
 from llama_jax import plan
-from llama_jax.config import PRESETS
 from llama_jax.loading import bundled
 from llama_jax.planning.memory import Footprint
 from llama_jax.planning.table import COMMON_HARDWARE
+from llama_jax.presets import PRESETS
 
 run = functools.partial(run_command, plan.main)
 
