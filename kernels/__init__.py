@@ -3,13 +3,14 @@
 from llama_jax.kernels.api import attention, paged_attention, resolve
 from llama_jax.kernels.dispatch import Implementation, explain
 from llama_jax.kernels.quantized_slots import QuantizedSlots, quantize_slots
-from llama_jax.kernels.token_loss import token_losses
+from llama_jax.kernels.token_loss import greedy_tokens, token_losses
 
 __all__ = [
     "Implementation",
     "QuantizedSlots",
     "attention",
     "explain",
+    "greedy_tokens",
     "paged_attention",
     "quantize_slots",
     "resolve",

@@ -144,3 +144,36 @@ def _joined(parts: Array, shape: tuple[int, ...]) -> Array:
     batch, length = shape[:2]
     joined = parts.reshape(parts.shape[0], batch, -1, *parts.shape[2:]).swapaxes(0, 1)
     return joined.reshape(batch, -1, *parts.shape[2:])[:, :length]
+
+
+def greedy_tokens(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    *,
+    chunk: int = 256,
+    axis_name: Any = None,
+) -> Int[Array, "B T"]:
+    """Compute the likeliest token after each token, argmax(x · head), in chunks.
+
+    Arguments are those of `token_losses`; of equal logits, the lowest id counts.
+
+    Raises:
+      ValueError: `chunk` is not positive.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
+    first = _first_id(head, axis_name)
+
+    def of_chunk(_: None, rows: Array) -> tuple[None, Array]:
+        logits = _logits(rows, head)
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32) + first
+        if axis_name is not None:
+            largest = jnp.max(logits, axis=-1)
+            is_best = largest == jax.lax.pmax(largest, axis_name)
+            last = jnp.iinfo(jnp.int32).max
+            tokens = jax.lax.pmin(jnp.where(is_best, tokens, last), axis_name)
+        return None, tokens
+
+    size = min(chunk, max(x.shape[1], 1))
+    _, tokens = jax.lax.scan(of_chunk, None, _cut(x, size))
+    return _joined(tokens, x.shape)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llama_jax.generation.request import infill_request as infill_request
     from llama_jax.generation.request import text_request as text_request
     from llama_jax.generation.sampling import Sampling as Sampling
+    from llama_jax.generation.scoring import Score as Score
+    from llama_jax.generation.scoring import score as score
     from llama_jax.loading import default_runtime as default_runtime
     from llama_jax.loading import load as load
     from llama_jax.loading import open_model as open_model
@@ -91,6 +93,7 @@ _HOMES = {
         "text_request",
     ),
     "generation.sampling": ("Sampling",),
+    "generation.scoring": ("Score", "score"),
     "sharding": ("make_mesh", "parse_mesh"),
     "text.tokenizer": ("Tokenizer",),
     "data.batch": ("Batch",),

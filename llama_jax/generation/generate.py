@@ -186,18 +186,24 @@ def stream(
 
 def check_request(request: Request, config: LlamaConfig, name: str = "request") -> None:
     """Raise a `PromptError` if the model cannot run a request."""
-    ids, vocab = request.prompt_ids, config.vocab_size
-    if len(ids) >= config.max_seq_len:
+    check_token_ids(request, config, name)
+    length, vocab = len(request.prompt_ids), config.vocab_size
+    if length >= config.max_seq_len:
         raise PromptError(
-            f"{name}: the prompt has {len(ids)} tokens, but the context holds "
+            f"{name}: the prompt has {length} tokens, but the context holds "
             f"{config.max_seq_len}, the answer included; shorten it"
         )
-    if not 0 <= min(ids) <= max(ids) < vocab:
-        raise PromptError(f"{name}: a token id is outside 0 … {vocab - 1}")
     if request.logprobs is not None and request.logprobs > vocab:
         raise PromptError(
             f"{name}: logprobs must be at most {vocab}, got {request.logprobs}"
         )
+
+
+def check_token_ids(request: Request, config: LlamaConfig, name: str) -> None:
+    """Raise a `PromptError` if the prompt has ids that the model lacks."""
+    ids = request.prompt_ids
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        raise PromptError(f"{name}: a token id is outside 0 … {config.vocab_size - 1}")
 
 
 class _Row:

@@ -4,6 +4,8 @@ The head is put together along D once, and its gradient is added up once, over t
 devices that share it: within XLA's own partition both would be done for every chunk.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -22,28 +24,47 @@ def token_losses(
     mesh: Mesh | None,
 ) -> Float[Array, "B T"]:
     """`kernels.token_losses`, on a mesh where there is one."""
+    return _on_mesh(kernels.token_losses, x, head, targets, rules=rules, mesh=mesh)
+
+
+def greedy_tokens(
+    x: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    *,
+    rules: Rules,
+    mesh: Mesh | None,
+) -> Int[Array, "B T"]:
+    """`kernels.greedy_tokens`, on a mesh where there is one."""
+    return _on_mesh(kernels.greedy_tokens, x, head, rules=rules, mesh=mesh)
+
+
+def _on_mesh(
+    function: Callable[..., Array],
+    x: Array,
+    head: Array,
+    *targets: Array,
+    rules: Rules,
+    mesh: Mesh | None,
+) -> Array:
     if mesh is None or mesh.size == 1:
-        return kernels.token_losses(x, head, targets)
+        return function(x, head, *targets)
     rows, tokens, _ = divisible(x.shape, "B T D", rules, mesh)
     ids = divisible(head.shape, "D V", rules, mesh)[1]
-    held = spec("D V", rules.weights)[0]
+    cut = spec("D V", rules.weights)[0]
     width = head.shape[0]
-    held = held if held and width % axes_size(mesh, held) == 0 else None
+    cut = cut if cut and width % axes_size(mesh, cut) == 0 else None
 
-    def on_device(x: Array, head: Array, targets: Array) -> Array:
+    def on_device(x: Array, head: Array, *targets: Array) -> Array:
         head = head.astype(x.dtype)
-        if held:
-            head = jax.lax.all_gather(head, held, axis=0, tiled=True)
-        return kernels.token_losses(x, head, targets, axis_name=ids)
+        if cut:
+            head = jax.lax.all_gather(head, cut, axis=0, tiled=True)
+        return function(x, head, *targets, axis_name=ids)
 
+    per_token = PartitionSpec(rows, tokens)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(
-            PartitionSpec(rows, tokens),
-            PartitionSpec(held, ids),
-            PartitionSpec(rows, tokens),
-        ),
-        out_specs=PartitionSpec(rows, tokens),
+        in_specs=(per_token, PartitionSpec(cut, ids), *(per_token for _ in targets)),
+        out_specs=per_token,
         check_vma=False,
-    )(x, head, targets)
+    )(x, head, *targets)

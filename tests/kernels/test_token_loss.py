@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from support.programs import needs_tpu_compiler
 
-from llama_jax.kernels import token_losses
+from llama_jax.kernels import greedy_tokens, token_losses
 from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.sharding import make_mesh
 
@@ -168,3 +168,32 @@ def test_the_loss_of_a_large_batch_fits_a_tpu_chip() -> None:
     logits, of_head, stream = 4 * b * 256 * v, 4 * d * v, 2 * b * t * d
     assert analysis.temp_size_in_bytes < of_head + 2 * logits + 3 * stream
     assert of_head + 2 * logits + 3 * stream < 4 * b * t * v
+
+
+@settings(max_examples=8)
+@given(b=st.integers(1, 3), t=st.integers(1, 9), chunk=st.integers(1, 10))
+def test_greedy_tokens_are_those_of_the_whole_logits(
+    b: int, t: int, chunk: int
+) -> None:
+    x, head, _, _ = inputs(b, t)
+    logits = jnp.matmul(x, head, precision="highest")
+    tokens = greedy_tokens(x, head, chunk=chunk)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_greedy_tokens_of_a_cut_vocabulary_take_the_lowest_of_equals() -> None:
+    mesh = make_mesh({"tensor": 8}, jax.devices()[:8])
+    x, head, _, _ = inputs(2, 5)
+    head = head.at[:, 20:].set(head[:, :20])  # every id twice, on different devices
+    cut = jax.shard_map(
+        functools.partial(greedy_tokens, chunk=2, axis_name="tensor"),
+        mesh=mesh,
+        in_specs=(P(), P(None, "tensor")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    tokens = jax.jit(cut)(x, head)
+    np.testing.assert_array_equal(tokens, greedy_tokens(x, head))
+    assert tokens.max() < 20
+    with pytest.raises(ValueError, match="chunk must be positive, got 0"):
+        greedy_tokens(x, head, chunk=0)

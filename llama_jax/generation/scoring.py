@@ -1,0 +1,125 @@
+"""Log-probabilities of given tokens: nothing is sampled.
+
+Every batch has the same number of rows, and a row's padding depends on its own length
+alone, so that a request has the same score, bit for bit, in any company.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.distributed import to_host
+from llama_jax.errors import PromptError
+from llama_jax.generation.decode import bucket
+from llama_jax.generation.generate import check_token_ids
+from llama_jax.generation.request import Request
+from llama_jax.model.attention import in_order
+from llama_jax.model.token_loss import greedy_tokens, token_losses
+from llama_jax.model.transformer import Llama, apply
+from llama_jax.types import Array, Params, Tokens
+
+
+class Score(NamedTuple):
+    """How likely the tokens of a request are, one entry per token.
+
+    Entry t is of token t given all tokens before it. The first token has none before
+    it: its log-probability is 0 and it is not greedy. So `logprobs.sum()` is the
+    log-likelihood of the text, and `logprobs[n:].sum()` that of what follows the first
+    n tokens.
+
+    Attributes:
+      logprobs: log-probabilities (nats) under the model's own distribution.
+      greedy: whether each token is the likeliest one (of equals, the lowest id).
+    """
+
+    logprobs: Float[np.ndarray, " T"]
+    greedy: Bool[np.ndarray, " T"]
+
+
+def score(
+    loaded: Loaded, requests: Sequence[Request], *, batch_size: int = 8
+) -> list[Score]:
+    """Compute the log-probability of every token of the requests' prompts.
+
+    Logits exist for a chunk of tokens at a time, never for a whole batch.
+
+    Args:
+      loaded: model, weights and tokenizer.
+      requests: any number; `prompt_ids` is all that counts.
+      batch_size: rows of every batch. It is a part of the computation as the dtype is:
+        another number may change the last bit of a result.
+
+    Returns:
+      A score per request.
+
+    Raises:
+      PromptError: a prompt is longer than the context or has an id that the model
+        lacks, or `batch_size` is not positive.
+
+    >>> import llama_jax
+    >>> loaded = llama_jax.load()
+    >>> texts = ["Once upon a time", "Once upon a dime"]
+    >>> requests = [llama_jax.text_request(loaded.tokenizer, text) for text in texts]
+    >>> usual, unusual = score(loaded, requests)
+    >>> bool(usual.logprobs.sum() > unusual.logprobs.sum()), bool(usual.greedy[-1])
+    (True, True)
+    """
+    if batch_size < 1:
+        raise PromptError(f"batch_size: must be at least 1, got {batch_size}")
+    model = loaded.language_model
+    limit = model.config.max_seq_len
+    by_width: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        check_token_ids(request, model.config, f"request {index + 1}")
+        if length > limit:
+            raise PromptError(
+                f"request {index + 1}: the prompt has {length} tokens, but the context "
+                f"holds {limit}; shorten it"
+            )
+        by_width.setdefault(bucket(length, limit), []).append(index)
+    scores: dict[int, Score] = {}
+    for width, indices in sorted(by_width.items()):
+        for first in range(0, len(indices), batch_size):
+            group = indices[first : first + batch_size]
+            tokens = np.zeros((batch_size, width), np.int32)
+            for row, index in enumerate(group):
+                ids = requests[index].prompt_ids
+                tokens[row, : len(ids)] = ids
+            both = _score_batch(model, loaded.params, jnp.asarray(tokens))
+            logprobs, greedy = to_host(both)
+            for row, index in enumerate(group):
+                length = len(requests[index].prompt_ids)
+                scores[index] = Score(logprobs[row, :length], greedy[row, :length])
+    return [scores[index] for index in range(len(requests))]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score_batch(
+    model: Llama, params: Params, tokens: Tokens
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Scores of right-padded rows; what stands at the padding means nothing."""
+    targets = jnp.roll(tokens, -1, axis=1)
+    logprobs, greedy = apply(model, params, tokens, targets, method=_scores)
+    first = jnp.arange(tokens.shape[1]) == 0
+    logprobs = jnp.where(first[None], 0.0, jnp.roll(logprobs, 1, axis=1))
+    return logprobs, ~first[None] & jnp.roll(greedy, 1, axis=1)
+
+
+def _scores(
+    model: Llama, tokens: Tokens, targets: Tokens
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """`Llama.losses` of the targets, negated, and whether each is the likeliest."""
+    stream, head = model._read(tokens, None, None)
+    options: dict[str, Any] = {"rules": model.runtime.rules, "mesh": model.mesh}
+    shown = targets if stream.order is None else targets[:, stream.order]
+    losses = token_losses(stream.x, head, shown, **options)
+    best = greedy_tokens(stream.x, head, **options)
+    losses, best = (in_order(x, "B T", **options) for x in (losses, best))
+    return -losses, best == targets
