@@ -1,20 +1,26 @@
-"""Checkpoints of every format into every other: Meta, Hugging Face, GGUF, llama2.c."""
+"""Convert checkpoints between formats: ours, Meta, Hugging Face, GGUF, llama2.c."""
 
-from llama_jax.conversion.convert import Converted, Plan, convert, plan_conversion
-from llama_jax.conversion.formats import FormatName, open_source
+from llama_jax.conversion.comparison import Comparison, compare
+from llama_jax.conversion.converter import (
+    ConversionResult,
+    PreparedConversion,
+    convert,
+    prepare_conversion,
+)
+from llama_jax.conversion.formats import open_source
 from llama_jax.conversion.source import Source
+from llama_jax.conversion.tensor_tables import FormatName
 from llama_jax.conversion.tokenizer_files import open_tokenizer
-from llama_jax.conversion.verify import Comparison, compare
 
 __all__ = [
     "Comparison",
-    "Converted",
+    "ConversionResult",
     "FormatName",
-    "Plan",
+    "PreparedConversion",
     "Source",
     "compare",
     "convert",
     "open_source",
     "open_tokenizer",
-    "plan_conversion",
+    "prepare_conversion",
 ]

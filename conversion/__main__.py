@@ -9,34 +9,42 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 from llama_jax.checkpoint.lazy_leaf import Progress
-from llama_jax.conversion import listing, verify
-from llama_jax.conversion.convert import Converted, convert, plan_conversion
-from llama_jax.conversion.formats import FormatName, open_source
+from llama_jax.conversion.comparison import Comparison, compare
+from llama_jax.conversion.converter import convert, prepare_conversion
+from llama_jax.conversion.formats import open_source
+from llama_jax.conversion.report import (
+    describe_comparison,
+    describe_conversion,
+    describe_result,
+    describe_source,
+)
+from llama_jax.conversion.tensor_tables import FormatName
 from llama_jax.errors import LlamaJaxError
 
 _FORMATS = get_args(FormatName)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{name}i": 1024**power for power, name in enumerate("KMGT", start=1)}
+_PROGRAM = "python -m llama_jax.conversion"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 2 with one sentence where it failed, 1 where models differ."""
+    """Run a command and return its exit status: 0, 1 (models differ) or 2 (error)."""
     argv = sys.argv[1:] if argv is None else argv
     commands: dict[str, Callable[[argparse.Namespace, Progress], int]]
     commands = {"verify": _verify, "inspect": _inspect}
     name = argv[0] if argv and argv[0] in commands else "convert"
-    args = _parser(name).parse_args(argv[name != "convert" :])
+    options = _parser(name).parse_args(argv[name != "convert" :])
     command = commands.get(name, _convert)
     try:
-        with _signals() as received, _progress_bar() as bar:
+        with _raise_on_signals() as received, _progress_bar() as bar:
 
-            def progress(what: str, done: int, total: int) -> None:
+            def progress(stage: str, done: int, total: int) -> None:
                 if received:
-                    raise _exit_of(received[0])
+                    raise _exception_of(received[0])
                 if bar is not None:
-                    bar(what, done, total)
+                    bar(stage, done, total)
 
-            return command(args, progress)
+            return command(options, progress)
     except (LlamaJaxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,52 +53,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _convert(args: argparse.Namespace, progress: Progress) -> int:
-    options = {
-        "source_format": args.source_format,
-        "target_format": args.target_format,
-        "ranks": args.ranks,
-        "tokenizer": args.tokenizer,
-        "dtype": args.dtype,
-        "max_seq_len": args.max_seq_len,
+def _convert(options: argparse.Namespace, progress: Progress) -> int:
+    settings = {
+        "source_format": options.source_format,
+        "target_format": options.target_format,
+        "ranks": options.ranks,
+        "tokenizer": options.tokenizer,
+        "dtype": options.dtype,
+        "max_seq_len": options.max_seq_len,
     }
-    if args.dry_run:
-        plan = plan_conversion(args.src, args.dst, **options)
-        print("\n".join(listing.of_plan(plan, every=args.all)))
+    src, dst = options.src, options.dst
+    if options.dry_run:
+        prepared = prepare_conversion(src, dst, **settings)
+        _print(describe_conversion(prepared, dst, all_layers=options.all))
         return 0
-    done = convert(
-        args.src,
-        args.dst,
-        max_host_bytes=args.max_host_bytes,
-        progress=progress,
-        **options,
+    result = convert(
+        src, dst, max_host_bytes=options.max_host_bytes, progress=progress, **settings
     )
-    print(_summary(args.dst, done))
-    if not args.verify:
+    _print(describe_result(result, dst))
+    if not options.verify:
         return 0
-    a = open_source(args.src, form=args.source_format, max_seq_len=args.max_seq_len)
+    a = open_source(src, format=options.source_format, max_seq_len=options.max_seq_len)
     b = open_source(
-        args.dst, form=args.target_format, max_seq_len=done.config.max_seq_len
+        dst, format=options.target_format, max_seq_len=result.config.max_seq_len
     )
-    return _report(verify.compare(a, b, progress))
+    return _print_comparison(compare(a, b, progress))
 
 
-def _verify(args: argparse.Namespace, progress: Progress) -> int:
+def _verify(options: argparse.Namespace, progress: Progress) -> int:
     a, b = (
-        open_source(path, max_seq_len=args.max_seq_len) for path in (args.a, args.b)
+        open_source(path, max_seq_len=options.max_seq_len)
+        for path in (options.a, options.b)
     )
-    return _report(verify.compare(a, b, progress))
+    return _print_comparison(compare(a, b, progress))
 
 
-def _inspect(args: argparse.Namespace, progress: Progress) -> int:
-    source = open_source(args.folder, max_seq_len=args.max_seq_len)
-    print("\n".join(listing.of_source(source, every=args.all)))
+def _inspect(options: argparse.Namespace, progress: Progress) -> int:
+    source = open_source(options.path, max_seq_len=options.max_seq_len)
+    _print(describe_source(source, all_layers=options.all))
     return 0
 
 
-def _report(found: verify.Comparison) -> int:
-    print(verify.describe(found))
-    return 0 if found.same else 1
+def _print(lines: Iterator[str]) -> None:
+    print("\n".join(lines))
+
+
+def _print_comparison(comparison: Comparison) -> int:
+    _print(describe_comparison(comparison))
+    return 0 if comparison.same else 1
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -100,147 +110,172 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "--max-seq-len",
         type=int,
         metavar="N",
-        help="longest sequence in tokens; by default what the checkpoint says, or else "
-        "the published model of the same sizes",
+        help="maximum sequence length in tokens; default: the checkpoint's own, or for "
+        "a Meta folder that of the published model of the same sizes",
     )
     return parser
 
 
 def _convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llama_jax.conversion",
-        description="Convert a Llama checkpoint from any of the formats to any other. "
-        "Memory holds a few tensors, never the model.",
-        epilog="Also: `python -m llama_jax.conversion verify A B` compares two "
-        "checkpoints of any formats, and `... inspect FOLDER` says what one is.",
+        prog=_PROGRAM,
+        usage=f"""
+  {_PROGRAM} [options] SRC DST     convert a checkpoint
+  {_PROGRAM} verify A B            compare two checkpoints
+  {_PROGRAM} inspect CHECKPOINT    describe a checkpoint""",
+        description="""\
+Convert a Llama checkpoint between formats, one tensor at a time. PyTorch is not
+needed, and host memory holds a few tensors, never the whole model. DST appears
+complete or not at all.
+
+formats:
+  orbax    folder of this library
+  hf       Hugging Face folder: config.json, *.safetensors (or, to read only,
+           pytorch_model*.bin)
+  meta     Meta folder: params.json, consolidated.NN.pth
+  gguf     GGUF file of llama.cpp
+  llama2c  .bin file of llama2.c, version 0, float32""",
+        epilog=f"""\
+exit status:
+  0 success; 1 --verify found different weights; 2 error
+
+examples:
+  {_PROGRAM} llama-2-7b-chat checkpoints/llama-2-7b-chat
+  {_PROGRAM} my-model my-model-hf --to hf --dtype bfloat16 --verify
+  {_PROGRAM} my-model my-model.gguf --dtype q8_0
+  {_PROGRAM} my-model my-model-meta --to meta --ranks 2 --dry-run""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "src",
-        metavar="SRC",
-        help="a folder of Meta's, Hugging Face's or ours, a .gguf, or a llama2.c .bin",
+        "src", metavar="SRC", help="folder or file, of any of the formats"
     )
-    parser.add_argument("dst", metavar="DST", help="the new folder or file")
+    parser.add_argument("dst", metavar="DST", help="new folder or file")
     parser.add_argument(
         "--from",
         dest="source_format",
         choices=_FORMATS,
-        help="format of SRC; by default it is recognised",
+        help="format of SRC; default: recognized by its files",
     )
     parser.add_argument(
         "--to",
         dest="target_format",
         choices=_FORMATS,
-        help="format of DST; by default gguf or llama2c where DST ends in .gguf or "
-        ".bin, else orbax, the format of this library",
+        help="format of DST; default: gguf or llama2c if DST ends in .gguf or .bin, "
+        "else orbax",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        help="dtype of the weights; default: that of SRC, for GGUF float16; q8_0 is "
+        "for GGUF only, llama2.c has only float32",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.model, tokenizer.json, or tokenizer.bin of llama2.c; default: "
+        "that of SRC, or the one in the folder above",
     )
     parser.add_argument(
         "--ranks",
         type=int,
         default=1,
         metavar="N",
-        help="model-parallel files of a Meta folder (default: 1)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "q8_0"),
-        help="of the weights; by default as in SRC (in a GGUF float16); q8_0 for GGUF",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="tokenizer.model, tokenizer.json, or tokenizer.bin of llama2.c; by "
-        "default SRC's own, or the one in its folder or the folder above",
+        help="number of model-parallel files of a Meta folder (default: 1)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare the result with SRC, tensor by tensor and by its logits",
+        help="compare DST with SRC afterwards: all weights, then the logits of both",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print which tensor becomes which, all sizes and the memory it takes, and "
-        "write nothing",
+        help="print which tensor becomes which, sizes, and the memory needed; write "
+        "nothing",
     )
     parser.add_argument(
-        "--all", action="store_true", help="with --dry-run: every layer, not the first"
+        "--all",
+        action="store_true",
+        help="with --dry-run: print all layers, not only the first",
     )
     parser.add_argument(
         "--max-host-bytes",
-        type=_bytes,
+        type=_parse_bytes,
         metavar="N",
-        help="refuse what would take more host memory (2000000000, 2G or 2Gi); page "
-        "cache is not counted",
+        help="refuse a conversion that may need more host memory, the page cache not "
+        "counted: 2000000000, 2G or 2Gi",
     )
     return parser
 
 
 def _verify_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llama_jax.conversion verify",
-        description="Compare two checkpoints: every weight bit for bit, then the "
-        "logits on fixed prompts, layer by layer. Status 0 where the weights are equal "
-        "(or equal after rounding to B's dtype), 1 where they differ.",
+        prog=f"{_PROGRAM} verify",
+        description="Compare two checkpoints of any formats: every weight bit for bit, "
+        "then the logits of both models on fixed prompts, layer by layer.",
+        epilog="Exit status: 0 if all weights are equal, or equal after rounding to "
+        "the dtype of B; 1 if weights differ; 2 on errors.",
     )
-    parser.add_argument("a", metavar="A", help="a checkpoint of any format")
-    parser.add_argument("b", metavar="B", help="another one")
+    parser.add_argument("a", metavar="A", help="folder or file, the reference")
+    parser.add_argument("b", metavar="B", help="folder or file, the other one")
     return parser
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llama_jax.conversion inspect",
-        description="Say what a checkpoint is: configuration, tensors, dtypes, ranks, "
-        "size.",
+        prog=f"{_PROGRAM} inspect",
+        description="Print format, configuration, number of parameters, dtypes and "
+        "tensors of a checkpoint. Reads no weights.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="or file, of any format")
     parser.add_argument(
-        "--all", action="store_true", help="every layer's tensors, not the first's only"
+        "path", metavar="CHECKPOINT", help="folder or file, of any format"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list all layers, not only the first"
     )
     return parser
 
 
-def _bytes(text: str) -> int:
-    """A number of bytes, with or without a unit."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?)B?", text)
-    if not found or found[2] not in _UNITS:
+def _parse_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?)B?", text)
+    if not match or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number of bytes; write 2000000000, 2G or 2Gi"
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM as exceptions, which let the folder be removed.
+def _raise_on_signals() -> Iterator[list[int]]:
+    """Turn SIGINT and SIGTERM into exceptions, so that unfinished output is removed.
 
-    Yields what was received: a garbage collection callback (jax 0.7 has one) may
-    swallow an exception, so whoever works for long asks again.
+    Yields the signals received so far: a garbage collection callback (jax 0.7 has one)
+    may swallow the exception, so long work checks the list and raises again.
     """
     received: list[int] = []
 
-    def stop(number: int, _: Any) -> None:
+    def handle(number: int, _: object) -> None:
         received.append(number)
-        raise _exit_of(number)
+        raise _exception_of(number)
 
-    before = {
-        number: signal.signal(number, stop)
+    previous = {
+        number: signal.signal(number, handle)
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _exit_of(number: int) -> BaseException:
+def _exception_of(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress | None]:
-    """A bar with bytes, rate and time left on a terminal, nothing elsewhere."""
+    """Show bytes, rate and remaining time if stderr is a terminal; else yield None."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -248,32 +283,19 @@ def _progress_bar() -> Iterator[Progress | None]:
 
     bars: dict[str, Any] = {}
 
-    def show(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            counted = {"unit": " layers"} if what == "running layers" else {
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            unit = {"unit": " layers"} if stage == "running layers" else {
                 "unit": "B", "unit_scale": True, "unit_divisor": 1024,
             }  # fmt: skip
-            bars[what] = tqdm(total=total, desc=what, **counted)
-        bars[what].update(done - bars[what].n)
+            bars[stage] = tqdm(total=total, desc=stage, **unit)
+        bars[stage].update(done - bars[stage].n)
 
     try:
         yield show
     finally:
         for bar in bars.values():
             bar.close()
-
-
-def _summary(dst: str, done: Converted) -> str:
-    config = done.config
-    facts = ", ".join(f"{name} {value}" for name, value in config.to_dict().items())
-    peak = ""
-    if done.peak_bytes is not None:
-        peak = f", at most {done.peak_bytes:,} bytes of host memory"
-    return (
-        f"{dst}: {done.parameters:,} parameters, {done.bytes:,} bytes in "
-        f"{done.seconds:.1f} s{peak} ({facts}); max_seq_len {config.max_seq_len} "
-        f"{done.context}; tokenizer {done.tokenizer}"
-    )
 
 
 if __name__ == "__main__":

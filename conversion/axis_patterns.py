@@ -1,64 +1,73 @@
-"""Patterns: how the axes of a tensor move, in a notation of einops's kind.
+"""Axis patterns: how the axes of a tensor move, in a notation like that of einops.
 
-Names of axes, those that are laid out as one dimension in brackets:
-`(N h two) D -> D (N two h)` takes a projection whose rotary pairs lie next to each
-other to one where they lie half a head apart, and transposes it. Read from right to
-left it is the exact inverse.
+In `(N h two) D -> D (N two h)` every name is an axis, and parentheses join axes into
+one dimension. This pattern takes interleaved rotary pairs to the half-split layout and
+transposes. The reversed pattern is the exact inverse.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-_ROWS = 128  # copied at a time; 64 to 256 do equally well, 16 and 1024 worse
+_ROWS_PER_COPY = 128  # 64 to 256 are equally fast, 16 and 1024 are slower
 
 
 def axes_shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of one side of a pattern: `"(N h two) D"` to `(4096, 4096)`."""
+    """Return the shape of one side of a pattern: `"(N h two) D"` to `(4096, 4096)`."""
     return tuple(math.prod(sizes[name] for name in group) for group in _groups(axes))
 
 
 def reverse(pattern: str) -> str:
-    """The pattern of the inverse change."""
+    """Return the inverse pattern."""
     left, right = pattern.split(" -> ")
     return f"{right} -> {left}"
 
 
-def is_plain(pattern: str) -> bool:
-    """Whether nothing moves, so that an array is its own rearrangement."""
+def moves_nothing(pattern: str) -> bool:
+    """Return whether a pattern leaves the order of all axes as it is."""
     left, right = pattern.split(" -> ")
     return _names(left) == _names(right)
 
 
 def rearrange(
-    pattern: str, array: np.ndarray, sizes: Mapping[str, int], dtype: Any = None
+    pattern: str,
+    array: np.ndarray,
+    sizes: Mapping[str, int],
+    dtype: np.dtype | None = None,
 ) -> np.ndarray:
-    """The array with its axes moved, in `dtype` (its own where none is given).
+    """Move the axes of an array and cast it.
 
-    Where nothing moves and no dtype changes it is the array itself, not a copy.
-    A few rows are read, cast and written at a time: NumPy's own transposing copy
-    takes one element from each row in turn and is some eight times slower.
+    Reads, casts and writes a few rows at a time: NumPy's transposing copy takes one
+    element from each row in turn and is about eight times slower.
+
+    Args:
+      pattern: from the array's axes to those of the result.
+      array: shape `axes_shape(left side, sizes)`.
+      sizes: length of every axis name.
+      dtype: of the result; defaults to the array's.
+
+    Returns:
+      The array itself, not a copy, if neither axes nor dtype change.
     """
     left, right = pattern.split(" -> ")
-    dtype = array.dtype if dtype is None else np.dtype(dtype)
-    moved, final = _names(left), _names(right)
-    if moved == final:
+    dtype = array.dtype if dtype is None else dtype
+    source_axes, target_axes = _names(left), _names(right)
+    if source_axes == target_axes:
         return array.astype(dtype, copy=False).reshape(axes_shape(right, sizes))
-    rows = array.reshape([sizes[name] for name in moved])
-    out = np.empty([sizes[name] for name in final], dtype)
-    # The target seen through the source's order of axes, and both as plain words,
-    # which are copied faster than bfloat16 is.
-    view = out.transpose([final.index(name) for name in moved])
+    rows = array.reshape([sizes[name] for name in source_axes])
+    result = np.empty([sizes[name] for name in target_axes], dtype)
+    # Written in the source's axis order, and as unsigned integers, which NumPy copies
+    # faster than bfloat16.
     words = np.dtype(f"u{dtype.itemsize}")
-    view = view.view(words)
-    step = max(1, _ROWS // math.prod(rows.shape[1:-1]))
+    target = result.transpose([target_axes.index(name) for name in source_axes])
+    target = target.view(words)
+    step = max(1, _ROWS_PER_COPY // math.prod(rows.shape[1:-1]))
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step].astype(dtype, copy=False)
-        view[start : start + step] = block.view(words)
-    return out.reshape(axes_shape(right, sizes))
+        target[start : start + step] = block.view(words)
+    return result.reshape(axes_shape(right, sizes))
 
 
 def _names(axes: str) -> list[str]:
@@ -66,5 +75,5 @@ def _names(axes: str) -> list[str]:
 
 
 def _groups(axes: str) -> list[list[str]]:
-    """`"(N h two) D"` to `[["N", "h", "two"], ["D"]]`."""
+    """Parse `"(N h two) D"` into `[["N", "h", "two"], ["D"]]`."""
     return [part.strip("()").split() for part in re.findall(r"\([^()]*\)|\w+", axes)]

@@ -1,24 +1,23 @@
-"""The formats by name: how each is recognised, read and written."""
+"""The formats by name: how each is recognized and opened."""
 
 import pathlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from llama_jax.checkpoint.model_folder import is_checkpoint
 from llama_jax.conversion.gguf import is_gguf, read_gguf
 from llama_jax.conversion.huggingface import is_hugging_face, read_hugging_face
 from llama_jax.conversion.llama2c import is_llama2c, read_llama2c
 from llama_jax.conversion.meta import is_meta, read_meta
-from llama_jax.conversion.native import read_orbax
+from llama_jax.conversion.orbax import read_orbax
 from llama_jax.conversion.source import Source
+from llama_jax.conversion.tensor_tables import TABLES, FormatName
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.types import Path
 
-FormatName = Literal["orbax", "meta", "hf", "gguf", "llama2c"]
-
 
 class _Reader(NamedTuple):
-    recognises: Callable[[pathlib.Path], bool]
+    recognizes: Callable[[pathlib.Path], bool]
     read: Callable[..., Source]
 
 
@@ -34,37 +33,56 @@ _SUFFIXES: dict[str, FormatName] = {".gguf": "gguf", ".bin": "llama2c"}
 
 
 def open_source(
-    path: Path, *, form: FormatName | None = None, max_seq_len: int | None = None
+    path: Path, *, format: FormatName | None = None, max_seq_len: int | None = None
 ) -> Source:
-    """Open a checkpoint of any format; no weights are read.
+    """Open a checkpoint of any format without reading weights.
 
     Args:
-      path: of a folder or file.
-      form: its format; recognised where not given.
-      max_seq_len: longest sequence, in place of the checkpoint's own.
+      path: folder or file.
+      format: of the checkpoint; recognized by its files if omitted.
+      max_seq_len: maximum sequence length in tokens; defaults to the checkpoint's own,
+        or for Meta's to that of the published model of the same sizes.
+
+    Returns:
+      The configuration, and tensors and a tokenizer that are read when needed.
 
     Raises:
-      CheckpointError: there is none at `path`, or it is damaged.
-      ConfigError: its configuration is not understood.
+      CheckpointError: there is no checkpoint at `path`, or it is damaged.
+      ConfigError: its configuration is not that of a supported model.
+
+    >>> from llama_jax.loading import bundled
+    >>> source = open_source(bundled())
+    >>> source.config.num_layers, source.max_seq_len_origin
+    (5, 'from config.json')
+    >>> source.tensors["transformer/embedding"].shape
+    (2048, 192)
     """
     path = pathlib.Path(path)
     if max_seq_len is not None and max_seq_len < 1:
         raise ConfigError(f"max_seq_len is {max_seq_len}; it must be positive")
-    if form is not None and form not in _READERS:
-        choices = ", ".join(get_args(FormatName))
-        raise ConfigError(f"the format {form!r} is unknown; choose from {choices}")
+    if format is not None:
+        check_format(format)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+        raise CheckpointError(
+            f"{path}: there is no such file or folder; name a checkpoint"
+        )
     for name, reader in _READERS.items():
-        if form == name or (form is None and reader.recognises(path)):
+        if format == name or (format is None and reader.recognizes(path)):
             return reader.read(path, max_seq_len=max_seq_len)
     raise CheckpointError(
-        f"{path}: no checkpoint was found; give a folder of Meta's (params.json and "
-        "consolidated.00.pth), of Hugging Face's (config.json and safetensors) or of "
-        "ours, or a .gguf or llama2.c .bin file"
+        f"{path}: not a checkpoint of a known format; name a folder of this library, "
+        "of Meta's (params.json, consolidated.00.pth) or of Hugging Face's "
+        "(config.json, *.safetensors), a .gguf file, or a .bin file of llama2.c"
     )
 
 
+def check_format(name: str) -> None:
+    """Raise a `ConfigError` if there is no format of this name."""
+    if name not in TABLES:
+        choices = ", ".join(TABLES)
+        raise ConfigError(f"the format {name!r} is unknown; choose from {choices}")
+
+
 def format_of_target(path: Path) -> FormatName:
-    """The format that a new file's or folder's name asks for."""
+    """Return the default format of a new file or folder, by its suffix."""
     return _SUFFIXES.get(pathlib.Path(path).suffix, "orbax")

@@ -1,7 +1,8 @@
-"""GGUF, the container: metadata under names, then descriptions of tensors, then data.
+"""The header of GGUF files: metadata and tensor descriptions, read and written.
 
-After the specification of the format (ggml-org/ggml, docs/gguf.md), versions 2 and 3,
-little endian. Files are hostile until every number has been compared with their size.
+Follows the specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little
+endian. Implemented here because the package `gguf` is optional, and because files are
+not trusted: every count, length and offset is checked against the file's size.
 """
 
 import math
@@ -9,48 +10,37 @@ import mmap
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.errors import CheckpointError
+
+MetadataContent = str | bool | int | float | list[str] | np.ndarray
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+"""Numbers of some types of values."""
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of a tensor's first byte, where the file does not say
-_MOST = 1 << 16  # entries of metadata, and tensors; no Llama has a tenth of it
-_MOST_NAME = 256  # bytes; four times what ggml allows a tensor
-_MOST_TEXTS = 1 << 22  # in an array; the largest vocabularies have a tenth of it
-_MOST_AXES = 4
-
-# Numbers of the types of values, and how `struct` calls those of fixed size.
+_ALIGNMENT = 32  # of a tensor's first byte, if the file has no other
+_COUNT_LIMIT = 1 << 16  # metadata entries or tensors; no Llama has a tenth of it
+_NAME_LIMIT = 256  # bytes; four times ggml's limit for tensors
+_STRINGS_LIMIT = 1 << 22  # in an array; the largest vocabularies have a tenth of it
+_AXES_LIMIT = 4
+# Types of fixed size: their number, and their `struct` format.
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
     12: "d",
 }  # fmt: skip
-# Numbers of the types of tensors that are no more than arrays, and of the one that is
-# written besides.
-FLOATS: dict[int, np.dtype] = {
-    0: np.dtype("<f4"),
-    1: np.dtype("<f2"),
-    30: np.dtype(jnp.bfloat16),
-}
-Q8_0, Q8_BLOCK, Q8_BYTES = 8, 32, 34  # the numbers of a block, and its bytes
-CHUNK = 1 << 16  # numbers that are quantized or cast at a time, about
-# What gguf takes for one chunk besides its result: 1.4 MiB at most, of all types.
-_CHUNK_BYTES = 2 << 20
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 
 
 class Entry(NamedTuple):
-    """Where a value of the metadata lies in its file.
+    """Where a value of the metadata is stored.
 
     Attributes:
-      kind: number of its type, for an array that of its elements.
-      length: of an array in elements, None where it is no array.
-      start, end: its bytes.
+      kind: number of its type; of the elements' type for an array.
+      length: elements of an array; None for a single value.
+      start, end: its bytes in the file.
     """
 
     kind: int
@@ -59,8 +49,8 @@ class Entry(NamedTuple):
     end: int
 
 
-class Described(NamedTuple):
-    """A tensor as the file describes it: its type and place are not yet checked.
+class TensorInfo(NamedTuple):
+    """A tensor as the header describes it; type and extent are not checked yet.
 
     Attributes:
       shape: in NumPy's order.
@@ -74,21 +64,21 @@ class Described(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What lies before the tensors' data, and where that begins."""
+    """The header of a file; `size` is that of the whole file in bytes."""
 
     path: pathlib.Path
     size: int
     entries: Mapping[str, Entry]
-    tensors: Mapping[str, Described]
+    tensors: Mapping[str, TensorInfo]
 
-    def value(self, key: str) -> Any:
-        """A value of the metadata: a number, a text or an array of them; None: absent.
+    def value(self, key: str) -> MetadataContent | None:
+        """Read a value of the metadata; None if the key is absent.
 
-        Numbers of single precision are the shortest decimals that round to them, which
-        is what was meant: 1e-5, and not 9.999999747378752e-06.
+        Returns single-precision numbers as the shortest decimals that round to them,
+        as they were meant: 1e-5, not 9.999999747378752e-06.
 
         Raises:
-          CheckpointError: it is no text.
+          CheckpointError: a string is not UTF-8.
         """
         if (entry := self.entries.get(key)) is None:
             return None
@@ -96,33 +86,34 @@ class Header(NamedTuple):
             file.seek(entry.start)
             data = file.read(entry.end - entry.start)
         if entry.kind == STRING:
-            texts = self._texts(key, data)
-            return next(texts) if entry.length is None else list(texts)
+            strings = self._strings(key, data)
+            return next(strings) if entry.length is None else list(strings)
         numbers = np.frombuffer(data, np.dtype(_SCALARS[entry.kind]).newbyteorder("<"))
         if entry.length is not None:
             return numbers
-        number = numbers[0]
-        return float(str(number)) if entry.kind == FLOAT32 else number.item()
+        if entry.kind == FLOAT32:
+            return float(str(numbers[0]))
+        number: bool | int | float = numbers[0].item()
+        return number
 
-    def _texts(self, key: str, data: bytes) -> Iterator[str]:
-        at = 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            at += 8 + length
+    def _strings(self, key: str, data: bytes) -> Iterator[str]:
+        offset = 0
+        while offset < len(data):
+            (length,) = struct.unpack_from("<Q", data, offset)
+            offset += 8 + length
             try:
-                yield data[at - length : at].decode()
+                yield data[offset - length : offset].decode()
             except UnicodeDecodeError as error:
-                raise _damaged(self.path, f"{key} is no text") from error
+                raise damaged(self.path, f"{key} is not UTF-8") from error
 
 
-def shown(value: Any) -> str:
-    """A value for a message, which need not end where the value ends."""
-    text = repr(value[:3] if isinstance(value, list) else value)
-    return text if len(text) < 60 else f"{text[:60]}…"
+def damaged(path: pathlib.Path, problem: str) -> CheckpointError:
+    """Return the error for a damaged file."""
+    return CheckpointError(f"{path}: is damaged: {problem}; download it again")
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Read what lies before the tensors' data, without reading long values.
+    """Read the header of a file, skipping over long values.
 
     Raises:
       CheckpointError: the file is damaged, of another kind, or of another version.
@@ -137,222 +128,126 @@ def read_header(path: pathlib.Path) -> Header:
         if start[:4] != _MAGIC or len(start) < 8:
             raise CheckpointError(f"{path}: is not a GGUF file; download it again")
         if version not in _VERSIONS:
-            kind = f"version {version} of GGUF"
-            if version % 65536 == 0:  # the bytes of a small number, the other way round
+            kind = f"GGUF version {version}"
+            if version % 65536 == 0:  # a small number with its bytes swapped
                 kind = "GGUF for big-endian machines"
             raise CheckpointError(
-                f"{path}: is {kind}; versions 2 and 3, little endian, can be read: "
-                "convert the model again with a current llama.cpp"
+                f"{path}: is {kind}, but only versions 2 and 3, little endian, are "
+                "supported; convert the model again with a current llama.cpp"
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _Cursor(path, mapped).header()
+            return _HeaderReader(path, mapped).read()
 
 
-class _Cursor:
+class _HeaderReader:
     """Reads a mapped header from front to back, never past its end."""
 
     def __init__(self, path: pathlib.Path, mapped: mmap.mmap) -> None:
-        self._path, self._mapped, self._at = path, mapped, len(_MAGIC) + 4
+        self._path, self._mapped, self._offset = path, mapped, len(_MAGIC) + 4
 
-    def header(self) -> Header:
-        tensors, entries = self._count("tensors"), self._count("entries of metadata")
-        found: dict[str, Entry] = {}
-        for _ in range(entries):
-            key = self._name("an entry of the metadata")
-            if key in found:
-                raise self._damaged(f"{key} is there twice")
-            found[key] = self._entry(key)
-        described: dict[str, Described] = {}
-        for _ in range(tensors):
+    def read(self) -> Header:
+        num_tensors, num_entries = self._count("tensors"), self._count("entries")
+        entries: dict[str, Entry] = {}
+        for _ in range(num_entries):
+            key = self._name("a metadata entry")
+            if key in entries:
+                raise self._damaged(f"{key} occurs twice")
+            entries[key] = self._entry(key)
+        tensors: dict[str, TensorInfo] = {}
+        for _ in range(num_tensors):
             name = self._name("a tensor")
-            if name in described:
-                raise self._damaged(f"{name} is there twice")
-            described[name] = self._described(name)
-        size = len(self._mapped)
-        header = Header(self._path, size, found, described)
-        alignment = _ALIGNMENT
-        if given := found.get("general.alignment"):
-            if given[:2] != (UINT32, None):
-                raise self._damaged("general.alignment is of another type")
-            alignment = header.value("general.alignment")
-            if alignment % 8 or alignment.bit_count() != 1:
-                raise self._damaged(f"general.alignment is {alignment}")
-        begin = -(-self._at // alignment) * alignment
-        for name, tensor in described.items():
-            if tensor.offset % alignment or begin + tensor.offset >= size:
+            if name in tensors:
+                raise self._damaged(f"{name} occurs twice")
+            tensors[name] = self._tensor_info(name)
+        header = Header(self._path, len(self._mapped), entries, tensors)
+        alignment = self._alignment(header)
+        data_start = -(-self._offset // alignment) * alignment
+        for name, tensor in tensors.items():
+            offset = data_start + tensor.offset
+            if tensor.offset % alignment or offset >= header.size:
                 raise self._damaged(
                     f"{name} would begin at byte {tensor.offset:,} of the data, which "
-                    f"has {max(0, size - begin):,}"
+                    f"has {max(0, header.size - data_start):,}"
                 )
-        placed = {n: t._replace(offset=begin + t.offset) for n, t in described.items()}
-        return header._replace(tensors=placed)
+            tensors[name] = tensor._replace(offset=offset)
+        return header
+
+    def _alignment(self, header: Header) -> int:
+        key = "general.alignment"
+        if (entry := header.entries.get(key)) is None:
+            return _ALIGNMENT
+        alignment = header.value(key)
+        if entry[:2] != (UINT32, None) or not isinstance(alignment, int):
+            raise self._damaged(f"{key} is not of the type uint32")
+        if alignment % 8 or alignment.bit_count() != 1:
+            raise self._damaged(f"{key} is {alignment}")
+        return alignment
 
     def _entry(self, key: str) -> Entry:
-        kind, count = self._number("I"), None
+        kind, length = self._integer("I"), None
         if kind == ARRAY:
-            kind, count = self._number("I"), self._number("Q")
-        start = self._at
+            kind, length = self._integer("I"), self._integer("Q")
+        start, count = self._offset, 1 if length is None else length
         if kind in _SCALARS:
-            self._skip(
-                (1 if count is None else count) * struct.calcsize(_SCALARS[kind])
-            )
+            self._skip(count * struct.calcsize(_SCALARS[kind]))
         elif kind == STRING:
-            if count is not None and count > _MOST_TEXTS:
-                raise self._damaged(f"{key} would have {count:,} texts")
-            for _ in range(1 if count is None else count):
-                self._skip(self._number("Q"))
+            if count > _STRINGS_LIMIT:
+                raise self._damaged(f"{key} would have {count:,} strings")
+            for _ in range(count):
+                self._skip(self._integer("Q"))
         else:
-            # Arrays of arrays too, which the format has and no program writes.
+            # Nested arrays too, which the format has but no program writes.
             raise self._damaged(f"{key} is of the unknown type {kind}")
-        return Entry(kind, count, start, self._at)
+        return Entry(kind, length, start, self._offset)
 
-    def _described(self, name: str) -> Described:
-        axes = self._number("I")
-        if not 0 < axes <= _MOST_AXES:
+    def _tensor_info(self, name: str) -> TensorInfo:
+        axes = self._integer("I")
+        if not 0 < axes <= _AXES_LIMIT:
             raise self._damaged(f"{name} has {axes:,} axes")
-        shape = tuple(self._number("Q") for _ in range(axes))[::-1]
+        shape = tuple(self._integer("Q") for _ in range(axes))[::-1]
         if not 0 < math.prod(shape) < 1 << 63:
             raise self._damaged(f"{name} has the impossible shape {list(shape)}")
-        return Described(shape, self._number("I"), self._number("Q"))
+        return TensorInfo(shape, self._integer("I"), self._integer("Q"))
 
     def _count(self, what: str) -> int:
-        count = self._number("Q")
-        if count > _MOST:
+        count = self._integer("Q")
+        if count > _COUNT_LIMIT:
             raise self._damaged(f"it would have {count:,} {what}")
         return count
 
     def _name(self, what: str) -> str:
-        length = self._number("Q")
-        if not 0 < length < _MOST_NAME:
+        length = self._integer("Q")
+        if not 0 < length < _NAME_LIMIT:
             raise self._damaged(f"the name of {what} would have {length:,} bytes")
         self._skip(length)
         try:
-            return self._mapped[self._at - length : self._at].decode()
+            return self._mapped[self._offset - length : self._offset].decode()
         except UnicodeDecodeError as error:
-            raise self._damaged(f"the name of {what} is no text") from error
+            raise self._damaged(f"the name of {what} is not UTF-8") from error
 
-    def _number(self, kind: str) -> int:
+    def _integer(self, kind: str) -> int:
         size = struct.calcsize(kind)
         self._skip(size)
-        return int(struct.unpack_from(f"<{kind}", self._mapped, self._at - size)[0])
+        start = self._offset - size
+        return int(struct.unpack_from(f"<{kind}", self._mapped, start)[0])
 
     def _skip(self, size: int) -> None:
-        if size > len(self._mapped) - self._at:
-            raise self._damaged("its header ends before it is complete")
-        self._at += size
+        if size > len(self._mapped) - self._offset:
+            raise self._damaged("its header is incomplete")
+        self._offset += size
 
-    def _damaged(self, what: str) -> CheckpointError:
-        return _damaged(self._path, what)
-
-
-def _damaged(path: pathlib.Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: is damaged: {what}; download it again")
+    def _damaged(self, problem: str) -> CheckpointError:
+        return damaged(self._path, problem)
 
 
-def lazy_tensors(header: Header) -> dict[str, LazyLeaf]:
-    """The tensors of a file: as they are, or made float32 where they are quantized.
-
-    Raises:
-      CheckpointError: one is of an unknown type, lies within another, or ends behind
-        the end of the file.
-    """
-    leaves, spans = {}, []
-    for name, tensor in header.tensors.items():
-        leaves[name], nbytes = _leaf(header, name, tensor)
-        spans.append((tensor.offset, tensor.offset + nbytes, name))
-    last, before = 0, ""
-    for begin, end, name in sorted(spans):
-        if begin < last:
-            raise CheckpointError(
-                f"{header.path}: is damaged: {name} begins within {before}; download "
-                "it again"
-            )
-        last, before = end, name
-    if last > header.size:
-        raise CheckpointError(
-            f"{header.path}: has {header.size:,} bytes, but {before} ends at "
-            f"{last:,}; it is incomplete or damaged, download it again"
-        )
-    return leaves
-
-
-def _leaf(header: Header, name: str, tensor: Described) -> tuple[LazyLeaf, int]:
-    """A tensor that is read when wanted, and how many bytes it has in the file."""
-    path, shape, offset = header.path, tensor.shape, tensor.offset
-    if (dtype := FLOATS.get(tensor.kind)) is not None:
-
-        def read() -> np.ndarray:
-            return np.asarray(np.memmap(path, dtype, "r", offset, shape))
-
-        return LazyLeaf(shape, dtype, read), math.prod(shape) * dtype.itemsize
-
-    block, block_bytes = _block(path, name, tensor.kind)
-    if shape[-1] % block:
-        raise CheckpointError(
-            f"{path}: is damaged: rows of {name} have {shape[-1]:,} numbers, its type "
-            f"has blocks of {block}; download it again"
-        )
-    nbytes = math.prod(shape) // block * block_bytes
-
-    def dequantized() -> np.ndarray:
-        from gguf import GGMLQuantizationType, quants
-
-        kind = GGMLQuantizationType(tensor.kind)
-        raw = np.memmap(path, np.uint8, "r", offset, (nbytes,))
-        out = np.empty(math.prod(shape), np.float32)
-        step = CHUNK // block
-        for start in range(0, nbytes // block_bytes, step):
-            blocks = raw[start * block_bytes : (start + step) * block_bytes]
-            with np.errstate(all="ignore"):  # a scale may be anything
-                numbers = quants.dequantize(np.asarray(blocks)[None], kind)
-            out[start * block : (start + step) * block] = numbers[0]
-        return out.reshape(shape)
-
-    leaf = LazyLeaf(shape, np.dtype(np.float32), dequantized)
-    return leaf.with_host_bytes(leaf.nbytes + _CHUNK_BYTES), nbytes
-
-
-def _block(path: pathlib.Path, name: str, number: int) -> tuple[int, int]:
-    """Numbers and bytes of a block of a quantized type that can be read."""
-    need_gguf(path, "is quantized")
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-
-    try:
-        kind = GGMLQuantizationType(number)
-        block, nbytes = GGML_QUANT_SIZES[kind]
-        with np.errstate(all="ignore"):
-            quants.dequantize(np.zeros((1, nbytes), np.uint8), kind)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: {name} is of the type {number}, which the installed gguf does "
-            "not know; try `pip install --upgrade gguf`, or take another file"
-        ) from error
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{path}: {name} is of the type {kind.name}, which cannot be read; take a "
-            "file of another quantization"
-        ) from error
-    return block, nbytes
-
-
-def need_gguf(path: pathlib.Path, why: str) -> None:
-    """Raise a `CheckpointError` where the package gguf is not installed."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            f'{path}: {why}, which needs a package: pip install "llama-jax[gguf]"'
-        ) from error
-
-
-class Value(NamedTuple):
-    """A value of the metadata to be written: its type, and a list for an array."""
+class MetadataValue(NamedTuple):
+    """A value to be written: number of its type, and a list for an array."""
 
     kind: int
-    content: Any
+    content: str | bool | int | float | list[str] | list[float] | list[int]
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """A tensor to be written: shape in NumPy's order, number of its type, bytes."""
 
     shape: tuple[int, ...]
@@ -360,34 +255,34 @@ class Layout(NamedTuple):
     nbytes: int
 
 
-def pack_header(metadata: Mapping[str, Value], tensors: Mapping[str, Layout]) -> bytes:
-    """All that lies before the first tensor, which is to follow at once."""
+def pack_header(
+    metadata: Mapping[str, MetadataValue], tensors: Mapping[str, TensorLayout]
+) -> bytes:
+    """Return everything that precedes the data of the first tensor."""
     parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(metadata))]
-    for key, value in metadata.items():
-        array = isinstance(value.content, list)
-        head = (ARRAY, value.kind) if array else (value.kind,)
-        parts += [_string(key), struct.pack(f"<{len(head)}I", *head)]
-        if array:
-            parts.append(struct.pack("<Q", len(value.content)))
-        parts += [
-            _string(one)
-            if value.kind == STRING
-            else struct.pack("<" + _SCALARS[value.kind], one)
-            for one in (value.content if array else [value.content])
-        ]
+    for key, (kind, content) in metadata.items():
+        is_array = isinstance(content, list)
+        kinds = (ARRAY, kind) if is_array else (kind,)
+        parts += [_string(key), struct.pack(f"<{len(kinds)}I", *kinds)]
+        elements = content if isinstance(content, list) else [content]
+        if is_array:
+            parts.append(struct.pack("<Q", len(elements)))
+        if kind == STRING:
+            parts += [_string(str(element)) for element in elements]
+        else:
+            parts.append(struct.pack(f"<{len(elements)}{_SCALARS[kind]}", *elements))
     offset = 0
-    for name, tensor in tensors.items():
-        axes = len(tensor.shape)
-        place = (tensor.kind, offset)
+    for name, (shape, kind, nbytes) in tensors.items():
+        axes = len(shape)
         parts.append(_string(name))
-        parts.append(struct.pack(f"<I{axes}QIQ", axes, *tensor.shape[::-1], *place))
-        offset += tensor.nbytes + len(padding(tensor.nbytes))
+        parts.append(struct.pack(f"<I{axes}QIQ", axes, *shape[::-1], kind, offset))
+        offset += nbytes + len(padding(nbytes))
     packed = b"".join(parts)
     return packed + padding(len(packed))
 
 
 def padding(nbytes: int) -> bytes:
-    """What follows so many bytes, so that the next tensor begins where it should."""
+    """Return the zeros that align what follows a tensor of so many bytes."""
     return b"\0" * (-nbytes % _ALIGNMENT)
 
 

@@ -1,12 +1,12 @@
-"""The tokenizer within a GGUF file, where it is a SentencePiece model, as one of ours.
+"""The tokenizer of a GGUF file, if it is a SentencePiece model, from and to ours.
 
-llama.cpp keeps the pieces with their scores and kinds, and numbers the kinds as
-SentencePiece does. What else a model says is the same for all tokenizers of Llama 1 and
-2 and Code Llama.
+llama.cpp stores the pieces with their scores and types, in SentencePiece's numbers. The
+rest of a model is the same for all tokenizers of Llama 1, Llama 2 and Code Llama.
 """
 
 import numpy as np
 
+from llama_jax.conversion.config_fields import SIZE_LIMIT, short_repr
 from llama_jax.conversion.gguf_header import (
     BOOL,
     FLOAT32,
@@ -14,8 +14,7 @@ from llama_jax.conversion.gguf_header import (
     STRING,
     UINT32,
     Header,
-    Value,
-    shown,
+    MetadataValue,
 )
 from llama_jax.errors import ConfigError, TokenizerError
 from llama_jax.text.sentencepiece_codec import SentencePieces
@@ -33,42 +32,40 @@ from llama_jax.text.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _FIX = "name the file of its tokenizer with --tokenizer FILE (tokenizer=)"
-# Where a special id is found, and what it is where the file does not say.
+# Key of each special id, and its default.
 _SPECIAL = {
     "bos": ("bos_token_id", 1),
     "eos": ("eos_token_id", 2),
     "unk": ("unknown_token_id", 0),
 }
 _PAD = "padding_token_id"
-# What an infilling model has besides.
+# Keys of the ids of infilling models.
 _INFILLING = {
     "prefix": "fim_pre_token_id",
     "suffix": "fim_suf_token_id",
     "middle": "fim_mid_token_id",
     "end": "eot_token_id",
 }
-_ADDED_SCORE = -1000.0  # llama.cpp's own converter has it for what was added
+_ADDED_SCORE = -1000.0  # of added tokens, as in llama.cpp's converter
 
 
 def read_tokenizer(header: Header) -> Tokenizer:
-    """The tokenizer that a file holds.
+    """Return the tokenizer in a file.
 
-    What stands behind the pieces and is no text was added to them later. It gets its
-    name, but text never becomes it.
+    Pieces at the end that are not normal text were added to the SentencePiece model
+    later: they become added tokens, which no text is encoded to.
 
     Raises:
       TokenizerError: there is none, it is of another kind, or it is damaged.
     """
     kind = header.value(f"{_PREFIX}model")
     if kind != "llama":
-        what = f"has a tokenizer of the unknown kind {shown(kind)}"
-        if kind in (None, "no_vocab"):
-            what = "has no tokenizer"
+        problem = f"has a tokenizer of the unknown kind {short_repr(kind)}"
+        if kind is None or kind == "no_vocab":
+            problem = "has no tokenizer"
         elif kind == "gpt2":
-            what = (
-                "has a byte-level tokenizer, but not the rule that splits text for it"
-            )
-        raise TokenizerError(f"{header.path}: {what}; {_FIX}")
+            problem = "has a byte-level tokenizer without the rule that splits text"
+        raise TokenizerError(f"{header.path}: {problem}; {_FIX}")
     pieces = _pieces(header)
     ids = {name: _id(header, key, id) for name, (key, id) in _SPECIAL.items()}
     added: dict[int, str] = {}
@@ -90,29 +87,34 @@ def read_tokenizer(header: Header) -> Tokenizer:
     except TokenizerError as error:
         raise TokenizerError(f"{header.path}: {error}; {_FIX}") from error
     for name, id in ids.items():
-        if (found := getattr(tokenizer, f"{name}_id")) != id:
+        if (actual := getattr(tokenizer, f"{name}_id")) != id:
             raise TokenizerError(
                 f"{header.path}: its {name} token is {id}, but a SentencePiece model "
-                f"of these pieces has {found}; {_FIX}"
+                f"of these pieces has {actual}; {_FIX}"
             )
     return tokenizer
 
 
 def tokenizer_metadata(
     tokenizer: Tokenizer | None, vocab_size: int
-) -> dict[str, Value]:
-    """What a file says about the tokenizer of a model with so many ids.
+) -> dict[str, MetadataValue]:
+    """Return the metadata of a tokenizer.
 
-    Ids beyond the pieces become pieces that no text becomes: llama.cpp wants one for
-    each row of the embedding.
+    Ids beyond its pieces become pieces that no text is encoded to: llama.cpp needs one
+    for each row of the embedding.
+
+    Args:
+      tokenizer: of the model, if any.
+      vocab_size: of the model.
 
     Raises:
-      ConfigError: it is no SentencePiece model, or one that llama.cpp could not follow.
+      ConfigError: it is not a SentencePiece model, or one with rules that llama.cpp
+        does not implement.
       TokenizerError: it has more pieces than the model has ids.
     """
     if tokenizer is None:
-        return {f"{_PREFIX}model": Value(STRING, "no_vocab")}
-    prefix = _add_space_prefix(tokenizer)
+        return {f"{_PREFIX}model": MetadataValue(STRING, "no_vocab")}
+    add_space_prefix = _adds_space_prefix(tokenizer)
     pieces = pieces_of_model(tokenizer.model_proto)
     tokenizer.check_fits(vocab_size)
     del pieces[vocab_size:]
@@ -120,23 +122,25 @@ def tokenizer_metadata(
         name = tokenizer.added_tokens.get(id)
         kind = UNUSED if name is None else CONTROL
         pieces.append(Piece(name or f"[PAD{id}]", _ADDED_SCORE, kind))
-    found = {
-        "model": Value(STRING, "llama"),
-        "pre": Value(STRING, "default"),
-        "tokens": Value(STRING, [piece.text for piece in pieces]),
-        "scores": Value(FLOAT32, [piece.score for piece in pieces]),
-        "token_type": Value(INT32, [piece.kind for piece in pieces]),
-        "add_space_prefix": Value(BOOL, prefix),
-        "add_bos_token": Value(BOOL, True),
-        "add_eos_token": Value(BOOL, False),
+    metadata = {
+        "model": MetadataValue(STRING, "llama"),
+        "pre": MetadataValue(STRING, "default"),
+        "tokens": MetadataValue(STRING, [piece.text for piece in pieces]),
+        "scores": MetadataValue(FLOAT32, [piece.score for piece in pieces]),
+        "token_type": MetadataValue(INT32, [piece.kind for piece in pieces]),
+        "add_space_prefix": MetadataValue(BOOL, add_space_prefix),
+        "add_bos_token": MetadataValue(BOOL, True),
+        "add_eos_token": MetadataValue(BOOL, False),
     }
     special = {key: getattr(tokenizer, f"{n}_id") for n, (key, _) in _SPECIAL.items()}
     special[_PAD] = tokenizer.pad_id
     if tokenizer.infilling is not None:
         ids = tokenizer.infilling._asdict()
         special |= {key: ids[name] for name, key in _INFILLING.items()}
-    found |= {key: Value(UINT32, id) for key, id in special.items() if id >= 0}
-    return {_PREFIX + key: value for key, value in found.items()}
+    metadata |= {
+        key: MetadataValue(UINT32, id) for key, id in special.items() if id >= 0
+    }
+    return {_PREFIX + key: value for key, value in metadata.items()}
 
 
 def _pieces(header: Header) -> list[Piece]:
@@ -154,8 +158,8 @@ def _pieces(header: Header) -> list[Piece]:
         and ((kinds >= NORMAL) & (kinds <= BYTE)).all()
     ):
         raise TokenizerError(
-            f"{header.path}: its tokens, their scores and types are damaged or do not "
-            f"belong together; {_FIX}"
+            f"{header.path}: its tokens, scores and token types are damaged or of "
+            f"different lengths; {_FIX}"
         )
     return [
         Piece(text, float(score), int(kind))
@@ -163,32 +167,31 @@ def _pieces(header: Header) -> list[Piece]:
     ]
 
 
-def _id(header: Header, key: str, absent: int) -> int:
+def _id(header: Header, key: str, default: int) -> int:
     value = header.value(_PREFIX + key)
     if value is None:
-        return absent
-    if type(value) is not int or not 0 <= value < 1 << 31:
+        return default
+    if type(value) is not int or not 0 <= value < SIZE_LIMIT:
         raise TokenizerError(
-            f"{header.path}: {_PREFIX}{key} is {shown(value)}, which is no token; "
-            f"{_FIX}"
+            f"{header.path}: {_PREFIX}{key} is {short_repr(value)}, which is not a "
+            f"token id; {_FIX}"
         )
     return value
 
 
-def _add_space_prefix(tokenizer: Tokenizer) -> bool:
-    """Whether a space is put before a text; refuses what llama.cpp cannot follow."""
+def _adds_space_prefix(tokenizer: Tokenizer) -> bool:
+    """Return whether text gets a space in front; refuses unsupported normalization."""
     if not tokenizer.has_pieces:
         raise ConfigError(
             "only SentencePiece tokenizers (Llama 1 and 2, Code Llama) can be written "
-            "into a GGUF file so far; convert the Hugging Face folder with llama.cpp's "
-            "own converter"
+            "to a GGUF file; convert the Hugging Face folder with llama.cpp's converter"
         )
     pieces = SentencePieces(tokenizer.model_proto)
-    spaced, plain = "▁ﬁ▁▁X▁", "ﬁ▁▁X▁"
-    found = pieces.sp.normalize("ﬁ  X ")
-    if found not in (spaced, plain):
+    with_space, without = "▁ﬁ▁▁X▁", "ﬁ▁▁X▁"
+    normalized = pieces.sp.normalize("ﬁ  X ")
+    if normalized not in (with_space, without):
         raise ConfigError(
-            "its tokenizer normalizes text (NFKC, or fewer spaces), which a GGUF file "
-            "of a Llama cannot say; is it another model's tokenizer?"
+            "the tokenizer normalizes text (NFKC, or repeated spaces), which a GGUF "
+            "file of a Llama cannot store; is it another model's tokenizer?"
         )
-    return bool(found == spaced)
+    return bool(normalized == with_space)

@@ -1,4 +1,4 @@
-"""The memory that this process takes from the host, page cache not counted."""
+"""Host memory of this process, without the page cache."""
 
 import contextlib
 import dataclasses
@@ -8,21 +8,21 @@ import threading
 from collections.abc import Iterator
 
 _STATUS = pathlib.Path("/proc/self/status")
-_SECONDS = 0.01  # between two looks
+_POLL_SECONDS = 0.01
 
 
 @dataclasses.dataclass
-class Peak:
-    """The most that was seen, in bytes; None where the system does not say."""
+class PeakMemory:
+    """Largest memory seen so far, in bytes; None if the system does not report it."""
 
     bytes: int | None
 
 
 def anonymous_bytes() -> int | None:
-    """What the process holds in memory of its own.
+    """Return the bytes of the process's anonymous memory (`RssAnon` on Linux).
 
-    Mapped files are left out: the system takes their pages back when it needs them.
-    Where the system tells no such number it is the most that was ever resident.
+    Mapped files do not count: the system reclaims their pages when it needs them.
+    Other systems report only the peak of all resident memory; Windows nothing.
     """
     if _STATUS.is_file():
         for line in _STATUS.read_text().splitlines():
@@ -30,26 +30,26 @@ def anonymous_bytes() -> int | None:
                 return int(line.split()[1]) * 1024
     try:
         import resource
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[Peak]:
-    """Look at the memory a hundred times a second; the peak is ready at the end."""
-    peak = Peak(anonymous_bytes())
+def track_peak_memory() -> Iterator[PeakMemory]:
+    """Poll the memory a hundred times a second; the result is final at the end."""
+    peak = PeakMemory(anonymous_bytes())
     if peak.bytes is None:
         yield peak
         return
     ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(_SECONDS):
+    def poll() -> None:
+        while not ended.wait(_POLL_SECONDS):
             peak.bytes = max(peak.bytes or 0, anonymous_bytes() or 0)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield peak

@@ -1,4 +1,4 @@
-"""llama2.c's `tokenizer.bin` from, and to, a SentencePiece model."""
+"""llama2.c's `tokenizer.bin` from and to a SentencePiece model."""
 
 import math
 import pathlib
@@ -19,11 +19,17 @@ from llama_jax.text.sentencepiece_proto import (
 _SPACE = "▁"
 
 
-def from_llama2c(path: pathlib.Path) -> bytes:
-    """A llama2.c `tokenizer.bin` as the SentencePiece model it was made from.
+def read_llama2c_tokenizer(path: pathlib.Path) -> bytes:
+    """Return the SentencePiece model that a llama2.c `tokenizer.bin` was made from.
 
-    The file has the pieces in the order of their ids with their scores; what it lacks
-    is the same for all Llama tokenizers.
+    The file contains pieces and scores in the order of ids; everything else is the same
+    for all Llama tokenizers.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The serialized model, as in a `tokenizer.model`.
 
     Raises:
       TokenizerError: the file is damaged or of another kind.
@@ -43,23 +49,23 @@ def from_llama2c(path: pathlib.Path) -> bytes:
             break
         kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
         if len(pieces) in special:
-            wanted, kind = special[len(pieces)]
-            # Some exports put newlines around all of them, some around two.
-            if text.strip("\n") != wanted.strip("\n"):
+            expected, kind = special[len(pieces)]
+            # Some exports put newlines around all three, some around two.
+            if text.strip("\n") != expected.strip("\n"):
                 break
-            text, score = wanted.strip("\n"), 0.0
+            text, score = expected.strip("\n"), 0.0
         pieces.append(Piece(text.replace(" ", _SPACE), score, kind))
         offset += 8 + size
     if offset != len(data) or len(pieces) < len(special):
         raise TokenizerError(
-            f"{path}: is not a llama2.c tokenizer, or damaged at byte {offset}; "
+            f"{path}: is not a llama2.c tokenizer, or is damaged at byte {offset}; "
             "download it again"
         )
     return model_of_pieces(pieces)
 
 
-def to_llama2c(model_proto: bytes) -> bytes:
-    """A `tokenizer.bin` of llama2.c with the pieces of a `tokenizer.model`."""
+def pack_llama2c_tokenizer(model_proto: bytes) -> bytes:
+    """Return a llama2.c `tokenizer.bin` with the pieces of a `tokenizer.model`."""
     encoded = []
     for id, piece in enumerate(pieces_of_model(model_proto)):
         text = piece.text.replace(_SPACE, " ")

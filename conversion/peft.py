@@ -1,8 +1,8 @@
-"""Folders of the `peft` package: adapters and their settings, read and written.
+"""Read and write LoRA adapters in the folders of the `peft` package.
 
-`adapter_config.json` says what they are, `adapter_model.safetensors` holds them under
-Hugging Face's names of the weights, with lora_A [R, I] and lora_B [O, R]. Rotary pairs
-lie half a head apart there as they do here, so that nothing is permuted.
+`adapter_config.json` has their settings, `adapter_model.safetensors` the tensors under
+Hugging Face's weight names: lora_A [R, I] and lora_B [O, R]. Both use the half-split
+rotary layout of this library, so nothing is permuted.
 """
 
 import pathlib
@@ -28,47 +28,47 @@ _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
-# What says nothing about the numbers, or only how they were drawn and trained.
-_WITHOUT_EFFECT = {
+# Fields that do not change what the adapters compute.
+_INERT = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",  # of embeddings and heads with adapters, which are refused
+    "ensure_weight_tying",  # of adapted embeddings and heads, which are refused
     "eva_config",
-    "exclude_modules",  # the tensors say which are there
+    "exclude_modules",  # the tensors show which were adapted
     "inference_mode",
-    "layers_pattern",  # only together with layers_to_transform
+    "layers_pattern",  # only with layers_to_transform
     "lora_dropout",
-    "megatron_core",  # only together with megatron_config
+    "megatron_core",  # only with megatron_config
     "peft_version",
-    "qalora_group_size",  # only together with use_qalora
+    "qalora_group_size",  # only with use_qalora
     "revision",
     "runtime_config",
     "target_modules",  # as above
     "task_type",
 }
 _READ = {"init_lora_weights", "lora_alpha", "peft_type", "r", "use_rslora"}
-# These leave the model's weights as they are; others (PiSSA, OLoRA, ...) change them.
-_FIRST_NUMBERS = ("gaussian", "eva", "orthogonal")
+# These leave the base weights unchanged; others (PiSSA, OLoRA, ...) change them.
+_INERT_INITS = ("gaussian", "eva", "orthogonal")
 
 
 def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, Any], Lora]:
-    """The adapters of a folder that `peft` saved, and what they are.
+    """Read the adapters of a folder that `peft` saved.
 
     Args:
       path: of the folder.
-      config: of the model that they belong to.
+      config: of the base model.
 
     Returns:
-      Unrolled adapters on the default device, in the file's dtype. `lora.scaling` is
-      what `lora.adapt` wants besides.
+      The adapters, unrolled, on the default device, in the file's dtype; and their
+      description, of which `lora.adapt` needs `scaling`.
 
     Raises:
-      CheckpointError: a file is missing or damaged; the adapters are not this model's;
-        or they are of a kind that is more than x a b (DoRA, biases, whole modules, a
-        rank of its own for some layers).
+      CheckpointError: a file is missing or damaged; the adapters are for another model;
+        or they compute more than x a b (DoRA, biases, whole modules, ranks that differ
+        between layers).
     """
     folder = pathlib.Path(path)
-    facts = _read_facts(folder / _CONFIG)
+    settings = _read_settings(folder / _CONFIG)
     tensors = read_safetensors(folder / _TENSORS)
     names = _names(config)
     known = {
@@ -78,26 +78,26 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, Any], Lora]:
     }
     if unknown := sorted(tensors.keys() - known.keys()):
         raise CheckpointError(
-            f"{folder / _TENSORS}: holds {unknown[0]}, which is no adapter of a "
-            f"projection of this model's {config.num_layers} layers; only those can be "
-            "read"
+            f"{folder / _TENSORS}: contains {unknown[0]}, which is not an adapter of a "
+            f"projection of this model's {config.num_layers} layers; only those are "
+            "supported"
         )
-    found = {known[name]: tensor for name, tensor in tensors.items()}
-    targets = {leaf.split("/")[-2] for leaf in found}
-    lora = _lora(folder / _CONFIG, facts, tuple(_in_order(targets, names)))
-    wanted = flatten(lora_shapes(config, lora, layout="unrolled"))
-    if missing := [leaf for leaf in wanted if leaf not in found]:
+    leaves = {known[name]: tensor for name, tensor in tensors.items()}
+    targets = {leaf.split("/")[-2] for leaf in leaves}
+    lora = _lora(folder / _CONFIG, settings, _ordered(targets, names))
+    shapes = flatten(lora_shapes(config, lora, layout="unrolled"))
+    if missing := [leaf for leaf in shapes if leaf not in leaves]:
         raise CheckpointError(
-            f"{folder / _TENSORS}: lacks {_foreign(missing[0], names)}; adapters of "
-            "some layers only cannot be read"
+            f"{folder / _TENSORS}: lacks {_foreign_name(missing[0], names)}; "
+            "adapters of only some layers are not supported"
         )
     adapters = {}
-    for leaf, shape in wanted.items():
-        tensor = found[leaf]
+    for leaf, shape in shapes.items():
+        tensor = leaves[leaf]
         if tensor.shape != shape.shape[::-1]:
             raise CheckpointError(
-                f"{folder / _TENSORS}: {_foreign(leaf, names)} has the shape "
-                f"{list(tensor.shape)}, but model and rank make it "
+                f"{folder / _TENSORS}: {_foreign_name(leaf, names)} has the shape "
+                f"{list(tensor.shape)}, but model and rank require "
                 f"{list(shape.shape[::-1])}; do they belong together?"
             )
         adapters[leaf] = jnp.asarray(np.ascontiguousarray(tensor.read().T))
@@ -117,31 +117,31 @@ def write_peft(
     Args:
       path: of the folder; must not exist, or be empty.
       adapters: in either layout.
-      config: of the model that they belong to.
-      lora: what they are.
-      base_model: name or folder of that model, for `peft` to find it by itself.
+      config: of the base model.
+      lora: description of the adapters.
+      base_model: name or folder of the base model, for `peft` to load it.
 
     Raises:
-      CheckpointError: there is something at `path`.
-      ConfigError: the adapters are not of this model and kind.
+      CheckpointError: `path` exists.
+      ConfigError: the adapters do not have the leaves of `config` and `lora`.
     """
     leaves = lazy_leaves(adapters)
-    wanted = flatten(lora_shapes(config, lora, layout="unrolled"))
-    for name in sorted(leaves.keys() ^ wanted.keys()):
+    shapes = flatten(lora_shapes(config, lora, layout="unrolled"))
+    for name in sorted(leaves.keys() ^ shapes.keys()):
         raise ConfigError(
-            f"lora: {name} is {'missing' if name in wanted else 'not expected'}; "
+            f"lora: {name} is {'missing' if name in shapes else 'not expected'}; "
             "adapters, configuration and targets do not belong together"
         )
     names = _names(config)
     tensors = {}
     for name, leaf in leaves.items():
-        if leaf.shape != wanted[name].shape:
+        if leaf.shape != shapes[name].shape:
             raise ConfigError(
                 f"lora: {name} has the shape {list(leaf.shape)}, but model and rank "
-                f"make it {list(wanted[name].shape)}"
+                f"require {list(shapes[name].shape)}"
             )
-        tensors[_foreign(name, names)] = _turned(leaf)
-    facts = {
+        tensors[_foreign_name(name, names)] = _transposed(leaf)
+    settings = {
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -158,51 +158,55 @@ def write_peft(
         "use_rslora": lora.rank_stabilized,
     }
     with new_folder(path) as folder:
-        for _ in write_safetensors(folder / _TENSORS, tensors):
-            pass
-        write_json(folder / _CONFIG, facts)
+        write_safetensors(folder / _TENSORS, tensors)
+        write_json(folder / _CONFIG, settings)
 
 
-def _read_facts(file: pathlib.Path) -> dict[str, Any]:
-    """The fields of `adapter_config.json`, if none asks for more than x a b."""
-    facts = read_json(file)
-    if facts.get("peft_type") != "LORA":
+def _read_settings(file: pathlib.Path) -> dict[str, Any]:
+    """Return the fields of `adapter_config.json`; refuse what is more than x a b."""
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{file}: peft_type is {facts.get('peft_type')!r}; only LORA can be read"
+            f"{file}: peft_type is {settings.get('peft_type')!r}, but only LORA is "
+            "supported; merge the adapter with peft (merge_and_unload) instead"
         )
-    for name, value in sorted(facts.items()):
-        if name in _READ | _WITHOUT_EFFECT or not value:
+    for name, value in sorted(settings.items()):
+        if name in _READ | _INERT or not value:
             continue
         if name == "bias" and value == "none":
             continue
         raise CheckpointError(
-            f"{file}: {name} is {value!r}, which this library does not do; merge the "
-            "adapter into its model with peft (merge_and_unload), and convert that"
+            f"{file}: {name} is {value!r}, which is not supported; merge the adapter "
+            "into its model with peft (merge_and_unload), and convert the result"
         )
-    first = facts.get("init_lora_weights", True)
-    if type(first) is not bool and first not in _FIRST_NUMBERS:
+    init = settings.get("init_lora_weights", True)
+    if type(init) is not bool and init not in _INERT_INITS:
         raise CheckpointError(
-            f"{file}: init_lora_weights is {first!r}, which changes the model's own "
-            "weights; save it as plain adapters with peft "
-            "(path_initial_model_for_weight_conversion)"
+            f"{file}: init_lora_weights is {init!r}, which changes the base weights; "
+            "save plain adapters with peft (path_initial_model_for_weight_conversion)"
         )
-    return facts
+    return settings
 
 
-def _lora(file: pathlib.Path, facts: Mapping[str, Any], targets: tuple) -> Lora:
-    rank, alpha = facts.get("r"), facts.get("lora_alpha", 0.0)
-    stabilized = facts.get("use_rslora", False)
+def _lora(
+    file: pathlib.Path, settings: Mapping[str, Any], targets: tuple[str, ...]
+) -> Lora:
+    rank, alpha = settings.get("r"), settings.get("lora_alpha", 0.0)
+    stabilized = settings.get("use_rslora", False)
     if type(rank) is not int or type(stabilized) is not bool:
         raise CheckpointError(
-            f"{file}: r is {rank!r} and use_rslora {stabilized!r}, instead of a whole "
-            "number and true or false; download it again"
+            f"{file}: r is {rank!r} and use_rslora {stabilized!r}; they must be an "
+            "integer and a boolean, download the file again"
         )
     if type(alpha) is bool or not isinstance(alpha, int | float):
         raise CheckpointError(
-            f"{file}: lora_alpha is {alpha!r}, which is no number; download it again"
+            f"{file}: lora_alpha is {alpha!r}; it must be a number, download the file "
+            "again"
         )
     if not targets:
-        raise CheckpointError(f"{file}: there are no adapters beside it")
+        raise CheckpointError(
+            f"{file.with_name(_TENSORS)}: contains no adapters; download it again"
+        )
     try:
         return Lora(rank=rank, alpha=alpha, rank_stabilized=stabilized, targets=targets)
     except ConfigError as error:
@@ -210,7 +214,7 @@ def _lora(file: pathlib.Path, facts: Mapping[str, Any], targets: tuple) -> Lora:
 
 
 def _names(config: LlamaConfig) -> dict[str, str]:
-    """Hugging Face's name, without `.weight`, of each projection."""
+    """Return Hugging Face's name, without `.weight`, of each projection."""
     pairs = zip(leaf_paths(config), foreign_names(HUGGING_FACE, config), strict=True)
     return {
         ours: name.removesuffix(".weight")
@@ -219,18 +223,18 @@ def _names(config: LlamaConfig) -> dict[str, str]:
     }
 
 
-def _foreign(leaf: str, names: Mapping[str, str]) -> str:
+def _foreign_name(leaf: str, names: Mapping[str, str]) -> str:
     ours, _, part = leaf.rpartition("/")
     return f"{_PREFIX}{names[ours]}.{_PARTS[part]}"
 
 
-def _in_order(targets: set[str], names: Mapping[str, str]) -> list[str]:
-    """The targets, as they come in a layer."""
-    every = dict.fromkeys(path.rpartition("/")[2] for path in names)
-    return [name for name in every if name in targets]
+def _ordered(targets: set[str], names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the targets in the order of a layer's projections."""
+    projections = dict.fromkeys(path.rpartition("/")[2] for path in names)
+    return tuple(name for name in projections if name in targets)
 
 
-def _turned(leaf: LazyLeaf) -> LazyLeaf:
+def _transposed(leaf: LazyLeaf) -> LazyLeaf:
     def read() -> np.ndarray:
         return np.ascontiguousarray(leaf.read().T)
 

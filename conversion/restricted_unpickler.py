@@ -1,7 +1,7 @@
-"""The pickle in a `.pth` file, read without executing anything of it.
+"""Read the pickle of a `.pth` file without executing any of it.
 
-Its opcodes are interpreted here, names stay names, and a call is understood only if
-it is one of the few that rebuild a tensor; anything else is refused by name.
+The opcodes are interpreted here, globals stay names, and the only calls understood are
+the few that rebuild tensors; everything else is refused by name.
 """
 
 import io
@@ -29,15 +29,15 @@ _NAMES = {*_STORAGES, _ORDERED_DICT, _REBUILD, _REBUILD_PARAMETER}
 
 
 class Storage(NamedTuple):
-    """One raw file of the archive."""
+    """One raw file of the archive; `size` is in numbers."""
 
     dtype: np.dtype
     key: str
-    numbers: int
+    size: int
 
 
-class Tensor(NamedTuple):
-    """A view of a storage, as the pickle describes it: nothing here is checked."""
+class TensorView(NamedTuple):
+    """A tensor as the pickle describes it, not yet checked against its storage."""
 
     storage: Storage
     offset: int
@@ -46,34 +46,34 @@ class Tensor(NamedTuple):
 
 
 def read_pickle(data: bytes, path: pathlib.Path) -> Any:
-    """What a state dict's pickle describes: dicts by name, and `Tensor`s.
+    """Return what a pickle describes: for a state dict, `TensorView`s by name.
 
     Args:
       data: the pickle.
-      path: of the file it is from, for messages.
+      path: of its file, for messages.
 
     Raises:
-      CheckpointError: it is damaged, or needs what no state dict needs.
+      CheckpointError: it is damaged, or contains what no state dict contains.
     """
     return _Unpickler(path).load(data)
 
 
 class _Name(str):
-    """A global of the pickle: only ever a name."""
+    """A global of the pickle, never looked up."""
 
 
 class _Mark:
-    """Where on the stack a tuple or the items of a dict begin."""
+    """Start of a tuple or of dict items on the stack."""
 
 
 class _Unpickler:
-    """The part of the pickle machine that a state dict uses."""
+    """The part of the pickle machine that state dicts use."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
 
     def load(self, data: bytes) -> Any:
-        """Run the machine to its STOP."""
+        """Interpret opcodes until STOP."""
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         opcode = None
@@ -84,16 +84,16 @@ class _Unpickler:
                 self._step(opcode.name, arg)
         except CheckpointError:
             raise
-        # What a damaged pickle can do to pickletools and to the few lines below.
+        # All that damaged pickles make pickletools and the code below raise.
         except (
             ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError,
             struct.error,
         ) as error:  # fmt: skip
-            at = f" at {opcode.name}" if opcode else ""
+            position = f" at {opcode.name}" if opcode else ""
             raise CheckpointError(
-                f"{self.path}: its pickle is damaged{at} ({error}); {FIX}"
+                f"{self.path}: its pickle is damaged{position} ({error}); {FIX}"
             ) from error
-        raise CheckpointError(f"{self.path}: its pickle has no end; {FIX}")
+        raise CheckpointError(f"{self.path}: its pickle has no STOP; {FIX}")
 
     def _step(self, name: str, arg: Any) -> None:
         stack = self.stack
@@ -142,11 +142,11 @@ class _Unpickler:
             case "BUILD":  # attributes of an OrderedDict: `_metadata` of a module
                 stack.pop()
                 if not isinstance(stack[-1], dict):
-                    raise ValueError("attributes of something that is no state dict")
+                    raise ValueError("attributes of an object that is not a state dict")
             case _:
                 raise CheckpointError(
-                    f"{self.path}: its pickle uses {name}, which a state dict does "
-                    "not need; it may be malicious, get the file from another source"
+                    f"{self.path}: its pickle uses {name}, which no state dict "
+                    "contains; it may be malicious, get the file from another source"
                 )
 
     def _since_mark(self) -> list[Any]:
@@ -157,10 +157,10 @@ class _Unpickler:
 
     def _set_items(self, items: list[Any]) -> None:
         if len(items) % 2 or not isinstance(self.stack[-1], dict):
-            raise ValueError("items for something that is no dict")
+            raise ValueError("items of an object that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
-                raise ValueError(f"a key that is no text: {key!r}")
+                raise ValueError(f"the key {key!r} is not a string")
             if key in self.stack[-1]:
                 raise ValueError(f"{key!r} occurs twice")
             self.stack[-1][key] = value
@@ -168,7 +168,7 @@ class _Unpickler:
     def _global(self, name: str) -> _Name:
         if name not in _NAMES:
             raise CheckpointError(
-                f"{self.path}: its pickle asks for {name.replace(' ', '.')!r}, which "
+                f"{self.path}: its pickle refers to {name.replace(' ', '.')!r}, which "
                 "is not part of a plain state dict and was not executed; get the "
                 "weights as plain float32, float16 or bfloat16 tensors"
             )
@@ -177,23 +177,23 @@ class _Unpickler:
     def _storage(self, id: Any) -> Storage:
         kind, name, key, _, count = id
         if kind != "storage" or not isinstance(name, _Name) or name not in _STORAGES:
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id that is not a storage")
         if not isinstance(key, str) or type(count) is not int or count < 0:
-            raise ValueError("a storage without key or size")
+            raise ValueError("a storage without a key or size")
         return Storage(_STORAGES[name], key, count)
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise ValueError("a call of something that is no function")
+            raise ValueError("a call of an object that is not a function")
         if function == _ORDERED_DICT and arguments == ():
             return {}
-        if function == _REBUILD_PARAMETER and isinstance(arguments[0], Tensor):
+        if function == _REBUILD_PARAMETER and isinstance(arguments[0], TensorView):
             return arguments[0]
         if function == _REBUILD:
             storage, offset, shape, strides = arguments[:4]
             numbers = (offset, *shape, *strides)
-            sane = all(type(n) is int and n >= 0 for n in numbers)
-            sane = sane and len(shape) == len(strides) <= 8
-            if sane and isinstance(storage, Storage):
-                return Tensor(storage, offset, tuple(shape), tuple(strides))
-        raise ValueError(f"a call of {function} that makes no sense")
+            valid = all(type(n) is int and n >= 0 for n in numbers)
+            valid = valid and len(shape) == len(strides) <= 8
+            if valid and isinstance(storage, Storage):
+                return TensorView(storage, offset, tuple(shape), tuple(strides))
+        raise ValueError(f"a call of {function} with unexpected arguments")

@@ -1,14 +1,20 @@
-"""safetensors: a JSON header with names, dtypes, shapes and offsets, then the bytes."""
+"""safetensors: a JSON header with names, dtypes, shapes and offsets, then the bytes.
+
+Implemented here because the package's writer needs all tensors in memory at once and
+its NumPy reader copies them; here tensors are mapped, and written one at a time.
+"""
 
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, raw_bytes
+from llama_jax.conversion.lazy_arrays import mapped_leaf
 from llama_jax.errors import CheckpointError
 
 _DTYPES: dict[str, np.dtype] = {
@@ -16,131 +22,135 @@ _DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes, the limit of the format's own reader
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes, as in the format's own reader
+_AXES_LIMIT = 8
 _ALIGNMENT = 8
-_MOST_AXES = 8
 _FIX = "download it again"
 
 
+class _Entry(NamedTuple):
+    """A tensor in the header: `begin` and `end` are bytes of the data."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    begin: int
+    end: int
+
+
 def read_safetensors(path: pathlib.Path) -> dict[str, LazyLeaf]:
-    """The tensors of a file, mapped; every offset is checked before it is used.
+    """Return the tensors of a file, memory-mapped; all offsets are checked first.
+
+    Args:
+      path: the file.
 
     Raises:
-      CheckpointError: the file is damaged, or holds something that is no float32,
-        float16 or bfloat16 tensor.
+      CheckpointError: the file is damaged, or contains anything but float32, float16
+        and bfloat16 tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; download it too")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MOST_HEADER):
+        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
             raise CheckpointError(
-                f"{path}: its header would have {length:,} bytes of the file's "
-                f"{size:,}; it is damaged or no safetensors file; {_FIX}"
+                f"{path}: its header would have {length:,} of the file's {size:,} "
+                f"bytes; it is damaged or not a safetensors file; {_FIX}"
             )
         header = file.read(length)
     try:
-        described = json.loads(header.decode("utf-8"), object_pairs_hook=_once)
+        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged; {_FIX}") from error
-    if not isinstance(described, dict):
-        raise CheckpointError(f"{path}: its header is no JSON object; {_FIX}")
-    described.pop("__metadata__", None)
-    tensors, ends = {}, []
-    for name, entry in described.items():
-        shape, dtype, begin, end = _entry(path, name, entry)
-        tensors[name] = _mapped(path, shape, dtype, 8 + length + begin)
-        ends.append((begin, end, name))
-    last = 0
-    for begin, end, name in sorted(ends):
-        if begin != last:
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object; {_FIX}")
+    fields.pop("__metadata__", None)
+    entries = {name: _entry(path, name, entry) for name, entry in fields.items()}
+    data_start = 8 + length
+    data_end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.begin != data_end:
             raise CheckpointError(
-                f"{path}: {name} begins at byte {begin:,} of the data, the one before "
-                f"ends at {last:,}; {_FIX}"
+                f"{path}: {name} begins at byte {entry.begin:,} of the data, but the "
+                f"previous tensor ends at {data_end:,}; {_FIX}"
             )
-        last = end
-    if 8 + length + last != size:
+        data_end = entry.end
+    if data_start + data_end != size:
         raise CheckpointError(
             f"{path}: has {size:,} bytes, but its header describes "
-            f"{8 + length + last:,}; it is incomplete or damaged; {_FIX}"
+            f"{data_start + data_end:,}; it is incomplete or damaged; {_FIX}"
         )
-    return tensors
+    return {
+        name: mapped_leaf(path, entry.dtype, entry.shape, data_start + entry.begin)
+        for name, entry in entries.items()
+    }
 
 
 def write_safetensors(
-    path: pathlib.Path, tensors: Mapping[str, LazyLeaf]
-) -> Iterator[str]:
-    """Write a file, one tensor in memory at a time; yields each name when it is done.
+    path: pathlib.Path,
+    tensors: Mapping[str, LazyLeaf],
+    written: Callable[[str], None] | None = None,
+) -> None:
+    """Write a file, one tensor in memory at a time.
 
-    The file is what the reference implementation would write: the header padded with
-    spaces to eight bytes, tensors of the wider dtypes first, then by name.
+    The bytes are those of the reference implementation: the header padded with spaces
+    to a multiple of eight, tensors of wider dtypes first, then by name.
+
+    Args:
+      path: of the file.
+      tensors: by name.
+      written: called with the name of each tensor that is written.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
         tensor = tensors[name]
-        described[name] = {
-            "dtype": _NAMES[tensor.dtype],
+        fields[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes
-    header = json.dumps(described, separators=(",", ":")).encode()
+    header = json.dumps(fields, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
             file.write(raw_bytes(tensors[name].read()))
-            yield name
+            if written is not None:
+                written(name)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return fields
 
 
-def _entry(
-    path: pathlib.Path, name: str, entry: Any
-) -> tuple[tuple[int, ...], np.dtype, int, int]:
-    """Shape, dtype and place of one tensor, if they agree with each other."""
+def _entry(path: pathlib.Path, name: str, entry: Any) -> _Entry:
+    """Check one tensor of the header."""
     try:
-        kind, shape, (begin, end) = (
-            entry["dtype"],
-            entry["shape"],
-            entry["data_offsets"],
-        )
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        whole = whole and type(kind) is str and len(shape) <= _MOST_AXES
+        kind, shape = entry["dtype"], entry["shape"]
+        begin, end = entry["data_offsets"]
+        valid = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        valid = valid and type(kind) is str and len(shape) <= _AXES_LIMIT
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise CheckpointError(f"{path}: the entry of {name!r} is damaged; {_FIX}")
     if kind not in _DTYPES:
         raise CheckpointError(
-            f"{path}: {name} is of the type {kind!r}; weights are F32, F16 or BF16 "
-            "(quantized checkpoints of this kind cannot be read, take the original)"
+            f"{path}: {name} has the dtype {kind!r}, but only F32, F16 and BF16 are "
+            "supported; download the checkpoint that is not quantized"
         )
-    dtype: np.dtype = _DTYPES[kind]
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    if not size or end - begin != size:
+    dtype = _DTYPES[kind]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes or end - begin != nbytes:
         raise CheckpointError(
             f"{path}: {name} of shape {shape} has {end - begin:,} bytes instead of "
-            f"{size:,}; {_FIX}"
+            f"{nbytes:,}; {_FIX}"
         )
-    return tuple(shape), dtype, begin, end
-
-
-def _mapped(
-    path: pathlib.Path, shape: tuple[int, ...], dtype: np.dtype, offset: int
-) -> LazyLeaf:
-    def read() -> np.ndarray:
-        return np.asarray(np.memmap(path, dtype, "r", offset, shape))
-
-    return LazyLeaf(shape, dtype, read)
+    return _Entry(tuple(shape), dtype, begin, end)

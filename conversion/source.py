@@ -1,95 +1,94 @@
-"""What every reader of a checkpoint hands over, and every writer is handed."""
+"""What readers of checkpoints return, and what writers receive."""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.tensor_mapping import plan
+from llama_jax.conversion.tensor_mapping import leaves_from_tensors
 from llama_jax.conversion.tensor_tables import Format
-from llama_jax.errors import ConfigError
-from llama_jax.presets import PRESETS
 from llama_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint, opened: what it is, and tensors that can be read.
+    """An opened checkpoint: its configuration, and lazily read tensors.
 
     Attributes:
-      path: of the folder or file.
-      form: the table of its format.
-      config: what it says it is.
-      context: where `config.max_seq_len` comes from, in words.
-      tensors: by foreign name, whole (ranks joined), read when wanted.
-      find_tokenizer: reads its tokenizer, and says where that was.
-      checksums: md5 of some of its files, where it comes with a list of them.
-      ranks: in how many model-parallel parts it lies.
+      path: folder or file.
+      format: table of its format.
+      config: its configuration.
+      max_seq_len_origin: where `config.max_seq_len` comes from, for messages.
+      tensors: by foreign name, model-parallel ranks joined.
+      find_tokenizer: reads the tokenizer and returns it with its file.
+      checksums: md5 of each file that the checkpoint comes with a checksum for.
+      ranks: number of model-parallel files.
     """
 
     path: pathlib.Path
-    form: Format
+    format: Format
     config: LlamaConfig
-    context: str
+    max_seq_len_origin: str
     tensors: Mapping[str, LazyLeaf]
     find_tokenizer: Callable[[], tuple[Tokenizer, pathlib.Path]]
     checksums: Mapping[pathlib.Path, str] = dataclasses.field(default_factory=dict)
     ranks: int = 1
 
-    def leaves(self, dtype: Any = None) -> dict[str, LazyLeaf]:
-        """Our leaves, in `dtype`; see `rules.plan`."""
-        return plan(self.form, self.tensors, self.config, where=self.path, dtype=dtype)
+    def leaves(self, dtype: str | np.dtype | None = None) -> dict[str, LazyLeaf]:
+        """Return our leaves, lazily read from the tensors.
+
+        Args:
+          dtype: of the leaves; defaults to that of each tensor.
+
+        Raises:
+          CheckpointError: a tensor is missing, unknown or of the wrong shape.
+        """
+        return leaves_from_tensors(
+            self.format,
+            self.tensors,
+            self.config,
+            where=self.path,
+            dtype=None if dtype is None else np.dtype(dtype),
+        )
 
 
-class Export(NamedTuple):
-    """A model to be written: our leaves in the dtype that is wanted."""
+class LazyModel(NamedTuple):
+    """A model to be written: its leaves are in their final dtype."""
 
     config: LlamaConfig
     leaves: Mapping[str, LazyLeaf]
     tokenizer: Tokenizer | None
 
 
-def counted(
+def override_max_seq_len(
+    config: LlamaConfig, max_seq_len: int | None, origin: str
+) -> tuple[LlamaConfig, str]:
+    """Return the config with the caller's `max_seq_len`, if any, and its origin.
+
+    Args:
+      config: of the checkpoint.
+      max_seq_len: the caller's; None keeps the checkpoint's.
+      origin: of the checkpoint's own value.
+    """
+    if max_seq_len is None:
+        return config, origin
+    return config.replace(max_seq_len=max_seq_len), "as given"
+
+
+def tensor_progress(
     progress: Progress | None, tensors: Mapping[str, LazyLeaf]
 ) -> Callable[[str], None]:
-    """A function to be told the name of each tensor that is written."""
+    """Return a function that writers call with the name of each written tensor."""
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
 
-    def count(name: str) -> None:
+    def written(name: str) -> None:
         nonlocal done
         done += tensors[name].nbytes
         if progress is not None:
             progress("writing", done, total)
 
-    return count
-
-
-_ALIKE = (
-    "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size",
-    "rope_theta",
-)  # fmt: skip
-
-
-def published_context(config: LlamaConfig, where: Any) -> tuple[int, str]:
-    """The longest sequence of the published model with these sizes, and its name.
-
-    LLaMA 1 and Llama 2 of 7B and 13B differ in nothing else but epsilon, so that it
-    decides between presets that are otherwise alike.
-
-    Raises:
-      ConfigError: no published model has them.
-    """
-    alike = {
-        name: known
-        for name, known in PRESETS.items()
-        if all(getattr(known, field) == getattr(config, field) for field in _ALIKE)
-    }
-    same = {n: known for n, known in alike.items() if known.norm_eps == config.norm_eps}
-    for name, known in (same or alike).items():
-        return known.max_seq_len, f"as published for {name}"
-    raise ConfigError(
-        f"{where}: says nothing about the longest sequence, and no published model has "
-        "these sizes; give it with --max-seq-len (max_seq_len=)"
-    )
+    return written

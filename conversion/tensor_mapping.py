@@ -1,20 +1,25 @@
-"""The tables at work: our leaves from a foreign checkpoint's tensors, and back."""
+"""Apply a table: our leaves from a foreign checkpoint's tensors, and back."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.axis_patterns import axes_shape, is_plain, rearrange, reverse
+from llama_jax.conversion.axis_patterns import (
+    axes_shape,
+    moves_nothing,
+    rearrange,
+    reverse,
+)
+from llama_jax.conversion.lazy_arrays import check_float16_range
 from llama_jax.conversion.tensor_tables import ORBAX, Format, Rule
 from llama_jax.errors import CheckpointError
 from llama_jax.params import axis_sizes, leaf_paths, row_of
 
 
 def pattern_sizes(config: LlamaConfig) -> dict[str, int]:
-    """The length of every axis name that a pattern may use."""
+    """Return the length of every axis name of the patterns."""
     return axis_sizes(config) | {
         "N": config.num_heads,
         "K": config.num_kv_heads,
@@ -24,25 +29,28 @@ def pattern_sizes(config: LlamaConfig) -> dict[str, int]:
     }
 
 
-def plan(
-    form: Format,
+def leaves_from_tensors(
+    format: Format,
     tensors: Mapping[str, LazyLeaf],
     config: LlamaConfig,
     *,
-    where: Any,
-    dtype: Any = None,
+    where: object,
+    dtype: np.dtype | None = None,
 ) -> dict[str, LazyLeaf]:
-    """Our leaves, read from a foreign checkpoint's tensors when they are wanted.
+    """Return our leaves as lazy views of a foreign checkpoint's tensors.
 
-    Every tensor is used once, every leaf filled, every shape compared; no weight is
-    read here.
+    Checks that every tensor is used once, every leaf is filled and every shape is
+    right. Reads no weights.
 
     Args:
-      form: the table.
-      tensors: what the checkpoint holds, by its own names.
-      config: what the checkpoint says it is.
+      format: table of the checkpoint's format.
+      tensors: all tensors of the checkpoint, by foreign name.
+      config: of the checkpoint.
       where: its path, for messages.
-      dtype: of the leaves; the tensors' own where not given.
+      dtype: of the leaves; defaults to that of each tensor.
+
+    Returns:
+      One leaf per layer and weight, in the order of `leaf_paths`.
 
     Raises:
       CheckpointError: a tensor is missing, unknown or of the wrong shape.
@@ -50,132 +58,124 @@ def plan(
     if config.num_layers > len(tensors):
         raise CheckpointError(
             f"{where}: the configuration has {config.num_layers} layers, but there are "
-            f"only {len(tensors)} tensors; is every file of the checkpoint here?"
+            f"only {len(tensors)} tensors; download all files of the checkpoint"
         )
     sizes = pattern_sizes(config)
-    sources = source_shapes(form, config)
-    dropped = _dropped_shapes(form, config)
-    if unknown := sorted(tensors.keys() - sources.keys() - dropped.keys()):
+    expected = source_shapes(format, config)
+    dropped = _dropped_shapes(format, config)
+    if unknown := sorted(tensors.keys() - expected.keys() - dropped.keys()):
         raise CheckpointError(
-            f"{where}: holds tensors that a {form.name} checkpoint of this "
-            f"configuration does not have: {_some(unknown)}; is it another kind of "
-            "model?"
+            f"{where}: tensors {_first_names(unknown)} are not part of a {format.name} "
+            "checkpoint with this configuration; is it another kind of model?"
         )
-    if missing := [name for name in sources if name not in tensors]:
+    if missing := [name for name in expected if name not in tensors]:
         raise CheckpointError(
-            f"{where}: lacks {_some(missing)}; is every file of the checkpoint here?"
+            f"{where}: lacks {_first_names(missing)}; download all files of the "
+            "checkpoint"
         )
     for name, tensor in tensors.items():
-        wanted = sources.get(name) or dropped[name]
-        if tensor.shape != wanted:
+        shape = expected.get(name) or dropped[name]
+        if tensor.shape != shape:
             raise CheckpointError(
                 f"{where}: {name} has the shape {list(tensor.shape)}, but the "
-                f"configuration makes it {list(wanted)}; do the two belong together?"
+                f"configuration requires {list(shape)}; do the two belong together?"
             )
-
     return {
-        path: _moved(rule.pattern, tensors[name], sizes, where, name, dtype)
-        for path, rule, name in _rows(form, config)
+        path: _rearranged(rule.pattern, tensors[name], sizes, where, name, dtype)
+        for path, rule, name in _leaf_rules(format, config)
     }
 
 
-def export(
-    form: Format, leaves: Mapping[str, LazyLeaf], config: LlamaConfig
+def tensors_from_leaves(
+    format: Format, leaves: Mapping[str, LazyLeaf], config: LlamaConfig
 ) -> dict[str, LazyLeaf]:
-    """The tensors of a foreign checkpoint, made from our leaves when they are wanted.
+    """Return the tensors of a foreign checkpoint as lazy views of our leaves.
 
-    In the table's order, layer by layer; all of `leaf_paths(config)` must be there.
+    Args:
+      format: table of the target format.
+      leaves: all of `leaf_paths(config)`.
+      config: of the model.
+
+    Returns:
+      Tensors by foreign name, in the table's order, layer by layer.
 
     Raises:
       ConfigError: the model has a scalar head, which foreign formats lack.
     """
-    if form is not ORBAX:
-        config.check_head("lm", f"export to {form.name}")
+    if format is not ORBAX:
+        config.check_head("lm", f"export to {format.name}")
     sizes = pattern_sizes(config)
     tensors = {
-        name: _moved(reverse(rule.pattern), leaves[path], sizes, "the model", name)
-        for path, rule, name in _rows(form, config)
+        name: _rearranged(reverse(rule.pattern), leaves[path], sizes, "the model", name)
+        for path, rule, name in _leaf_rules(format, config)
     }
-    if config.tied_embeddings and not form.can_tie:
-        by_row = {rule.target: rule for rule in form.rules}
-        embedding = by_row["transformer/embedding"].source
-        tensors[by_row["lm_head"].source] = tensors[embedding]
+    if config.tied_embeddings and not format.can_tie:
+        names = {rule.row: rule.foreign_name for rule in format.rules}
+        tensors[names["lm_head"]] = tensors[names["transformer/embedding"]]
     return tensors
 
 
-def rule_of(form: Format, name: str) -> Rule:
-    """The row that a foreign name belongs to."""
-    spelled = ".".join("{l}" if part.isdecimal() else part for part in name.split("."))
-    return next(rule for rule in form.rules if rule.source in (name, spelled))
+def rule_of(format: Format, name: str) -> Rule:
+    """Return the rule of a foreign tensor name."""
+    template = ".".join("{l}" if part.isdecimal() else part for part in name.split("."))
+    return next(rule for rule in format.rules if rule.foreign_name in (name, template))
 
 
-def _moved(
-    pattern: str,
-    tensor: LazyLeaf,
-    sizes: Mapping[str, int],
-    where: Any,
-    name: str,
-    dtype: Any = None,
-) -> LazyLeaf:
-    """A tensor with its axes moved, and cast, when it is read."""
-    kind = tensor.dtype if dtype is None else np.dtype(dtype)
-    shape = axes_shape(pattern.split(" -> ")[1], sizes)
-
-    def read() -> np.ndarray:
-        with np.errstate(over="ignore"):  # looked for below
-            array = rearrange(pattern, tensor.read(), sizes, kind)
-        if kind == np.float16 and tensor.dtype != kind:
-            _check_finite(array, name, where)
-        return array
-
-    moved = LazyLeaf(shape, kind, read)
-    copied = 0 if is_plain(pattern) and kind == tensor.dtype else moved.nbytes
-    return moved.with_host_bytes(tensor.host_bytes + copied)
-
-
-def source_shapes(form: Format, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor that a checkpoint of this kind must hold."""
+def source_shapes(format: Format, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that a checkpoint must contain."""
     sizes = pattern_sizes(config)
     return {
         name: axes_shape(rule.pattern.split(" -> ")[0], sizes)
-        for _, rule, name in _rows(form, config)
+        for _, rule, name in _leaf_rules(format, config)
     }
 
 
-def foreign_names(form: Format, config: LlamaConfig) -> list[str]:
-    """The foreign name of each of our leaves, in the order of `leaf_paths`."""
-    return [name for _, _, name in _rows(form, config)]
+def foreign_names(format: Format, config: LlamaConfig) -> list[str]:
+    """Return the foreign name of each of our leaves, in the order of `leaf_paths`."""
+    return [name for _, _, name in _leaf_rules(format, config)]
 
 
-def _rows(form: Format, config: LlamaConfig) -> list[tuple[str, Rule, str]]:
-    """Each of our leaves with its rule and its foreign name."""
-    by_target = {rule.target: rule for rule in form.rules}
-    rows = []
+def _leaf_rules(format: Format, config: LlamaConfig) -> Iterator[tuple[str, Rule, str]]:
+    """Yield path, rule and foreign name of each of our leaves."""
+    rules = {rule.row: rule for rule in format.rules}
     for path in leaf_paths(config):
         row, layer = row_of(path)
-        rule = by_target[row]
-        rows.append((path, rule, rule.source.format(l=layer)))
-    return rows
+        yield path, rules[row], rules[row].foreign_name.format(l=layer)
 
 
-def _dropped_shapes(form: Format, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def _rearranged(
+    pattern: str,
+    tensor: LazyLeaf,
+    sizes: Mapping[str, int],
+    where: object,
+    name: str,
+    dtype: np.dtype | None = None,
+) -> LazyLeaf:
+    """Return a leaf that moves the axes of another one, and casts it, when read."""
+    dtype = tensor.dtype if dtype is None else dtype
+    shape = axes_shape(pattern.split(" -> ")[1], sizes)
+
+    def read() -> np.ndarray:
+        with np.errstate(over="ignore"):  # checked below
+            array = rearrange(pattern, tensor.read(), sizes, dtype)
+        if dtype == np.float16 and tensor.dtype != dtype:
+            check_float16_range(array, where, name)
+        return array
+
+    leaf = LazyLeaf(shape, dtype, read)
+    is_view = moves_nothing(pattern) and dtype == tensor.dtype
+    return leaf.with_host_bytes(tensor.host_bytes + (0 if is_view else leaf.nbytes))
+
+
+def _dropped_shapes(format: Format, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     sizes = pattern_sizes(config)
     return {
         name.format(l=layer): axes_shape(axes, sizes)
-        for name, axes in form.dropped
+        for name, axes in format.dropped
         for layer in range(config.num_layers if "{l}" in name else 1)
     }
 
 
-def _check_finite(array: np.ndarray, name: str, where: Any) -> None:
-    if not np.isfinite(array).all():
-        raise CheckpointError(
-            f"{where}: {name} does not fit into float16, whose largest number is "
-            "65504; convert to bfloat16 or float32"
-        )
-
-
-def _some(names: list[str]) -> str:
-    """The first few of many names."""
+def _first_names(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

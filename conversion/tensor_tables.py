@@ -1,40 +1,45 @@
-"""One table per foreign format: which tensor is which weight, and how its axes lie.
+"""One table per format: which tensor is which weight, and how its axes are laid out.
 
-The change of layout is in the row, as a pattern (see `patterns.py`). Read forwards
-the rows convert, read backwards they export. A new format is a table here and a
-module that reads (and writes) its files.
+The layout change is part of each row, as a pattern (see `axis_patterns`). Read forwards
+a table converts, read backwards it exports. A new format is a table here and a module
+that reads (and writes) its files.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 from llama_jax.params import AXES, LAYERS
 
+FormatName = Literal["orbax", "meta", "hf", "gguf", "llama2c"]
+
 
 class Rule(NamedTuple):
-    """Where one kind of weight lies.
+    """One kind of weight in one format.
 
     Attributes:
-      target: its row of `params.AXES`.
-      source: the foreign name, with `{l}` for the layer.
+      row: its row of `params.AXES`.
+      foreign_name: its name in the format, with `{l}` for the layer.
       pattern: from the foreign axes to ours.
-      split: the foreign axis that model-parallel ranks divide; none: each has all.
+      rank_axis: foreign axis that model-parallel ranks divide; None if each rank
+        stores the whole tensor.
     """
 
-    target: str
-    source: str
+    row: str
+    foreign_name: str
     pattern: str
-    split: int | None = None
+    rank_axis: int | None = None
 
 
 class Format(NamedTuple):
-    """A foreign format: its rules, and what it holds that is no parameter.
+    """The tensors of a checkpoint format.
 
     Attributes:
-      name: as people call it.
+      name: for messages.
       rules: one per kind of weight.
-      dropped: foreign name and axes of tensors that are checked and left out.
-      can_tie: whether a checkpoint may lack the output head, which is the embedding
-        then. Where it may not, a tied model is written with a second copy.
+      dropped: foreign name and axes of tensors whose shape is checked, but that are
+        not parameters (rotary tables).
+      can_tie: whether a tied model has no output head in this format. If False, the
+        embedding is written a second time as the head.
     """
 
     name: str
@@ -43,13 +48,16 @@ class Format(NamedTuple):
     can_tie: bool = True
 
 
-def _rules(prefix: str, layer: dict[str, tuple], rest: dict[str, tuple]) -> tuple:
-    """Rows of a layer, whose names begin alike on both sides, and of the rest."""
-    rows = [Rule(LAYERS + to, prefix + row[0], *row[1:]) for to, row in layer.items()]
-    return tuple(rows + [Rule(to, *row) for to, row in rest.items()])
+def _rules(
+    prefix: str, layer_rows: dict[str, tuple], other_rows: dict[str, tuple]
+) -> tuple[Rule, ...]:
+    """Build the rules of the layers, whose names share a prefix, and of the rest."""
+    rules = [Rule(LAYERS + ours, prefix + theirs, *layout)
+             for ours, (theirs, *layout) in layer_rows.items()]  # fmt: skip
+    return tuple(rules + [Rule(ours, *fields) for ours, fields in other_rows.items()])
 
 
-# Rotary pairs lie next to each other in Meta's formats, half a head apart in ours.
+# Meta interleaves the two numbers of a rotary pair; ours are half a head apart.
 _PAIRS_Q, _PAIRS_K = "(N h two) D -> D (N two h)", "(K h two) D -> D (K two h)"
 
 META = Format(
@@ -128,7 +136,7 @@ GGUF = Format(
     dropped=(("rope_freqs.weight", "h"), ("blk.{l}.attn_rot_embd", "h")),
 )
 
-# On disk these lie kind by kind, stacked over the layers; see `llama2c.py`.
+# On disk each kind of weight is stored for all layers together; see `llama2c`.
 LLAMA2C = Format(
     "llama2.c",
     _rules(
@@ -154,10 +162,17 @@ LLAMA2C = Format(
 )
 
 
-def _own(row: str) -> Rule:
+def _identity_rule(row: str) -> Rule:
     axes = AXES[row].removeprefix("L ")
-    source = row.replace(LAYERS, LAYERS + "{l}/")
-    return Rule(row, source, f"{axes} -> {axes}")
+    return Rule(row, row.replace(LAYERS, LAYERS + "{l}/"), f"{axes} -> {axes}")
 
 
-ORBAX = Format("llama_jax", tuple(map(_own, AXES)))
+ORBAX = Format("llama_jax", tuple(map(_identity_rule, AXES)))
+
+TABLES: Mapping[FormatName, Format] = {
+    "orbax": ORBAX,
+    "meta": META,
+    "hf": HUGGING_FACE,
+    "gguf": GGUF,
+    "llama2c": LLAMA2C,
+}

@@ -1,11 +1,11 @@
-"""Where a checkpoint's tokenizer lies, in the folders of every format."""
+"""Tokenizer files beside checkpoints of every format."""
 
 import pathlib
 from typing import Any
 
 from llama_jax.checkpoint.json_files import read_json, write_json
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
-from llama_jax.conversion.tokenizer_json import describe
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
+from llama_jax.conversion.tokenizer_json import make_tokenizer_json
 from llama_jax.errors import TokenizerError
 from llama_jax.text.sentencepiece_proto import pieces_of_model
 from llama_jax.text.tokenizer import Tokenizer
@@ -16,16 +16,19 @@ _ADDED, _SETTINGS = "added_tokens.json", "tokenizer_config.json"
 
 
 def find_tokenizer(path: pathlib.Path) -> tuple[Tokenizer, pathlib.Path]:
-    """The tokenizer that lies with a checkpoint, or in the folder above.
+    """Return the tokenizer beside a checkpoint, or in the folder above, and its file.
+
+    Args:
+      path: of the checkpoint.
 
     Raises:
       TokenizerError: there is none.
     """
     folder = path.absolute() if path.is_dir() else path.absolute().parent
     names = (_MODEL,) if path.is_dir() else (_MODEL, _LLAMA2C)
-    for place in (folder, folder.parent):
+    for parent in (folder, folder.parent):
         for name in names:
-            if (file := place / name).is_file():
+            if (file := parent / name).is_file():
                 return open_tokenizer(file), file
     raise TokenizerError(
         f"{path}: there is no {' or '.join(names)} in its folder or the one above; "
@@ -34,24 +37,26 @@ def find_tokenizer(path: pathlib.Path) -> tuple[Tokenizer, pathlib.Path]:
 
 
 def open_tokenizer(file: Path) -> Tokenizer:
-    """A tokenizer from a file of any kind that is known.
+    """Open a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin` (llama2.c).
 
     Raises:
-      TokenizerError: there is none in the file.
+      TokenizerError: the file is not a tokenizer.
     """
     file = pathlib.Path(file)
     if file.suffix == ".bin" and file.is_file():
-        return Tokenizer(from_llama2c(file))
+        return Tokenizer(read_llama2c_tokenizer(file))
     return Tokenizer.from_file(file)
 
 
-def read_folders_tokenizer(
+def read_hugging_face_tokenizer(
     folder: pathlib.Path, vocab_size: int
 ) -> tuple[Tokenizer, pathlib.Path]:
-    """The tokenizer of a Hugging Face folder, with the tokens that were added to it.
+    """Return the tokenizer of a Hugging Face folder, with added tokens, and its file.
 
-    Added ids that the model lacks are left out: some folders list more than were ever
-    trained.
+    Args:
+      folder: of the checkpoint.
+      vocab_size: of the model; added ids beyond it are dropped, since some folders list
+        more than were trained.
 
     Raises:
       TokenizerError: there is none, or it is damaged.
@@ -66,9 +71,10 @@ def read_folders_tokenizer(
             )
         return open_tokenizer(file), file
     tokenizer = Tokenizer.from_file(file)
-    added = _added_tokens(folder)
     added = {
-        id: n for id, n in added.items() if tokenizer.vocab_size <= id < vocab_size
+        id: name
+        for id, name in _added_tokens(folder).items()
+        if tokenizer.vocab_size <= id < vocab_size
     }
     if added:
         tokenizer = Tokenizer.from_file(file, added_tokens=added)
@@ -76,35 +82,41 @@ def read_folders_tokenizer(
 
 
 def _added_tokens(folder: pathlib.Path) -> dict[int, str]:
-    """Id to name, from either file that may list them."""
-    found: dict[int, str] = {}
+    """Return id and name of added tokens, from either file that may list them."""
+    added: dict[int, str] = {}
     if (folder / _ADDED).is_file():
         for name, id in read_json(folder / _ADDED).items():
             if type(id) is not int:
                 raise TokenizerError(
-                    f"{folder / _ADDED}: every value must be a token's id, an integer"
+                    f"{folder / _ADDED}: the id of {name!r} is {id!r}; it must be an "
+                    "integer"
                 )
-            found[id] = name
+            added[id] = name
     if (folder / _SETTINGS).is_file():
         listed: Any = read_json(folder / _SETTINGS).get("added_tokens_decoder")
         for id, token in (listed if isinstance(listed, dict) else {}).items():
             content = token.get("content") if isinstance(token, dict) else None
             if not id.isdecimal() or len(id) > 9 or not isinstance(content, str):
                 raise TokenizerError(
-                    f"{folder / _SETTINGS}: added_tokens_decoder must give each id a "
-                    "token with its content"
+                    f"{folder / _SETTINGS}: added_tokens_decoder has the entry "
+                    f"{id[:20]!r}; each must be an id and an object with `content`"
                 )
-            found.setdefault(int(id), content)
-    return found
+            added.setdefault(int(id), content)
+    return added
 
 
-def write_folders_tokenizer(
+def write_hugging_face_tokenizer(
     folder: pathlib.Path, tokenizer: Tokenizer, max_seq_len: int
 ) -> None:
-    """Write a tokenizer as `transformers` finds it in a model's folder.
+    """Write the tokenizer files that `transformers` looks for in a model's folder.
 
-    A SentencePiece model is written twice: as it is, and as the `tokenizer.json` that
+    A SentencePiece model is written twice: unchanged, and as a `tokenizer.json` that
     gives the same ids.
+
+    Args:
+      folder: of the checkpoint.
+      tokenizer: to write.
+      max_seq_len: of the model, in tokens.
     """
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id}
     names = {
@@ -115,17 +127,17 @@ def write_folders_tokenizer(
         added = {name: id for id, name in tokenizer.added_tokens.items()}
         write_json(folder / _ADDED, added)
     if tokenizer.has_pieces and tokenizer.file_name != _JSON:
-        described = describe(
+        content = make_tokenizer_json(
             pieces_of_model(tokenizer.model_proto),
             tokenizer.added_tokens,
             unk=names["unk_token"],
             bos=names["bos_token"],
         )
-        write_json(folder / _JSON, described)
+        write_json(folder / _JSON, content)
     write_json(folder / "special_tokens_map.json", names)
     settings = {
-        # The class that takes tokenizer.json as it is. LlamaTokenizer of transformers 5
-        # makes one of its own, which splits leading spaces in another way.
+        # This class uses tokenizer.json unchanged. LlamaTokenizer of transformers 5
+        # builds its own, which splits leading spaces in another way.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,

@@ -1,4 +1,4 @@
-"""A SentencePiece model as the `tokenizer.json` of Hugging Face's `tokenizers`."""
+"""SentencePiece models as the `tokenizer.json` of Hugging Face's `tokenizers`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ from llama_jax.text.sentencepiece_proto import CONTROL, NORMAL, UNKNOWN, Piece
 _SPACE = "▁"
 
 
-def describe(
+def make_tokenizer_json(
     pieces: Sequence[Piece], added: Mapping[int, str], *, unk: str, bos: str
 ) -> dict[str, Any]:
-    """The content of the file; encoded text begins with `bos`, as the family has it.
+    """Return the content of a `tokenizer.json` that gives the same ids.
 
     Args:
-      pieces: of a model that is BPE with bytes as a fallback, in the order of ids.
-      added: names of ids beyond them.
-      unk: the piece for what is unknown.
-      bos: the piece that begins a text.
+      pieces: of a BPE model with byte fallback, in the order of ids.
+      added: names of ids beyond the pieces.
+      unk: text of the piece for unknown characters.
+      bos: text of the piece that every encoded text begins with.
     """
     ids = {piece.text: id for id, piece in enumerate(pieces)}
     special = {i: p.text for i, p in enumerate(pieces) if p.kind in (CONTROL, UNKNOWN)}
@@ -78,15 +78,15 @@ def describe(
 
 
 def _merges(pieces: Sequence[Piece]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, those of the best scores first."""
+    """Return every pair of pieces that joins to a piece, best scores first."""
     normal = {piece.text: id for id, piece in enumerate(pieces) if piece.kind == NORMAL}
-    found = []
+    pairs = []
     for text, id in normal.items():
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in normal and right in normal:
-                found.append((-pieces[id].score, normal[left], normal[right]))
-    return [[pieces[left].text, pieces[right].text] for _, left, right in sorted(found)]
+                pairs.append((-pieces[id].score, normal[left], normal[right]))
+    return [[pieces[left].text, pieces[right].text] for _, left, right in sorted(pairs)]
 
 
 def _sequence(name: str, *steps: dict[str, Any]) -> dict[str, Any]:

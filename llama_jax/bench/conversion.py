@@ -13,11 +13,11 @@ import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion import convert, plan_conversion
-from llama_jax.conversion.formats import FormatName
+from llama_jax.conversion import convert, prepare_conversion
 from llama_jax.conversion.host_memory import anonymous_bytes
 from llama_jax.conversion.meta import write_meta
-from llama_jax.conversion.source import Export
+from llama_jax.conversion.source import LazyModel
+from llama_jax.conversion.tensor_tables import FormatName
 from llama_jax.loading import bundled
 from llama_jax.params import axes_of, leaf_paths, weight_shape
 
@@ -67,7 +67,7 @@ def measure_conversion(
         place = pathlib.Path(name)
         source = place / "meta"
         source.mkdir()
-        write_meta(source, Export(config, _random_leaves(config), None), ranks=ranks)
+        write_meta(source, LazyModel(config, _random_leaves(config), None), ranks=ranks)
         size = sum(file.stat().st_size for file in source.iterdir())
         # Any that is no larger than the model's vocabulary will do.
         tokenizer = bundled() / "tokenizer.model"
@@ -75,7 +75,7 @@ def measure_conversion(
         def copy() -> None:
             shutil.copytree(source, place / "copy")
 
-        plan = plan_conversion(
+        prepared = prepare_conversion(
             source,
             place / "ours",
             target_format=target,
@@ -98,15 +98,15 @@ def measure_conversion(
         shutil.rmtree(place / "ours")
         after = _timed(copy)
     return ConversionReport(
-        params=done.parameters,
+        params=done.num_params,
         source_bytes=size,
         seconds=taken,
         copy_seconds=(before, after),
         gb_per_s=size / taken / 1e9,
         ratio=(before + after) / 2 / taken,
-        peak_bytes=done.peak_bytes or 0,
+        peak_bytes=done.peak_host_bytes or 0,
         base_bytes=base,
-        predicted_bytes=plan.host_bytes or 0,
+        predicted_bytes=prepared.host_bytes or 0,
     )
 
 

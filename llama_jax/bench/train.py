@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from llama_jax.bench.machine import MatmulRate, matmul_rate
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.huggingface import config_to_hugging_face
+from llama_jax.conversion.huggingface_config import config_to_hugging_face
 from llama_jax.data.batch import Batch
 from llama_jax.errors import ConfigError
 from llama_jax.model.init import init_params

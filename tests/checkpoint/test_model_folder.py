@@ -27,7 +27,7 @@ from llama_jax.checkpoint.model_folder import (
 from llama_jax.checkpoint.orbax_io import open_leaves
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
 from llama_jax.generation.generate import generate
 from llama_jax.generation.request import Request
@@ -145,7 +145,9 @@ def test_a_scalar_model_round_trips(
     runtime = Runtime(layer_layout=layout)
     model = ScalarModel(config, runtime, mesh)
     params = init_params(model, jax.random.key(0))
-    tokenizer = Tokenizer(from_llama2c(write_llama2c_tokenizer(tmp_path / "t.bin")))
+    tokenizer = Tokenizer(
+        read_llama2c_tokenizer(write_llama2c_tokenizer(tmp_path / "t.bin"))
+    )
     save_params(tmp_path / "model", params, config, tokenizer=tokenizer)
     loaded = load(tmp_path / "model", runtime=runtime, mesh=mesh)
     assert loaded.model == model
@@ -159,7 +161,9 @@ def test_a_scalar_model_cannot_be_read_or_used_as_a_language_model(
     tmp_path: pathlib.Path,
 ) -> None:
     config = TINY.replace(head="scalar")
-    tokenizer = Tokenizer(from_llama2c(write_llama2c_tokenizer(tmp_path / "t.bin")))
+    tokenizer = Tokenizer(
+        read_llama2c_tokenizer(write_llama2c_tokenizer(tmp_path / "t.bin"))
+    )
     save_params(tmp_path / "model", random_params(config), config, tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match="lacks lm_head"):
         load_params(tmp_path / "model", TINY, runtime=Runtime())
@@ -245,7 +249,9 @@ def test_a_mapped_weight_cannot_change_its_file(saved: pathlib.Path) -> None:
 
 
 def test_the_tokenizer_travels_with_the_weights(tmp_path: pathlib.Path) -> None:
-    model = from_llama2c(write_llama2c_tokenizer(tmp_path / "tokenizer.bin", 270))
+    model = read_llama2c_tokenizer(
+        write_llama2c_tokenizer(tmp_path / "tokenizer.bin", 270)
+    )
     for name, added in (("plain", {}), ("added", {270: "<pad>", 271: "é"})):
         tokenizer = Tokenizer(model, added_tokens=added)
         save_params(tmp_path / name, random_params(), TINY, tokenizer=tokenizer)

@@ -41,10 +41,10 @@ def meta(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _place_tokenizer(folder: pathlib.Path, pieces: int = 272) -> None:
-    from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+    from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 
     packed = write_llama2c_tokenizer(folder / "packed", pieces)
-    (folder / "tokenizer.model").write_bytes(from_llama2c(packed))
+    (folder / "tokenizer.model").write_bytes(read_llama2c_tokenizer(packed))
     packed.unlink()
 
 
@@ -63,9 +63,11 @@ def test_a_folder_of_meta_becomes_ours(meta: pathlib.Path) -> None:
     tokenizer = read_tokenizer(out)
     assert tokenizer is not None
     assert tokenizer.contents == (meta / "tokenizer.model").read_bytes()
-    assert done.bytes == sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    assert 4 * done.parameters < done.bytes < 5 * done.parameters
-    assert done.parameters == sum(a.size for a in meta_tensors(TINY).values())
+    assert done.num_bytes == sum(
+        f.stat().st_size for f in out.rglob("*") if f.is_file()
+    )
+    assert 4 * done.num_params < done.num_bytes < 5 * done.num_params
+    assert done.num_params == sum(a.size for a in meta_tensors(TINY).values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -97,7 +99,7 @@ def test_a_tokenizer_is_found_beside_or_above(
         _place_tokenizer(where)
     else:
         write_llama2c_tokenizer(where / name)
-    assert convert(source, tmp_path / "out").tokenizer == where / name
+    assert convert(source, tmp_path / "out").tokenizer_file == where / name
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(meta: pathlib.Path) -> None:
@@ -145,10 +147,10 @@ def test_the_command_line_converts_and_says_what_it_did(
     assert main([str(meta), out, "--max-seq-len", "64", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert said.out.count("\n") == 1
+    assert said.out.count("\n") == 5
     for part in (
-        "44,192 parameters", "of host memory", "num_heads 8", "rope_theta 10000.0",
-        "max_seq_len 64 as given", str(meta / "tokenizer.model"),
+        "44,192 parameters", "peak host memory", "num_heads 8", "rope_theta 10000.0",
+        "max_seq_len: 64 (as given)", str(meta / "tokenizer.model"),
     ):  # fmt: skip
         assert part in said.out, said.out
 

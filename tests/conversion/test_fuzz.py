@@ -18,9 +18,9 @@ from support.foreign import (
 )
 
 from llama_jax.conversion import convert, open_source
-from llama_jax.conversion.formats import FormatName
-from llama_jax.conversion.host_memory import watching
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.host_memory import track_peak_memory
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
+from llama_jax.conversion.tensor_tables import FormatName
 from llama_jax.errors import LlamaJaxError
 
 CONFIG = TINY.replace(num_layers=1)
@@ -120,7 +120,7 @@ def attack(
     """How many of `count` damaged copies were refused, and how many were not."""
     write_llama2c_tokenizer(folder / "tokenizer.bin")
     source, names = MAKERS[name](folder)
-    proto = from_llama2c(folder / "tokenizer.bin")
+    proto = read_llama2c_tokenizer(folder / "tokenizer.bin")
     (folder / "tokenizer.model").write_bytes(proto)
     files = [source / file if file else source for file in names]
     good = {file: file.read_bytes() for file in files}
@@ -150,7 +150,7 @@ def attack(
 
 
 def check(name: str, folder: pathlib.Path, count: int, *, every: int) -> None:
-    with watching() as peak:
+    with track_peak_memory() as peak:
         before = peak.bytes or 0
         refused, accepted = attack(name, folder, count, every=every)
     assert (peak.bytes or 0) - before < MOST_BYTES

@@ -27,9 +27,10 @@ from support.foreign_gguf import (
 )
 
 from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.conversion.gguf import read_gguf, rope_factors, write_gguf
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
-from llama_jax.conversion.source import Export
+from llama_jax.conversion.gguf import read_gguf, write_gguf
+from llama_jax.conversion.gguf_config import rope_factors
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
+from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ TEXTS = (
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """272 pieces: special ones, bytes and some letters."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.bin"
-    return Tokenizer(from_llama2c(write_llama2c_tokenizer(path)))
+    return Tokenizer(read_llama2c_tokenizer(write_llama2c_tokenizer(path)))
 
 
 @st.composite
@@ -90,8 +91,8 @@ def test_what_we_write_we_read_bit_for_bit(
         path = pathlib.Path(folder, "model.gguf")
         write_gguf(
             path,
-            Export(config, lazy(ours), None),
-            kind=kind,
+            LazyModel(config, lazy(ours), None),
+            dtype=kind,
             progress=lambda *progress: done.append(progress),
         )
         source = read_gguf(path)
@@ -116,7 +117,7 @@ def test_what_we_write_we_read_bit_for_bit(
 def test_the_context_can_be_given(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "x.gguf", GQA)
     source = read_gguf(tmp_path / "x.gguf", max_seq_len=8)
-    assert (source.config.max_seq_len, source.context) == (8, "as given")
+    assert (source.config.max_seq_len, source.max_seq_len_origin) == (8, "as given")
 
 
 def test_q8_0_is_as_close_as_its_definition_says(tmp_path: pathlib.Path) -> None:
@@ -214,7 +215,7 @@ def test_every_type_is_read_as_gguf_reads_it(tmp_path: pathlib.Path, kind: Any) 
     tensors[name], kinds[name] = raw, kind
     path = write_foreign(tmp_path / "x.gguf", metadata(BIG), tensors, kinds=kinds)
     if not wanted:
-        message = f"the type {kind.name}, which cannot"
+        message = f"the type {kind.name}, which gguf cannot"
         with pytest.raises(CheckpointError, match=message):
             read_gguf(path)
         return
@@ -365,18 +366,18 @@ def test_the_space_in_front_may_be_missing(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "gpt2"}, "byte-level tokenizer, .* --tokenizer"),
+        ({"model": "gpt2"}, "byte-level tokenizer .* --tokenizer"),
         ({"model": "bert"}, "unknown kind 'bert'; name the file"),
         ({"model": None}, "has no tokenizer; name the file"),
-        ({"scores": None}, "do not belong together"),
-        ({"scores": [0.0]}, "do not belong together"),
-        ({"scores": [float("nan")] * 260}, "do not belong together"),
-        ({"token_type": [9] * 260}, "do not belong together"),
-        ({"tokens": [1] * 260}, "do not belong together"),
+        ({"scores": None}, "of different lengths"),
+        ({"scores": [0.0]}, "of different lengths"),
+        ({"scores": [float("nan")] * 260}, "of different lengths"),
+        ({"token_type": [9] * 260}, "of different lengths"),
+        ({"tokens": [1] * 260}, "of different lengths"),
         ({"tokens": ["a"] * 260}, "not a SentencePiece model"),
         ({"bos_token_id": 259}, "its bos token is 259, but"),
         ({"bos_token_id": 1 << 20}, "its bos token is 1048576, but"),
-        ({"eos_token_id": "x"}, "eos_token_id is 'x', which is no token"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x', which is not a token id"),
     ],
 )
 def test_another_tokenizer_is_refused(

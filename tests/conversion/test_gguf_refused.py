@@ -24,8 +24,8 @@ from support.foreign_gguf import (
 )
 
 from llama_jax.conversion.gguf import is_gguf, read_gguf, write_gguf
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
-from llama_jax.conversion.source import Export
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
+from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError, TokenizerError
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -34,35 +34,41 @@ from llama_jax.text.tokenizer import Tokenizer
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """272 pieces: special ones, bytes and some letters."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.bin"
-    return Tokenizer(from_llama2c(write_llama2c_tokenizer(path)))
+    return Tokenizer(read_llama2c_tokenizer(write_llama2c_tokenizer(path)))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"llama.expert_count": 8}, "expert_count is 8, but only 0 is supported"),
-        ({"llama.rope.scaling.type": "yarn"}, "scaling.type is 'yarn'; the kinds none"),
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            "scaling.type is 'yarn'; supported are the types none",
+        ),
         ({"llama.rope.scaling.factor": -2.0}, "rope_scaling factor is -2.0"),
         ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5, but only 1.0"),
         ({"llama.rope.dimension_count": 2}, "dimension_count is 2, but only 4"),
         ({"llama.attention.value_length": 8}, "value_length is 8, but only 4"),
         ({"llama.attention.causal": False}, "causal is False, but only True"),
-        ({"llama.attention.sliding_window": 8}, "sliding_window not understood"),
-        ({"llama.logit_scale": 0.5}, "logit_scale not understood"),
-        ({"llama.feed_forward_length": [96, 96]}, "which no model has"),
-        ({"llama.block_count": 0}, "block_count is 0, which no model has"),
+        (
+            {"llama.attention.sliding_window": 8},
+            "unknown fields llama.\S*sliding_window",
+        ),
+        ({"llama.logit_scale": 0.5}, "unknown fields llama.\S*logit_scale"),
+        ({"llama.feed_forward_length": [96, 96]}, "must be a positive integer"),
+        ({"llama.block_count": 0}, "block_count is 0; it must be a positive integer"),
         ({"llama.block_count": 2**31 - 1}, "only 21 tensors"),
-        ({"llama.context_length": True}, "context_length is True, which"),
+        ({"llama.context_length": True}, "context_length is True; it must"),
         ({"llama.attention.head_count": 5}, "not a multiple of head_count 5"),
         ({"llama.attention.head_count_kv": 3}, "not a multiple of num_kv_heads 3"),
-        ({"llama.vocab_size": 9}, "vocab_size is not 272"),
-        ({"llama.rope.freq_base": "1e4"}, "freq_base is '1e4', which is not a number"),
-        ({"llama.context_length": None}, "lacks llama.context_length"),
+        ({"llama.vocab_size": 9}, "vocab_size is 9, but"),
+        ({"llama.rope.freq_base": "1e4"}, "freq_base is '1e4'; it must be a number"),
+        ({"llama.context_length": None}, "missing fields llama.context_length"),
         ({"split.count": 3}, "llama-gguf-split --merge"),
         ({"general.type": "adapter"}, "general.type is 'adapter'"),
-        ({"general.alignment": 32}, "general.alignment is of another type"),
-        ({"general.alignment": "x"}, "general.alignment is of another type"),
-        ({"tensors.blk.0.attn_q.bias": 32}, "holds tensors that a GGUF"),
+        ({"general.alignment": 32}, "general.alignment is not of the type uint32"),
+        ({"general.alignment": "x"}, "general.alignment is not of the type uint32"),
+        ({"tensors.blk.0.attn_q.bias": 32}, "are not part of a GGUF"),
         ({"tensors.rope_freqs.weight": 2}, "not the factors of a published Llama 3"),
         ({"tensors.rope_freqs.weight": 3}, "the shape .3. instead of .2."),
     ],
@@ -125,14 +131,16 @@ def test_what_cannot_be_written_is_refused(
     tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
 ) -> None:
     path = tmp_path / "x.gguf"
-    with pytest.raises(ConfigError, match="'q4_0' is unknown; choose from float32"):
+    with pytest.raises(
+        ConfigError, match="'q4_0' is unknown to GGUF; choose from float32"
+    ):
         write(path, GQA, kind="q4_0")
     with pytest.raises(TokenizerError, match="do not fit a model with vocab_size 270"):
         write(path, GQA.replace(vocab_size=270), tokenizer=tiny_tokenizer)
     for kind, number in (("float16", 7e4), ("q8_0", 1e7)):
         ours = {name: array * number for name, array in make(GQA)[1].items()}
         with pytest.raises(CheckpointError, match="does not fit into float16"):
-            write_gguf(path, Export(GQA, lazy(ours), None), kind=kind)
+            write_gguf(path, LazyModel(GQA, lazy(ours), None), dtype=kind)
 
 
 def test_llama_3_tokenizers_are_refused(
@@ -172,31 +180,31 @@ HOSTILE = {
     "empty": (b"", "is not a GGUF file"),
     "short": (b"GGUF\3\0", "is not a GGUF file"),
     "zip": (b"PK\3\4" + b"\0" * 40, "is not a GGUF file"),
-    "version 1": (b"GGUF\1\0\0\0" + b"\0" * 40, "is version 1 of GGUF"),
-    "version 4": (b"GGUF\4\0\0\0" + b"\0" * 40, "is version 4 of GGUF"),
-    "no counts": (b"GGUF\3\0\0\0", "ends before it is complete"),
+    "version 1": (b"GGUF\1\0\0\0" + b"\0" * 40, "is GGUF version 1"),
+    "version 4": (b"GGUF\4\0\0\0" + b"\0" * 40, "is GGUF version 4"),
+    "no counts": (b"GGUF\3\0\0\0", "its header is incomplete"),
     "many tensors": (container(counts=(HUGE, 1)), "would have 18,446,7"),
     "many entries": (container(counts=(0, 1 << 40)), "1,099,511,627,776 entries"),
     "some tensors": (container(counts=(9, 1)), "the name of a tensor would have 0"),
     "long name": (
         container(entries=struct.pack("<Q", 1 << 50), counts=(0, 1)),
-        "the name of an entry of the metadata would have",
+        "the name of a metadata entry would have",
     ),
     "no text": (
         container(entries=struct.pack("<Q", 2) + b"\xff\xfe"),
-        "the name of an entry of the metadata is no text",
+        "the name of a metadata entry is not UTF-8",
     ),
     "long value": (
         container(entries=text("a") + struct.pack("<IQ", 8, HUGE)),
-        "ends before it is complete",
+        "its header is incomplete",
     ),
     "long array": (
         container(entries=text("a") + struct.pack("<IIQ", 9, 12, HUGE)),
-        "ends before it is complete",
+        "its header is incomplete",
     ),
     "array of many texts": (
         container(entries=text("a") + struct.pack("<IIQ", 9, 8, 1 << 60)),
-        "a would have 1,152,921,504,606,846,976 texts",
+        "a would have 1,152,921,504,606,846,976 strings",
     ),
     "nested arrays": (
         container(entries=text("a") + struct.pack("<IIQ", 9, 9, 1) * 1000),
@@ -206,8 +214,8 @@ HOSTILE = {
         container(entries=text("a") + struct.pack("<I", 77)),
         "a is of the unknown type 77",
     ),
-    "an entry twice": (container(entries=LLAMA * 2), "architecture is there twice"),
-    "a tensor twice": (container(tensor("a", 4), tensor("a", 4)), "a is there twice"),
+    "an entry twice": (container(entries=LLAMA * 2), "architecture occurs twice"),
+    "a tensor twice": (container(tensor("a", 4), tensor("a", 4)), "a occurs twice"),
     "no axes": (container(tensor("a")), "a has 0 axes"),
     "many axes": (container(tensor("a", 1, 1, 1, 1, 1)), "a has 5 axes"),
     "an empty axis": (container(tensor("a", 4, 0)), "impossible shape"),
@@ -240,7 +248,7 @@ HOSTILE = {
     "unknown tensor type": (container(tensor("a", 32, kind=99)), "of the type 99"),
     "removed tensor type": (container(tensor("a", 32, kind=4)), "of the type 4"),
     "half a block": (container(tensor("a", 31, kind=8)), "blocks of 32"),
-    "nothing": (container(), "lacks llama.block_count"),
+    "nothing": (container(), "missing fields llama.block_count"),
     "no architecture": (container(entries=b"", counts=(0, 0)), "architecture is None"),
 }
 

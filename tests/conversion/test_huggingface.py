@@ -17,13 +17,13 @@ from support.foreign import (
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import RopeScaling
 from llama_jax.conversion import convert, open_source
-from llama_jax.conversion.huggingface import (
+from llama_jax.conversion.huggingface import write_hugging_face
+from llama_jax.conversion.huggingface_config import (
     config_from_hugging_face,
     config_to_hugging_face,
-    write_hugging_face,
 )
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
-from llama_jax.conversion.source import Export
+from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
 
 LLAMA3 = RopeScaling(
@@ -33,7 +33,7 @@ LLAMA3 = RopeScaling(
     high_freq_factor=4.0,
     original_max_seq_len=8192,
 )
-DESCRIBED = config_to_hugging_face(TINY, np.float16, {"bos": 1, "eos": 2})
+DESCRIBED = config_to_hugging_face(TINY, "float16", {"bos": 1, "eos": 2})
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_what_is_not_understood_is_refused_by_name(
     if said is None:  # width and heads need not agree where head_dim is given
         assert config_from_hugging_face(fields).embed_dim == 33
         del fields["head_dim"]
-        said = "head_dim"
+        said = "hidden_size 33 is not a multiple"
     with pytest.raises(ConfigError, match=said):
         config_from_hugging_face(fields)
 
@@ -146,7 +146,7 @@ def test_large_models_lie_in_several_files(
     tokenizer, _ = source.find_tokenizer()
     split = tmp_path / "split"
     split.mkdir()
-    model = Export(source.config, source.leaves(), tokenizer)
+    model = LazyModel(source.config, source.leaves(), tokenizer)
     write_hugging_face(split, model, shard_bytes=40_000)
     index = json.loads((split / "model.safetensors.index.json").read_text())
     files = sorted(split.glob("model-*.safetensors"))
@@ -194,7 +194,7 @@ def test_a_head_beside_tied_embeddings_must_be_the_embedding(
     tensors = tensors_of(folder)
     if equal:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    list(write_safetensors(folder / "model.safetensors", tensors))
+    write_safetensors(folder / "model.safetensors", tensors)
     edit(folder, tie_word_embeddings=True)
     leaves = open_source(folder).leaves()
     assert "lm_head" not in leaves
@@ -212,7 +212,7 @@ def test_added_tokens_are_named_and_those_beyond_the_model_left_out(
     tensors = tensors_of(folder)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = lazy(grown)
-    list(write_safetensors(folder / "model.safetensors", tensors))
+    write_safetensors(folder / "model.safetensors", tensors)
     edit(folder, vocab_size=274)
     added = {"[PAD]": 272, "<|im_end|>": 273, "<never>": 274, "<s>": 1}
     (folder / "added_tokens.json").write_text(json.dumps(added))

@@ -19,7 +19,7 @@ from support.foreign import (
 )
 
 from llama_jax.conversion.llama2c import read_llama2c
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.errors import LlamaJaxError, TokenizerError
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -97,7 +97,7 @@ def test_damaged_checkpoints_are_refused_or_read(tmp_path: pathlib.Path) -> None
 
 
 def test_the_small_tokenizer_is_a_sentencepiece_model(tmp_path: pathlib.Path) -> None:
-    model = from_llama2c(write_llama2c_tokenizer(tmp_path / "tokenizer.bin"))
+    model = read_llama2c_tokenizer(write_llama2c_tokenizer(tmp_path / "tokenizer.bin"))
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert sp.vocab_size() == 272
     assert (sp.unk_id(), sp.bos_id(), sp.eos_id(), sp.pad_id()) == (0, 1, 2, -1)
@@ -128,7 +128,9 @@ def remade(
         content += struct.pack("<fi", sp.get_score(id), len(encoded)) + encoded
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.bin"
     path.write_bytes(struct.pack("<i", 48) + content)
-    return sentencepiece.SentencePieceProcessor(model_proto=from_llama2c(path))
+    return sentencepiece.SentencePieceProcessor(
+        model_proto=read_llama2c_tokenizer(path)
+    )
 
 
 @given(text=st.text(max_size=60))
@@ -147,7 +149,7 @@ def test_a_remade_tokenizer_encodes_like_the_original(
 
 def test_the_published_512_pieces_survive(assets: pathlib.Path) -> None:
     path = assets / "tokenizers" / "tok512.bin"
-    tokenizer = Tokenizer(from_llama2c(path))
+    tokenizer = Tokenizer(read_llama2c_tokenizer(path))
     assert tokenizer.vocab_size == 512
     story = "Once upon a time, there was a little girl named Lily."
     ids = tokenizer.encode(story, bos=False, eos=False)
@@ -182,14 +184,16 @@ def test_damaged_tokenizers_are_refused_or_read(tmp_path: pathlib.Path) -> None:
     for size in [*range(0, 60), *range(len(whole) - 8, len(whole))]:
         path.write_bytes(whole[:size])
         with pytest.raises(TokenizerError):
-            Tokenizer(from_llama2c(path))
+            Tokenizer(read_llama2c_tokenizer(path))
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 2, 4))):
             data[rng.randrange(len(data))] = rng.choice((0, 1, 127, 128, 255))
         path.write_bytes(data)
         try:
-            Tokenizer(from_llama2c(path)).encode("the tea", bos=True, eos=True)
+            Tokenizer(read_llama2c_tokenizer(path)).encode(
+                "the tea", bos=True, eos=True
+            )
         except TokenizerError:
             refused += 1
     assert 50 < refused < 300

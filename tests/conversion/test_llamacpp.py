@@ -22,8 +22,8 @@ from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.gguf import write_gguf
 from llama_jax.conversion.llama2c import read_llama2c
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
-from llama_jax.conversion.source import Export
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
+from llama_jax.conversion.source import LazyModel
 from llama_jax.generation.generate import generate
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
@@ -154,9 +154,11 @@ def test_llama_cpp_tells_our_story(
     if name == "stories15M":
         tokenizer = Tokenizer.from_file(assets / "tokenizers" / "llama2.model")
     else:
-        tokenizer = Tokenizer(from_llama2c(assets / "tokenizers" / "tok512.bin"))
+        tokenizer = Tokenizer(
+            read_llama2c_tokenizer(assets / "tokenizers" / "tok512.bin")
+        )
     path = tmp_path / "stories.gguf"
-    write_gguf(path, Export(source.config, source.leaves(), tokenizer), kind=kind)
+    write_gguf(path, LazyModel(source.config, source.leaves(), tokenizer), dtype=kind)
     prompt = tokenizer.encode(PROMPT, bos=True, eos=False)
     ours = load(path, runtime=Runtime(dtype="float32"))
     greedy = Sampling(temperature=0)
@@ -185,10 +187,10 @@ def test_llama_cpp_gives_our_logits(
     tmp_path: pathlib.Path, folder: pathlib.Path, config: LlamaConfig
 ) -> None:
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    tokenizer = Tokenizer(from_llama2c(packed))
+    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
     params = random_params(config)
     path = tmp_path / "x.gguf"
-    write_gguf(path, Export(config, lazy_leaves(params), tokenizer), kind="float32")
+    write_gguf(path, LazyModel(config, lazy_leaves(params), tokenizer), dtype="float32")
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=48).tolist()
     _, found = run(folder, path, tokens=tokens, prompt=[1], count=1)
     model = Llama(config, Runtime(dtype="float32"))

@@ -20,11 +20,11 @@ from support.foreign import (
 )
 
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.convert import verify_checksums
+from llama_jax.conversion.checksums import verify_checksums
 from llama_jax.conversion.formats import open_source
 from llama_jax.conversion.meta import config_from_params, read_meta
-from llama_jax.conversion.source import published_context
-from llama_jax.conversion.torch_zip import read_pth
+from llama_jax.conversion.meta_params import published_max_seq_len
+from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.presets import PRESETS
 
@@ -127,7 +127,7 @@ def test_published_params_give_the_published_model(
     if wanted.rope_theta != 1e4:  # absent means 1e4
         params["rope_theta"] = wanted.rope_theta
     config = config_from_params(params, wanted.vocab_size, 1)
-    context, where = published_context(config, "x")
+    context, where = published_max_seq_len(config, "x")
     assert config.replace(max_seq_len=context) == wanted
     assert "as published for" in where
 
@@ -135,17 +135,17 @@ def test_published_params_give_the_published_model(
 def test_epsilon_tells_llama_1_from_llama_2() -> None:
     for name in ("llama1-7b", "llama1-13b", "llama2-7b", "llama2-13b"):
         wanted = PRESETS[name]
-        found = published_context(wanted.replace(max_seq_len=1), "x")
+        found = published_max_seq_len(wanted.replace(max_seq_len=1), "x")
         assert found == (wanted.max_seq_len, f"as published for {name}")
     odd = PRESETS["llama2-70b"].replace(norm_eps=1e-4, max_seq_len=1)
-    assert published_context(odd, "x") == (4096, "as published for llama2-70b")
+    assert published_max_seq_len(odd, "x") == (4096, "as published for llama2-70b")
 
 
 def test_an_unpublished_size_needs_a_context_length(tmp_path: pathlib.Path) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY))
     with pytest.raises(ConfigError, match="--max-seq-len"):
         read_meta(tmp_path)
-    assert read_meta(tmp_path, max_seq_len=7).context == "as given"
+    assert read_meta(tmp_path, max_seq_len=7).max_seq_len_origin == "as given"
     with pytest.raises(ConfigError, match="positive"):
         open_source(tmp_path, max_seq_len=0)
 
@@ -153,8 +153,8 @@ def test_an_unpublished_size_needs_a_context_length(tmp_path: pathlib.Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_scaled_rope": True}, "use_scaled_rope not understood"),
-        ({"max_seq_len": 2048}, "max_seq_len not understood"),
+        ({"use_scaled_rope": True}, "unknown fields use_scaled_rope"),
+        ({"max_seq_len": 2048}, "unknown fields max_seq_len"),
         ({"dim": "32"}, "dim is '32'"),
         ({"dim": 32.0}, "dim is 32.0"),
         ({"n_layers": True}, "n_layers is True"),
@@ -170,7 +170,7 @@ def test_an_unpublished_size_needs_a_context_length(tmp_path: pathlib.Path) -> N
         ({"multiple_of": -8}, "multiple_of is -8"),
         ({"vocab_size": 273}, "the embedding has 272"),
         ({"vocab_size": -2}, "vocab_size is -2"),
-        ({"norm_eps": None}, "lacks norm_eps"),
+        ({"norm_eps": None}, "missing fields norm_eps"),
         ({"n_heads": 32}, "odd"),
         ({"n_kv_heads": 4}, "wk.weight has the shape"),
         ({"dim": 64}, "has the shape"),
@@ -211,7 +211,7 @@ def test_missing_last_ranks_do_not_join(tmp_path: pathlib.Path) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY), ranks=4)
     (tmp_path / "consolidated.03.pth").unlink()
     (tmp_path / "consolidated.02.pth").unlink()
-    with pytest.raises(CheckpointError, match="are these all ranks"):
+    with pytest.raises(CheckpointError, match="download all ranks"):
         read_meta(tmp_path, max_seq_len=64)
 
 
@@ -221,7 +221,7 @@ def test_no_rank_at_all_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="no consolidated"):
         read_meta(tmp_path, max_seq_len=64)
     (tmp_path / "consolidated.0.pth").touch()
-    with pytest.raises(CheckpointError, match="not a name"):
+    with pytest.raises(CheckpointError, match="unexpected name"):
         read_meta(tmp_path, max_seq_len=64)
 
 
@@ -233,11 +233,11 @@ def test_ranks_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
 
     write_pth(last, whole | {"norm.weight": whole["norm.weight"] + 1})
     leaves = read_meta(tmp_path, max_seq_len=64).leaves()
-    with pytest.raises(CheckpointError, match=r"norm\.weight should be the same"):
+    with pytest.raises(CheckpointError, match=r"norm\.weight should be equal"):
         leaves["transformer/final_norm/scale"].read()
 
     write_pth(last, whole | {"extra": whole["norm.weight"]})
-    with pytest.raises(CheckpointError, match="only one has extra"):
+    with pytest.raises(CheckpointError, match="only one of ranks 0 and 1 has extra"):
         read_meta(tmp_path, max_seq_len=64)
 
     half = whole["output.weight"].astype(np.float16)
@@ -264,14 +264,14 @@ def test_checksums_are_compared_where_there_are_some(tmp_path: pathlib.Path) -> 
     checklist.write_text("\n".join(lines) + "\n")
     seen: list[tuple[str, int, int]] = []
     source = read_meta(tmp_path, max_seq_len=64)
-    verify_checksums(source, lambda *report: seen.append(report))
+    verify_checksums(source.checksums, lambda *report: seen.append(report))
     size = sum((tmp_path / line.split()[1]).stat().st_size for line in lines)
-    assert seen[-1] == ("verifying", size, size)
+    assert seen[-1] == ("verifying checksums", size, size)
 
     params = json.loads((tmp_path / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps(params, indent=1))
     with pytest.raises(CheckpointError, match=r"params\.json: its md5"):
-        verify_checksums(read_meta(tmp_path, max_seq_len=64))
+        verify_checksums(read_meta(tmp_path, max_seq_len=64).checksums)
 
     checklist.write_text("0" * 32 + "  consolidated.02.pth\n")
     with pytest.raises(CheckpointError, match=r"consolidated\.02\.pth is missing"):

@@ -84,7 +84,7 @@ def test_names_and_axes_are_those_of_peft(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', but only LORA"),
         ({"use_dora": True}, "use_dora is True, which"),
         ({"bias": "lora_only"}, "bias is 'lora_only', which"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is "),
@@ -117,9 +117,11 @@ def test_how_they_began_does_not_matter(folder: pathlib.Path, first: Any) -> Non
 
 
 def test_adapters_of_another_model_are_refused(folder: pathlib.Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds .*layers\.1\..*, which is no"):
+    with pytest.raises(CheckpointError, match=r"contains .*layers\.1\..*, which is no"):
         read_peft(folder, CONFIG.replace(num_layers=1))
-    with pytest.raises(CheckpointError, match=r"lacks .*layers\.2\..* some layers"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks .*layers\.2\..* only some layers"
+    ):
         read_peft(folder, CONFIG.replace(num_layers=3))
     with pytest.raises(CheckpointError, match=r"the shape \[4, 96\], .* \[4, 100\]"):
         read_peft(folder, CONFIG.replace(mlp_dim=100))
@@ -189,11 +191,11 @@ def save_base(tmp_path: pathlib.Path, params: Any) -> pathlib.Path:
     """The model as a Hugging Face folder."""
     from support.foreign import write_llama2c_tokenizer
 
-    from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+    from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
     from llama_jax.text.tokenizer import Tokenizer
 
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    tokenizer = Tokenizer(from_llama2c(packed))
+    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
     save_params(tmp_path / "ours", params, CONFIG, tokenizer=tokenizer)
     convert(tmp_path / "ours", tmp_path / "hf", target_format="hf")
     return tmp_path / "hf"

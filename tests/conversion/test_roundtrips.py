@@ -23,9 +23,12 @@ from support.models import random_params
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert, open_source
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c, to_llama2c
+from llama_jax.conversion.llama2c_tokenizer import (
+    pack_llama2c_tokenizer,
+    read_llama2c_tokenizer,
+)
+from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.conversion.safetensors import read_safetensors
-from llama_jax.conversion.torch_zip import read_pth
 from llama_jax.errors import ConfigError, TokenizerError
 from llama_jax.text.sentencepiece_proto import model_of_pieces, pieces_of_model
 
@@ -71,7 +74,7 @@ def read_ranks(folder: pathlib.Path) -> list[dict[str, np.ndarray]]:
 def tokenizer_in(folder: pathlib.Path) -> pathlib.Path:
     packed = write_llama2c_tokenizer(folder / "packed.bin")
     file = folder / "tokenizer.model"
-    file.write_bytes(from_llama2c(packed))
+    file.write_bytes(read_llama2c_tokenizer(packed))
     return file
 
 
@@ -226,7 +229,7 @@ def test_a_format_that_cannot_say_what_a_model_is_refuses_it(
             == (change[name])
         )
         return
-    with pytest.raises(ConfigError, match=f"cannot say that {name}"):
+    with pytest.raises(ConfigError, match=f"cannot store {name}"):
         convert(tmp_path / "ours", tmp_path / "b.x", target_format=target)
     assert not list(tmp_path.glob("b.*"))
 
@@ -252,7 +255,12 @@ def test_a_tokenizers_pieces_survive_every_format(assets: pathlib.Path) -> None:
         assert again == pieces
         assert len(pieces) in (32000, 32016)
     packed = (assets / "tokenizers" / "tok512.bin").read_bytes()
-    assert to_llama2c(from_llama2c(assets / "tokenizers" / "tok512.bin")) == packed
+    assert (
+        pack_llama2c_tokenizer(
+            read_llama2c_tokenizer(assets / "tokenizers" / "tok512.bin")
+        )
+        == packed
+    )
 
 
 def test_another_tokenizer_beside_the_target_is_not_overwritten(
@@ -263,6 +271,6 @@ def test_another_tokenizer_beside_the_target_is_not_overwritten(
     place = tmp_path / "new"
     place.mkdir()
     (place / "tokenizer.bin").write_bytes(struct.pack("<i", 1))
-    with pytest.raises(TokenizerError, match="another tokenizer"):
+    with pytest.raises(TokenizerError, match="another model's tokenizer"):
         convert(source, place / "y.bin", tokenizer=tokenizer)
     assert [file.name for file in place.iterdir()] == ["tokenizer.bin"]

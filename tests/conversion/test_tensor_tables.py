@@ -11,10 +11,10 @@ from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.axis_patterns import axes_shape, rearrange, reverse
 from llama_jax.conversion.tensor_mapping import (
-    export,
+    leaves_from_tensors,
     pattern_sizes,
-    plan,
     source_shapes,
+    tensors_from_leaves,
 )
 from llama_jax.conversion.tensor_tables import (
     GGUF,
@@ -28,9 +28,9 @@ from llama_jax.errors import CheckpointError
 from llama_jax.params import AXES, axes_of, leaf_paths, weight_shape
 
 ALL = (META, HUGGING_FACE, GGUF, LLAMA2C, ORBAX)
-FORMATS = pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
+FORMATS = pytest.mark.parametrize("format", ALL, ids=lambda format: format.name)
 DTYPES = [np.dtype(d) for d in (np.float32, np.float16, ml_dtypes.bfloat16)]
-PATTERNS = sorted({rule.pattern for form in ALL for rule in form.rules})
+PATTERNS = sorted({rule.pattern for format in ALL for rule in format.rules})
 
 
 def configs() -> st.SearchStrategy[LlamaConfig]:
@@ -109,28 +109,30 @@ def test_more_rows_than_are_copied_at_a_time_arrive_too() -> None:
 @FORMATS
 @given(config=configs())
 def test_the_rows_fill_every_leaf_with_its_shape(
-    form: Format, config: LlamaConfig
+    format: Format, config: LlamaConfig
 ) -> None:
     sizes = pattern_sizes(config)
-    for rule in form.rules:
+    for rule in format.rules:
         shape = axes_shape(rule.pattern.split(" -> ")[1], sizes)
-        assert shape == weight_shape(config, AXES[rule.target].removeprefix("L "))
+        assert shape == weight_shape(config, AXES[rule.row].removeprefix("L "))
     tensors = {
         name: LazyLeaf(shape, np.dtype(np.float32), lambda: pytest.fail("was read"))
-        for name, shape in source_shapes(form, config).items()
+        for name, shape in source_shapes(format, config).items()
     }
-    leaves = plan(form, tensors, config, where="x")
+    leaves = leaves_from_tensors(format, tensors, config, where="x")
     assert list(leaves) == list(leaf_paths(config))
     for path, leaf in leaves.items():
         assert leaf.shape == weight_shape(config, axes_of(path))
 
 
 @FORMATS
-def test_no_two_rows_share_a_source_or_a_target(form: Format) -> None:
-    for column in ("source", "target"):
-        names = [getattr(rule, column) for rule in form.rules]
+def test_no_two_rows_share_a_source_or_a_target(format: Format) -> None:
+    for column in ("foreign_name", "row"):
+        names = [getattr(rule, column) for rule in format.rules]
         assert len(set(names)) == len(names)
-    assert not {rule.source for rule in form.rules} & {name for name, _ in form.dropped}
+    assert not {rule.foreign_name for rule in format.rules} & {
+        name for name, _ in format.dropped
+    }
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "dropped shape"])
@@ -152,7 +154,7 @@ def test_tensors_that_are_not_the_configs_are_refused_by_name(change: str) -> No
         for name, shape in shapes.items()
     }
     with pytest.raises(CheckpointError, match=victim):
-        plan(META, tensors, TINY, where="x")
+        leaves_from_tensors(META, tensors, TINY, where="x")
 
 
 def test_rotary_tables_are_left_out() -> None:
@@ -161,12 +163,14 @@ def test_rotary_tables_are_left_out() -> None:
         "layers.1.attention.inner_attention.rope.freqs": (2,),
     }
     tensors = {name: lazy(np.zeros(shape)) for name, shape in shapes.items()}
-    assert list(plan(META, tensors, TINY, where="x")) == list(leaf_paths(TINY))
+    assert list(leaves_from_tensors(META, tensors, TINY, where="x")) == list(
+        leaf_paths(TINY)
+    )
 
 
 def test_a_configuration_of_absurd_depth_is_refused_at_once() -> None:
     with pytest.raises(CheckpointError, match="2147483647 layers"):
-        plan(META, {}, TINY.replace(num_layers=2**31 - 1), where="x")
+        leaves_from_tensors(META, {}, TINY.replace(num_layers=2**31 - 1), where="x")
 
 
 def test_weights_too_large_for_float16_are_refused() -> None:
@@ -174,7 +178,9 @@ def test_weights_too_large_for_float16_are_refused() -> None:
         n: lazy(np.ones(s, np.float32)) for n, s in source_shapes(META, TINY).items()
     }
     tensors["norm.weight"] = lazy(np.full(32, 1e6, np.float32))
-    leaves = plan(META, tensors, TINY, where="x", dtype=np.float16)
+    leaves = leaves_from_tensors(
+        META, tensors, TINY, where="x", dtype=np.dtype(np.float16)
+    )
     assert leaves["lm_head"].read().dtype == np.float16
     with pytest.raises(CheckpointError, match="65504"):
         leaves["transformer/final_norm/scale"].read()
@@ -183,7 +189,7 @@ def test_weights_too_large_for_float16_are_refused() -> None:
 @FORMATS
 @given(config=configs(), seed=st.integers(0, 99))
 def test_what_is_exported_converts_to_the_same_bits(
-    form: Format, config: LlamaConfig, seed: int
+    format: Format, config: LlamaConfig, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     kind = DTYPES[seed % 3]
@@ -192,12 +198,14 @@ def test_what_is_exported_converts_to_the_same_bits(
         for path in leaf_paths(config)
     }
     leaves = {path: lazy(array) for path, array in ours.items()}
-    tensors = export(form, leaves, config)
-    if config.tied_embeddings and not form.can_tie:
+    tensors = tensors_from_leaves(format, leaves, config)
+    if config.tied_embeddings and not format.can_tie:
         config = config.replace(tied_embeddings=False)
         ours["lm_head"] = ours["transformer/embedding"].T
-    assert {name: t.shape for name, t in tensors.items()} == source_shapes(form, config)
-    back = plan(form, tensors, config, where="x")
+    assert {name: t.shape for name, t in tensors.items()} == source_shapes(
+        format, config
+    )
+    back = leaves_from_tensors(format, tensors, config, where="x")
     assert back.keys() == ours.keys()
     for path, array in ours.items():
         found = back[path].read()

@@ -12,8 +12,8 @@ from support.models import random_params
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert, open_source
-from llama_jax.conversion.huggingface import config_to_hugging_face
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.huggingface_config import config_to_hugging_face
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.loading import load
 from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
@@ -52,7 +52,7 @@ def test_an_exported_folder_gives_our_logits(
     tmp_path: pathlib.Path, config: LlamaConfig
 ) -> None:
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    tokenizer = Tokenizer(from_llama2c(packed))
+    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
     save_params(tmp_path / "ours", random_params(config), config, tokenizer=tokenizer)
     convert(tmp_path / "ours", tmp_path / "hf", target_format="hf")
     tokens = tokens_of(config)

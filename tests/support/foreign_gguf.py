@@ -10,8 +10,9 @@ from support.foreign import TINY, meta_tensors, ours_from_meta
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.conversion.gguf import rope_factors, write_gguf
-from llama_jax.conversion.source import Export
+from llama_jax.conversion.gguf import write_gguf
+from llama_jax.conversion.gguf_config import rope_factors
+from llama_jax.conversion.source import LazyModel
 from llama_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -76,7 +77,7 @@ def write(
 ) -> dict[str, np.ndarray]:
     """Write random weights by our writer; they are returned."""
     _, ours = make(config, dtype)
-    write_gguf(path, Export(config, lazy(ours), tokenizer), kind=kind)
+    write_gguf(path, LazyModel(config, lazy(ours), tokenizer), dtype=kind)
     return ours
 
 

@@ -15,7 +15,7 @@ from support.tolerances import TRAIN_GRADIENT, TRAIN_HUNDRED_STEPS, TRAIN_LOSS
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert
-from llama_jax.conversion.llama2c_tokenizer import from_llama2c
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.data.batch import Batch
 from llama_jax.loading import load
 from llama_jax.model.transformer import Llama
@@ -113,7 +113,7 @@ def check_gradients(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 def exported(config: LlamaConfig, folder: pathlib.Path) -> tuple[Any, pathlib.Path]:
     """Random weights as a folder of theirs, and a tokenizer."""
     packed = write_llama2c_tokenizer(folder / "tokenizer.bin")
-    tokenizer = Tokenizer(from_llama2c(packed))
+    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
     save_params(folder / "ours", random_params(config), config, tokenizer=tokenizer)
     convert(folder / "ours", folder / "hf", target_format="hf")
     return their_model(folder / "hf"), packed

@@ -1,4 +1,4 @@
-"""Our own checkpoints, seen as one more format."""
+"""Checkpoints of this library, as one more format."""
 
 import pathlib
 
@@ -8,22 +8,26 @@ from llama_jax.checkpoint.model_folder import (
     tokenizer_file,
 )
 from llama_jax.checkpoint.orbax_io import open_leaves
-from llama_jax.conversion.source import Source
+from llama_jax.conversion.source import Source, override_max_seq_len
 from llama_jax.conversion.tensor_tables import ORBAX
 from llama_jax.conversion.tokenizer_files import find_tokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
 
 def read_orbax(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
-    """Open one of our own folders; no weights are read.
+    """Open a checkpoint folder of this library without reading weights.
+
+    Args:
+      path: the folder.
+      max_seq_len: replaces the checkpoint's own.
 
     Raises:
-      CheckpointError: it is damaged.
-      ConfigError: its configuration is not understood.
+      CheckpointError: the folder is damaged.
+      ConfigError: its configuration is not valid.
     """
-    config, context = read_config(path), "from config.json"
-    if max_seq_len is not None:
-        config, context = config.replace(max_seq_len=max_seq_len), "as given"
+    config, origin = override_max_seq_len(
+        read_config(path), max_seq_len, "from config.json"
+    )
 
     def own_tokenizer() -> tuple[Tokenizer, pathlib.Path]:
         tokenizer, file = read_tokenizer(path), tokenizer_file(path)
@@ -33,9 +37,9 @@ def read_orbax(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
 
     return Source(
         path=path,
-        form=ORBAX,
+        format=ORBAX,
         config=config,
-        context=context,
+        max_seq_len_origin=origin,
         tensors=open_leaves(path / "params"),
         find_tokenizer=own_tokenizer,
     )

@@ -18,13 +18,13 @@ from support.foreign import (
     write_meta,
 )
 
-from llama_jax.conversion import compare, convert, open_source, plan_conversion
+from llama_jax.conversion import compare, convert, open_source, prepare_conversion
 from llama_jax.conversion.__main__ import main
-from llama_jax.conversion.host_memory import anonymous_bytes, watching
-from llama_jax.conversion.huggingface import config_to_hugging_face
+from llama_jax.conversion.host_memory import anonymous_bytes, track_peak_memory
+from llama_jax.conversion.huggingface_config import config_to_hugging_face
+from llama_jax.conversion.report import describe_comparison
 from llama_jax.conversion.tensor_mapping import source_shapes
 from llama_jax.conversion.tensor_tables import HUGGING_FACE
-from llama_jax.conversion.verify import describe
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.presets import preset
 
@@ -85,7 +85,7 @@ def test_the_first_layer_that_differs_is_named(
     assert found.max_weight_error == pytest.approx(
         np.abs(meta_tensors(TINY)[name]).max() * 0.5
     )
-    assert found.differing[0] in describe(found)
+    assert found.differing[0] in "\n".join(describe_comparison(found))
 
 
 def test_numbers_that_are_none_differ_in_every_report(source: pathlib.Path) -> None:
@@ -140,7 +140,7 @@ def test_the_command_verifies_any_two(
     new = source.parent / "new"
     status, out, err = run(capsys, source, new, "--verify")
     assert (status, err) == (0, "")
-    assert "21 tensors, 21 equal bit for bit" in out
+    assert "21 tensors, 21 bit-identical" in out
     status, out, _ = run(capsys, "verify", source, new)
     assert status == 0
     assert "top-1 agreement 100.0%" in out
@@ -159,7 +159,7 @@ def test_inspect_says_what_a_checkpoint_is(
     write_meta(source.parent / "meta", TINY, meta_tensors(TINY), ranks=2)
     status, out, _ = run(capsys, "inspect", source.parent / "meta", "--max-seq-len", 9)
     assert status == 0
-    for said in ("Meta", "2 model-parallel ranks", "44,192", "float32[272, 32]"):
+    for said in ("Meta", "rank files       2", "44,192", "float32[272, 32]"):
         assert said in out
     assert "layers.1." not in out
     _, out, _ = run(
@@ -180,7 +180,7 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(
     (row,) = [line for line in out.splitlines() if "wq" in line]
     assert re.fullmatch(r" +wq\.0 .*-> layers\.0\.attention\.wq\.weight +float.*", row)
     assert "176,768 bytes" in out
-    assert "host memory at most" in out
+    assert "host memory" in out
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "3"], ["--ranks", "0"]])
@@ -208,7 +208,7 @@ def test_what_would_not_fit_is_refused_beforehand(
 
 
 def test_memory_is_seen_while_it_is_held() -> None:
-    with watching() as peak:
+    with track_peak_memory() as peak:
         before = anonymous_bytes()
         assert before is not None
         # Others may give memory back meanwhile, so part of it will do.
@@ -220,20 +220,20 @@ def test_memory_is_seen_while_it_is_held() -> None:
     assert (peak.bytes or 0) >= before + 100_000_000
 
 
-@pytest.mark.parametrize("form", ["meta", "hf", "gguf", "llama2c", "orbax"])
+@pytest.mark.parametrize("format", ["meta", "hf", "gguf", "llama2c", "orbax"])
 def test_a_format_that_is_named_is_not_guessed(
-    tmp_path: pathlib.Path, form: Any
+    tmp_path: pathlib.Path, format: Any
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     (tmp_path / "x.bin").write_bytes(struct.pack("<7i", 1, 2, 3, 4, 5, 6, 7))
-    path = tmp_path / "x.bin" if form in ("gguf", "llama2c") else tmp_path
+    path = tmp_path / "x.bin" if format in ("gguf", "llama2c") else tmp_path
     with pytest.raises((CheckpointError, ConfigError)):
-        open_source(path, form=form)
+        open_source(path, format=format)
 
 
 def test_an_unknown_format_is_refused(source: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="onnx"):
-        open_source(source, form="onnx")  # type: ignore[arg-type]
+        open_source(source, format="onnx")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="onnx"):
         convert(source, source.parent / "y", target_format="onnx")  # type: ignore[arg-type]
 
@@ -256,10 +256,10 @@ def test_what_a_large_model_would_take_is_known_beforehand(
         file.truncate(8 + len(content) + offset)
     assert offset == 2 * 68_976_648_192
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    for form in ("orbax", "meta", "hf"):
-        plan = plan_conversion(
-            tmp_path, tmp_path / "x", target_format=form, tokenizer=packed
+    for format in ("orbax", "meta", "hf"):
+        prepared = prepare_conversion(
+            tmp_path, tmp_path / "x", target_format=format, tokenizer=packed
         )
-        taken = (plan.host_bytes or 0) - (anonymous_bytes() or 0)
+        taken = (prepared.host_bytes or 0) - (anonymous_bytes() or 0)
         # Two or three of the largest, the embedding, and what lies around them.
-        assert 2 < taken / (2 * 32000 * 8192) < 3.2, form
+        assert 2 < taken / (2 * 32000 * 8192) < 3.2, format

@@ -1,10 +1,14 @@
-"""A state dict as `torch.save` writes it, without PyTorch, tensor by tensor."""
+"""Write a state dict as `torch.save` does, without PyTorch, tensor by tensor.
+
+`torch.save` would need PyTorch and all tensors of a file in memory.
+"""
 
 import pathlib
 import struct
 import zipfile
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,20 +20,20 @@ _STORAGES = {
     np.dtype(np.float16): "HalfStorage",
     np.dtype(jnp.bfloat16): "BFloat16Storage",
 }
-_LARGE = 1 << 31  # from here on the zip entry needs 64-bit sizes
-_ALIGNMENT = 64  # of every storage within the file, as PyTorch has it
-_EMPTY_DICT = b"ccollections\nOrderedDict\n)R"
-# A zip entry's own header, and the frame of the extra field that pads it.
+_ZIP64_BYTES = 1 << 31  # entries from here on need 64-bit sizes
+_ALIGNMENT = 64  # of every storage within the file, as in PyTorch's files
+_EMPTY_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+# Bytes of a zip entry's local header, and the frame of the extra field that pads it.
 _LOCAL_HEADER, _EXTRA = 30, struct.Struct("<HH")
 _PADDING_ID, _ZIP64_EXTRA = 0x4246, 20
 
 
-class StateDictWriter:
-    """Writes one `.pth`: tensors are given in the order in which they were declared.
+class PthWriter:
+    """A `.pth` file to which tensors are added in the order of `tensors`.
 
     Args:
       path: the new file.
-      tensors: what will be written, by name; only shapes and dtypes are looked at.
+      tensors: all tensors of the file by name; only shapes and dtypes are used.
     """
 
     def __init__(self, path: pathlib.Path, tensors: Mapping[str, LazyLeaf]) -> None:
@@ -39,7 +43,7 @@ class StateDictWriter:
         self._write("data.pkl", memoryview(_pickle(tensors)))
         self._write("byteorder", memoryview(b"little"))
 
-    def __enter__(self) -> "StateDictWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -53,13 +57,13 @@ class StateDictWriter:
         self._archive.close()
 
     def add(self, array: np.ndarray) -> None:
-        """The next tensor."""
+        """Write the data of the next tensor."""
         self._write(f"data/{self._next}", raw_bytes(array))
         self._next += 1
 
     def _write(self, name: str, content: memoryview) -> None:
         info = zipfile.ZipInfo(f"{self._root}/{name}")
-        large = len(content) >= _LARGE
+        large = len(content) >= _ZIP64_BYTES
         header = _LOCAL_HEADER + len(info.filename) + _EXTRA.size
         header += _ZIP64_EXTRA if large else 0
         assert self._archive.fp is not None
@@ -70,7 +74,7 @@ class StateDictWriter:
 
 
 def _pickle(tensors: Mapping[str, LazyLeaf]) -> bytes:
-    """The pickle (protocol 2) of a dict of contiguous tensors, one storage each."""
+    """Return the pickle (protocol 2) of a dict of contiguous tensors."""
     items = (
         _text(name) + _tensor(str(key), tensor)
         for key, (name, tensor) in enumerate(tensors.items())
@@ -88,7 +92,7 @@ def _tensor(key: str, tensor: LazyLeaf) -> bytes:
     )  # fmt: skip
     arguments = (
         _tuple(*storage) + b"Q", _integer(0), _tuple(*map(_integer, tensor.shape)),
-        _tuple(*map(_integer, strides[1:])), b"\x89", _EMPTY_DICT,
+        _tuple(*map(_integer, strides[1:])), b"\x89", _EMPTY_ORDERED_DICT,
     )  # fmt: skip
     return b"ctorch._utils\n_rebuild_tensor_v2\n" + _tuple(*arguments) + b"R"
 
