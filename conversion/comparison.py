@@ -16,9 +16,10 @@ from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.source import Source
 from llama_jax.errors import ConfigError, LlamaJaxError
+from llama_jax.model.layers import Block, RMSNorm, SharedInputs
 from llama_jax.model.linear import linear
 from llama_jax.model.rope import rope_tables
-from llama_jax.model.transformer import Block, RMSNorm, apply
+from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array, Float, Hidden, Tokens
 
@@ -226,7 +227,7 @@ def _run_layer(
     rope = rope_tables(
         positions, config.head_dim, config.rope_theta, config.rope_scaling
     )
-    out: Array = apply(Block(config, _RUNTIME), weights, x, rope, None, None)[0]
+    out: Array = apply(Block(config, _RUNTIME), weights, x, SharedInputs(rope), None)[0]
     return out
 
 

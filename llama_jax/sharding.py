@@ -12,8 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
-from llama_jax.kernels.quantized_slots import QuantizedSlots
-from llama_jax.model.cache import KVCache
 from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, unflatten
 from llama_jax.runtime import MESH_AXES, MeshAxes, Rules, Runtime
 from llama_jax.types import Array, Mesh, Params
@@ -252,23 +250,6 @@ def weight_shardings(
         return dataclasses.replace(leaf, values=places[path], scales=scales)
 
     return unflatten({path: placed(path, leaf) for path, leaf in flatten(tree).items()})
-
-
-def cache_shardings(
-    config: LlamaConfig, runtime: Runtime, mesh: Mesh, batch: int, num_slots: int
-) -> KVCache:
-    """The placement of a cache: rows over `data` and `fsdp`, heads over `tensor`.
-
-    Slots lie over `sequence`, and over `tensor` too where it does not divide K. Scales
-    of slots in eight bits lie as these do.
-    """
-    shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
-    place = divisible(shape, "B K S H", runtime.rules, mesh)
-    layer: Any = NamedSharding(mesh, place)
-    if runtime.cache_dtype == "int8":
-        layer = QuantizedSlots(layer, NamedSharding(mesh, PartitionSpec(*place[:3])))  # type: ignore[arg-type]
-    layers = (layer,) * config.num_layers
-    return KVCache(layers, layers, NamedSharding(mesh, PartitionSpec()))  # type: ignore[arg-type]
 
 
 def axes_size(mesh: Mesh, names: str | MeshAxes) -> int:

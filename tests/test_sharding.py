@@ -10,12 +10,12 @@ from jax.sharding import PartitionSpec
 from support.models import TINY
 
 from llama_jax.errors import MeshError
+from llama_jax.model.cache import cache_shardings
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import (
-    cache_shardings,
     constrain,
     make_mesh,
     param_shardings,
@@ -72,15 +72,15 @@ def test_fewer_key_heads_than_devices_have_their_slots_cut() -> None:
     assert places[f"{layer}q_proj"].spec == PartitionSpec("fsdp", "tensor")
     cache = cache_shardings(TINY, Runtime(), mesh, batch=4, num_slots=32)
     shape = (4, TINY.num_kv_heads, 32, TINY.head_dim)
-    assert cache.k[0].shard_shape(shape) == (2, 2, 8, 8)
+    assert cache.layers[0].k.shard_shape(shape) == (2, 2, 8, 8)
     odd = cache_shardings(TINY, Runtime(), mesh, batch=4, num_slots=33)
-    assert odd.k[0].shard_shape((4, 2, 33, 8)) == (2, 2, 33, 8)
+    assert odd.layers[0].k.shard_shape((4, 2, 33, 8)) == (2, 2, 33, 8)
 
 
 def test_slots_lie_over_the_sequence_axis() -> None:
     mesh = mesh_of("sequence=2,tensor=4")
     cache = cache_shardings(TINY, Runtime(), mesh, batch=1, num_slots=32)
-    assert cache.k[0].shard_shape((1, 2, 32, 8)) == (1, 2, 4, 8)
+    assert cache.layers[0].k.shard_shape((1, 2, 32, 8)) == (1, 2, 4, 8)
 
 
 def test_vectors_are_whole_everywhere() -> None:
@@ -91,11 +91,11 @@ def test_vectors_are_whole_everywhere() -> None:
 def test_a_cache_is_split_over_rows_and_heads() -> None:
     mesh = mesh_of("data=2,fsdp=2,tensor=2")
     cache = cache_shardings(TINY, Runtime(), mesh, batch=4, num_slots=32)
-    assert len(cache.k) == len(cache.v) == TINY.num_layers
-    assert cache.k[0] == cache.v[-1]
-    assert cache.k[0].shard_shape((4, 2, 32, 8)) == (1, 1, 32, 8)
+    assert len(cache.layers) == TINY.num_layers
+    assert cache.layers[0].k == cache.layers[-1].v
+    assert cache.layers[0].k.shard_shape((4, 2, 32, 8)) == (1, 1, 32, 8)
     one = cache_shardings(TINY, Runtime(), mesh, batch=1, num_slots=32)
-    assert one.k[0].shard_shape((1, 2, 32, 8)) == (1, 1, 32, 8)
+    assert one.layers[0].k.shard_shape((1, 2, 32, 8)) == (1, 1, 32, 8)
 
 
 @pytest.mark.parametrize(

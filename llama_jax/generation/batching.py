@@ -17,9 +17,8 @@ from llama_jax.distributed import agreed
 from llama_jax.generation.decode import bucket
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling, SamplingRows, sampling_rows
-from llama_jax.model.cache import init_cache
+from llama_jax.model.cache import cache_shardings, init_cache
 from llama_jax.model.transformer import Llama
-from llama_jax.sharding import cache_shardings
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Array, Int, Lengths, Mesh, Tokens
 

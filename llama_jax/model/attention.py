@@ -19,10 +19,12 @@ from llama_jax import kernels
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import ring
 from llama_jax.kernels.blocks import passes_of
+from llama_jax.kernels.dispatch import FEW, MOST_ROWS
 from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
-from llama_jax.kernels.reference import Slots
-from llama_jax.model.cache_slots import AXES as SLOTS
-from llama_jax.model.cache_slots import cut_axes, first_slot
+from llama_jax.kernels.reference import Pages, Slots
+from llama_jax.model.pages import gather
+from llama_jax.model.slots import AXES as SLOTS
+from llama_jax.model.slots import cut_axes, first_slot
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import axes_size, divisible
 from llama_jax.types import Array, Float, Int, Mesh
@@ -84,6 +86,37 @@ def attend(
         out_specs=of_queries,
         check_vma=False,
     )(q, k, v, (q_start, segment_ids))
+
+
+def attend_pages(
+    q: Float[Array, "B T N H"],
+    k: Pages,
+    v: Pages,
+    page_table: Int[Array, "B M"],
+    *,
+    q_start: Int[Array, " B"],
+    runtime: Runtime,
+) -> Float[Array, "B T N H"]:
+    """`kernels.paged_attention` by the runtime's choice, on one device.
+
+    Many queries (a chunk of a prompt) attend to a dense copy of their rows' pages: the
+    products then take longer than the copy, and kernels for few queries do not apply.
+
+    Args:
+      q: of the tokens just appended.
+      k: pages of keys.
+      v: of values.
+      page_table: the page of every C slots of a row; each entry must be a page.
+      q_start: the slot of each row's first query.
+      runtime: its implementation of attention counts.
+    """
+    name = runtime.attention
+    if q.shape[1] <= FEW and q.shape[1] * q.shape[2] <= MOST_ROWS * k.shape[1]:
+        return kernels.paged_attention(
+            q, k, v, page_table, q_start=q_start, implementation=name
+        )
+    k, v = gather(k, page_table), gather(v, page_table)
+    return kernels.attention(q, k, v, q_start=q_start, implementation=name)
 
 
 def ring_order(length: int, rules: Rules, mesh: Mesh | None) -> np.ndarray | None:

@@ -1,214 +1,33 @@
-"""The model: one `Block` for training, prefill and decoding.
+"""The models: a transformer with one of two output heads."""
 
-The only module that knows Flax, and through a narrow door: modules declare their
-parameters with `self.param` and are applied to plain nested dicts.
-"""
-
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.model import cache_slots as slots
-from llama_jax.model.attention import attend, in_order, ring_order
-from llama_jax.model.cache import KVCache, LayerCache, NewCache
+from llama_jax.model.attention import in_order, ring_order
+from llama_jax.model.cache import KVCache, NewCache
+from llama_jax.model.layer_cache import CacheRows
+from llama_jax.model.layers import Block, Module, RMSNorm, SharedInputs, UnrolledLayers
 from llama_jax.model.linear import linear, matmul_precision
-from llama_jax.model.rope import RopeTables, apply_rope, rope_tables
+from llama_jax.model.rope import rope_tables
 from llama_jax.model.token_loss import token_losses
-from llama_jax.params import draw, init_std, weight_shape
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import constrain, weight_spec
 from llama_jax.types import Array, Float, Hidden, Int, Mesh, Params, Tokens
-from llama_jax.weights import Adapted, Quantized
 
 
-class _Module(nn.Module):
-    """What every module has: the facts, the choices and the devices."""
-
-    config: LlamaConfig
-    runtime: Runtime
-    mesh: Mesh | None = None
-
-    def weight(self, name: str, axes: str) -> Any:
-        """A weight, whose first numbers its row of `AXES` decides.
-
-        One that is quantized or adapted is given as it is held: `linear` takes it.
-        """
-        path, shape = "/".join((*self.path, name)), weight_shape(self.config, axes)
-        if self.has_variable("params", name):
-            given: Any = self.get_variable("params", name)
-            if isinstance(given, Quantized | Adapted):
-                if given.shape != shape:
-                    raise ConfigError(
-                        f"{path}: has the shape {list(given.shape)}, but the "
-                        f"configuration makes it {list(shape)}; do the two belong "
-                        "together?"
-                    )
-                return given
-        dtype = jnp.dtype(self.runtime.weight_dtype)
-        init = functools.partial(draw, std=init_std(path, self.config))
-        weight = self.param(name, init, shape, dtype)
-        if self.mesh is None or "/layers/" not in path or len(shape) == 1:
-            return weight
-        # Gathered, and its gradient scattered, in the dtype of products.
-        spot = weight_spec(axes, self.config, self.runtime.rules, self.mesh)
-        return jax.lax.with_sharding_constraint(
-            weight.astype(self.runtime.dtype), NamedSharding(self.mesh, spot)
-        )
-
-    def rows(self, x: Hidden) -> Array:
-        """`x` with its rows in one axis, unless a mesh splits two: twice as fast."""
-        # With two, XLA:CPU copies an activation for the gradient of each weight.
-        if self.mesh is not None or x.shape[1] == 1:
-            return x
-        return x.reshape(-1, x.shape[-1])
-
-    def part(self, module: Any, name: str | None = None, **fields: Any) -> Any:
-        """A submodule with the same facts, choices and devices."""
-        return module(self.config, self.runtime, self.mesh, name=name, **fields)
-
-    def place(self, x: Array, axes: str) -> Array:
-        """`x` where the runtime's rules want it on the mesh."""
-        return constrain(x, axes, self.runtime.rules, self.mesh)
-
-
-class RMSNorm(_Module):
-    """x / √(mean x² + ε) · scale, computed in float32 (arXiv:1910.07467)."""
-
-    @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        scale = self.weight("scale", "D")
-        exact = x.astype(jnp.float32)
-        mean_square = jnp.mean(exact * exact, axis=-1, keepdims=True)
-        normed = exact * jax.lax.rsqrt(mean_square + self.config.norm_eps)
-        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-class Attention(_Module):
-    """Grouped-query attention with rotary positions."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        rope: RopeTables,
-        segment_ids: Int[Array, "B T"] | None,
-        cache: LayerCache | NewCache | None,
-    ) -> tuple[Hidden, LayerCache | None]:
-        config = self.config
-        batch, queries, _ = x.shape
-        heads = (batch, queries, config.num_heads, config.head_dim)
-        kv_heads = (batch, queries, config.num_kv_heads, config.head_dim)
-        rows = self.rows(x)
-        q = linear(rows, self.weight("q_proj", "D NH"))
-        k = linear(rows, self.weight("k_proj", "D KH"))
-        v = linear(rows, self.weight("v_proj", "D KH"))
-        if cache is not None:
-            # Else the TPU compiler pulls the split into heads into the product, and
-            # lays the weights out anew for it on every step.
-            q, k, v = jax.lax.optimization_barrier((q, k, v))
-        q = self.place(q.reshape(heads), "B T N H")
-        k = self.place(k.reshape(kv_heads), "B T K H")
-        v = self.place(v.reshape(kv_heads), "B T K H").swapaxes(1, 2)
-        q, k = apply_rope(q, rope), apply_rope(k, rope).swapaxes(1, 2)
-        of_mesh: Any = {"rules": self.runtime.rules, "mesh": self.mesh}
-        q_start: Any = None
-        all_k: Any = k
-        all_v: Any = v
-        kept: LayerCache | None = None
-        if isinstance(cache, NewCache):
-            first_k, first_v = (in_order(x, "B K T H", **of_mesh) for x in (k, v))
-            room, dtype = cache.num_slots, self.runtime.slot_dtype
-            kept = slots.begin(first_k, first_v, room, dtype, **of_mesh)
-        elif cache is not None:
-            q_start = cache.length
-            kept = slots.write(cache, k, v, **of_mesh)
-            all_k, all_v = kept.k, kept.v
-        out = attend(
-            q,
-            all_k,
-            all_v,
-            q_start=q_start,
-            segment_ids=segment_ids,
-            runtime=self.runtime,
-            mesh=self.mesh,
-        )
-        rows = self.rows(self.place(out.reshape(batch, queries, -1), "B T NH"))
-        return linear(rows, self.weight("o_proj", "NH D")).reshape(x.shape), kept
-
-
-class FeedForward(_Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
-
-    @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        rows = self.rows(x)
-        gate = linear(rows, self.weight("gate_proj", "D F"))
-        up = linear(rows, self.weight("up_proj", "D F"))
-        hidden = self.place(jax.nn.silu(gate) * up, "B T F")
-        return linear(hidden, self.weight("down_proj", "F D")).reshape(x.shape)
-
-
-class Block(_Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        rope: RopeTables,
-        segment_ids: Int[Array, "B T"] | None,
-        cache: LayerCache | NewCache | None,
-    ) -> tuple[Hidden, LayerCache | None]:
-        normed = self.place(self.part(RMSNorm, "attention_norm")(x), "B T D")
-        out, kept = self.part(Attention, "attention")(normed, rope, segment_ids, cache)
-        x = self.place(x + out, "B TS D")
-        normed = self.place(self.part(RMSNorm, "mlp_norm")(x), "B T D")
-        x = x + self.part(FeedForward, "mlp")(normed)
-        return self.place(x, "B TS D"), kept
-
-
-class UnrolledLayers(_Module):
-    """The blocks one after another, each with arrays of its own."""
-
-    block: Any = Block
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        rope: RopeTables,
-        segment_ids: Int[Array, "B T"] | None,
-        cache: KVCache | NewCache | None,
-    ) -> tuple[Hidden, KVCache | None]:
-        layers = []
-        for index in range(self.config.num_layers):
-            layer: Any = cache
-            if isinstance(cache, KVCache):
-                layer = LayerCache(cache.k[index], cache.v[index], cache.length)
-            block = self.part(self.block, str(index))
-            x, layer = block(x, rope, segment_ids, layer)
-            layers.append(layer)
-        if cache is None:
-            return x, None
-        k, v = (tuple(getattr(layer, name) for layer in layers) for name in "kv")
-        return x, KVCache(k, v, layers[0].length)
-
-
-class Stream(NamedTuple):
-    """What a transformer gives.
+class TransformerOutput(NamedTuple):
+    """What an output head needs.
 
     Attributes:
-      x: the last block's stream, normed.
-      cache: where one came in, or was to be begun; its length is still the old one.
-      embedding: which some models' output head is.
-      order: the places of the sequence as `x` has them; None where they are in order.
+      x: the normed output of the last block.
+      cache: the cache with the new tokens; None without one.
+      embedding: of tokens, which is the output head of some models.
+      order: index in the sequence of each token of `x`; None if they are in order.
     """
 
     x: Hidden
@@ -217,8 +36,8 @@ class Stream(NamedTuple):
     order: np.ndarray | None
 
 
-class Transformer(_Module):
-    """Everything below the output head: tokens to the last block's normed stream."""
+class Transformer(Module):
+    """Everything below the output head: tokens to hidden states."""
 
     @nn.compact
     def __call__(
@@ -228,27 +47,35 @@ class Transformer(_Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | NewCache | None = None,
-    ) -> Stream:
+        lengths: Int[Array, " B"] | None = None,
+    ) -> TransformerOutput:
         embedding = self.weight("embedding", "V D")
-        config, rules, mesh = self.config, self.runtime.rules, self.mesh
-        order = None
+        config, order = self.config, None
+        rows = None if cache is None else cache.rows
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-            if isinstance(cache, KVCache):
-                positions = cache.length[:, None] + positions
-        if not isinstance(cache, KVCache):
-            order = ring_order(tokens.shape[1], rules, mesh)
+            if rows is not None:
+                positions = rows.length[:, None] + positions
+        if rows is None:
+            order = ring_order(tokens.shape[1], self.runtime.rules, self.mesh)
         if order is not None:
             tokens, positions = tokens[:, order], positions[:, order]
             segment_ids = None if segment_ids is None else segment_ids[:, order]
-        x = self.place(embedding[tokens].astype(self.runtime.dtype), "B TS D")
+        x = self.constrain(embedding[tokens].astype(self.runtime.dtype), "B TS D")
         rope = rope_tables(
             positions, config.head_dim, config.rope_theta, config.rope_scaling
         )
-        block = self._remat(Block)
+        shared = SharedInputs(rope, segment_ids, rows)
+        block, after = self._remat(Block), None
         if self.runtime.layer_layout == "unrolled":
-            layers = self.part(UnrolledLayers, "layers", block=block)
-            x, kept = layers(x, rope, segment_ids, cache)
+            x, layers = self.part(UnrolledLayers, "layers", block=block)(
+                x, shared, cache
+            )
+            if cache is not None:
+                batch = tokens.shape[0]
+                rows = rows or CacheRows(jnp.zeros((batch,), jnp.int32))
+                added = tokens.shape[1] if lengths is None else lengths
+                after = KVCache(layers, rows.length + added, rows.page_table)
         else:
             if cache is not None:
                 raise ConfigError(
@@ -259,15 +86,15 @@ class Transformer(_Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast),
                 length=self.config.num_layers,
             )
-            x, kept = self.part(scan, "layers")(x, rope, segment_ids, None)
+            x, _ = self.part(scan, "layers")(x, shared, None)
         x = self.part(RMSNorm, "final_norm")(x)
-        return Stream(self.place(x, "B T D"), kept, embedding, order)
+        return TransformerOutput(self.constrain(x, "B T D"), after, embedding, order)
 
     def _remat(self, block: Any) -> Any:
-        """The block, or one that keeps less for the backward pass."""
+        """The block, or one that stores less for the backward pass."""
         if self.runtime.remat == "none":
             return block
         policy = None
@@ -277,90 +104,123 @@ class Transformer(_Module):
         return nn.remat(block, policy=policy, prevent_cse=not stacked)
 
 
-class Llama(_Module):
-    """The language model: next-token logits, and the cache where one came in."""
+class _Model(Module):
+    """A transformer and an output head."""
+
+    @nn.compact
+    def _run(self, tokens: Tokens, **inputs: Any) -> tuple[TransformerOutput, Array]:
+        """The transformer's output, and the weights of the head."""
+        out = self.part(Transformer, "transformer")(tokens, **inputs)
+        return out, self._head(out)
+
+    def _head(self, out: TransformerOutput) -> Array:
+        raise NotImplementedError
+
+    def _in_order(self, x: Array, axes: str) -> Array:
+        return in_order(x, axes, self.runtime.rules, self.mesh)
+
+
+class Llama(_Model):
+    """The language model: logits of the next token, and the cache if one is given.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from llama_jax import Runtime, init_cache, init_params, preset
+    >>> small = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 2}
+    >>> small |= {"head_dim": 8, "mlp_dim": 32, "vocab_size": 100}
+    >>> model = Llama(preset("llama2-7b").replace(**small), Runtime())
+    >>> params = init_params(model, jax.random.key(0))
+    >>> logits, _ = apply(model, params, jnp.asarray([[1, 5, 7]]))
+    >>> logits.shape
+    (1, 3, 100)
+    >>> cache = init_cache(model.config, batch=1, num_slots=8, dtype="float32")
+    >>> _, cache = apply(model, params, jnp.asarray([[1, 5]]), cache=cache)
+    >>> last, cache = apply(model, params, jnp.asarray([[7]]), cache=cache)
+    >>> bool(jnp.allclose(last[:, 0], logits[:, 2], atol=1e-5)), cache.length.tolist()
+    (True, [3])
+    """
 
     def __post_init__(self) -> None:
         self.config.check_head("lm", "Llama")
         super().__post_init__()
 
-    @nn.compact
-    def _read(
-        self, tokens: Tokens, positions: Any, segment_ids: Any, cache: Any = None
-    ) -> tuple[Stream, Array]:
-        """The last stream, and the unembedding."""
-        stream = self.part(Transformer, "transformer")(
-            tokens, positions=positions, segment_ids=segment_ids, cache=cache
-        )
-        if self.config.tied_embeddings:
-            return stream, stream.embedding.T
-        return stream, self.weight("lm_head", "D V")
-
     def __call__(
         self,
         tokens: Tokens,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | NewCache | None = None,
         lengths: Int[Array, " B"] | None = None,
         logits_at: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B P V"], KVCache | None]:
-        """Logits (float32) of the token that follows each query.
+        """Compute logits (float32) of the token that follows each query.
 
         Args:
           tokens: ids; rows shorter than T are padded on the right with any id.
-          positions: rotary positions; by default they count on from the cache's
-            length, or from 0.
-          segment_ids: of packed rows; not together with a cache.
-          cache: what came before; the new keys and values are written behind it. It
-            must have room: `length + T ≤ S`. Or how large a cache to begin with them.
-          lengths: how many of each row's tokens are real: what the cache's length
-            grows by; T where not given.
-          logits_at: the queries whose logits are wanted, as indices into T; all where
-            not given. What is not asked for is not computed.
+          positions: rotary positions; by default they continue from the cache's length,
+            or count from 0.
+          segment_ids: of packed rows; not together with a cache of earlier tokens.
+          cache: of earlier tokens, to which the new keys and values are appended; it
+            must have room: `length + T ≤ S`. A `NewCache` creates one.
+          lengths: how many of each row's tokens are real, by which the cache's length
+            grows; defaults to T.
+          logits_at: indices into T of the queries whose logits are computed; defaults
+            to all.
 
         Returns:
-          The logits, and the cache with the new tokens in it (`None` without one).
+          The logits, and the cache with the new tokens (`None` without one).
         """
-        stream, head = self._read(tokens, positions, segment_ids, cache)
-        kept = stream.cache
-        if kept is not None:
-            grown = tokens.shape[1] if lengths is None else lengths
-            kept = kept._replace(length=kept.length + grown)
-        x = stream.x
+        out, head = self._run(
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            lengths=lengths,
+        )
+        x = out.x
         if logits_at is not None:
-            if stream.order is not None:
-                logits_at = jnp.asarray(np.argsort(stream.order))[logits_at]
+            if out.order is not None:
+                logits_at = jnp.asarray(np.argsort(out.order))[logits_at]
             x = jnp.take_along_axis(x, logits_at[..., None], axis=1)
-        elif stream.order is not None:
-            x = in_order(x, "B T D", self.runtime.rules, self.mesh)
+        elif out.order is not None:
+            x = self._in_order(x, "B T D")
         logits = linear(x, head, out_dtype=jnp.float32)
-        return self.place(logits, "B T V"), kept
+        return self.constrain(logits, "B T V"), out.cache
 
     def losses(
         self,
         tokens: Tokens,
         targets: Tokens,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T"]:
-        """-log p of each target (nats, float32), the logits never being there at once.
+        """Compute -log p of each target (nats, float32), in chunks of the vocabulary.
 
-        `apply(model, params, tokens, targets, method="losses")`. Arguments as of a
-        call; targets are the tokens that follow, any id where the loss is not wanted.
+        `apply(model, params, tokens, targets, method="losses")`. The logits of all
+        tokens are never in memory at once.
+
+        Args:
+          tokens: as of a call.
+          targets: the tokens that follow; any id where the loss is not used.
+          positions: as of a call.
+          segment_ids: as of a call.
         """
-        stream, head = self._read(tokens, positions, segment_ids)
-        if stream.order is not None:
-            targets = targets[:, stream.order]
-        found = token_losses(
-            stream.x, head, targets, rules=self.runtime.rules, mesh=self.mesh
+        out, head = self._run(tokens, positions=positions, segment_ids=segment_ids)
+        if out.order is not None:
+            targets = targets[:, out.order]
+        losses = token_losses(
+            out.x, head, targets, rules=self.runtime.rules, mesh=self.mesh
         )
-        return in_order(found, "B T", self.runtime.rules, self.mesh)
+        return self._in_order(losses, "B T")
+
+    def _head(self, out: TransformerOutput) -> Array:
+        if self.config.tied_embeddings:
+            return out.embedding.T
+        return self.weight("lm_head", "D V")
 
 
-class ScalarModel(_Module):
+class ScalarModel(_Model):
     """A number per token instead of logits: reward model and critic.
 
     Its `transformer` tree is the language model's, so that one assignment copies it.
@@ -370,21 +230,42 @@ class ScalarModel(_Module):
         self.config.check_head("scalar", "ScalarModel")
         super().__post_init__()
 
-    @nn.compact
     def __call__(
         self,
         tokens: Tokens,
         *,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T"]:
-        stream = self.part(Transformer, "transformer")(
-            tokens, positions=positions, segment_ids=segment_ids
+        cache: KVCache | NewCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T"], KVCache | None]:
+        """Compute a scalar (float32) of each token and those before it.
+
+        Args:
+          tokens: as of `Llama`, and so are the others.
+          positions: rotary positions.
+          segment_ids: of packed rows.
+          cache: of earlier tokens.
+          lengths: how many of each row's tokens are real.
+
+        Returns:
+          The scalars, and the cache with the new tokens (`None` without one).
+        """
+        out, head = self._run(
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            cache=cache,
+            lengths=lengths,
         )
-        head = self.weight("scalar_head", "D").astype(jnp.float32)
-        x = stream.x.astype(jnp.float32)
-        scalars = jnp.matmul(x, head, precision=matmul_precision(jnp.float32))
-        return in_order(scalars, "B T", self.runtime.rules, self.mesh)
+        exact = jnp.float32
+        scalars = jnp.matmul(
+            out.x.astype(exact), head.astype(exact), precision=matmul_precision(exact)
+        )
+        return self._in_order(scalars, "B T"), out.cache
+
+    def _head(self, out: TransformerOutput) -> Array:
+        return self.weight("scalar_head", "D")
 
 
 def model_for(

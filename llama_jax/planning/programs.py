@@ -17,14 +17,14 @@ from jax.stages import Lowered
 from llama_jax.data.batch import Batch
 from llama_jax.generation import decode as decoding
 from llama_jax.kernels.dispatch import Asked, Implementation, choose, refusal
-from llama_jax.model.cache import init_cache
+from llama_jax.model.cache import cache_shardings, init_cache
 from llama_jax.model.lora import Lora, adapt, lora_shapes
 from llama_jax.model.quantize import quantized_shapes
 from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
 from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import cache_shardings, divisible, weight_shardings
+from llama_jax.sharding import divisible, weight_shardings
 from llama_jax.train.loss import Loss, LossSums, next_token_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import state_shapes

@@ -56,7 +56,7 @@ def test_a_request_that_fits_nowhere_runs_alone() -> None:
 
 def test_the_bytes_of_a_batch_contain_its_cache_and_the_prompts_logits() -> None:
     cache = init_cache(MODEL.config, 4, 64, "float32")
-    least = sum(part.nbytes for part in (*cache.k, *cache.v))
+    least = sum(part.nbytes for part in jax.tree.leaves(cache.layers))
     total = batch_bytes(MODEL, 4, 64)
     assert least < total < 10 * least
     scored = batch_bytes(MODEL, 4, 64, score_prompt=True)

@@ -26,7 +26,7 @@ from llama_jax.generation.generate import generate, stream
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.kernels import Implementation
-from llama_jax.model.cache import init_cache
+from llama_jax.model.cache import KVCache, init_cache
 from llama_jax.model.transformer import Llama
 from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.presets import preset
@@ -85,11 +85,15 @@ def test_decoding_writes_into_the_cache_that_it_was_given() -> None:
     model = Llama(TINY, Runtime())
     params = random_params(TINY)
     cache = init_cache(TINY, batch=2, num_slots=16, dtype="float32")
-    places = [layer.unsafe_buffer_pointer() for layer in (*cache.k, *cache.v)]
+
+    def pointers(cache: KVCache) -> list[int]:
+        return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.layers)]
+
+    before = pointers(cache)
     tokens = jnp.ones((2,), jnp.int32)
     _, after = decoding.decode_step(model, params, cache, tokens)
-    assert all(layer.is_deleted() for layer in (*cache.k, *cache.v))
-    assert [layer.unsafe_buffer_pointer() for layer in (*after.k, *after.v)] == places
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
+    assert pointers(after) == before
 
 
 def test_a_request_is_inserted_without_a_copy_of_the_lanes() -> None:

@@ -1,6 +1,5 @@
 """A cache in eight bits: near the full one, equal to the numbers that it holds."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,9 +33,8 @@ from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.kernels import QuantizedSlots, quantize_slots
 from llama_jax.kernels.quantized_slots import dequantize_slots
-from llama_jax.model import cache as caches
-from llama_jax.model import cache_slots as slots
-from llama_jax.model.cache import KVCache, grow, init_cache
+from llama_jax.model.cache import KVCache, NewCache, cache_shardings, grow, init_cache
+from llama_jax.model.layer_cache import DenseLayerCache, Int8LayerCache
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.planning import programs
 from llama_jax.planning.memory import footprint
@@ -44,7 +42,7 @@ from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.planning.workload import Workload
 from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import cache_shardings, make_mesh, param_shardings, parse_mesh
+from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 
 B, T = 8, 16
 EIGHT = Runtime(cache_dtype="int8")
@@ -59,8 +57,8 @@ eight_devices = pytest.mark.skipif(
 every_mesh = pytest.mark.parametrize("text", MESHES)
 
 
-def numbers(layers: Sequence[Any]) -> list[Any]:
-    return [layer.values for layer in layers]
+def numbers(cache: KVCache) -> list[Any]:
+    return [slots.values for layer in cache.layers for slots in (layer.k, layer.v)]
 
 
 def assert_same(
@@ -72,9 +70,7 @@ def assert_same(
     100,000 of them lies that near to the middle of a step.
     """
     turned = np.zeros(rows, bool)
-    for one, two in zip(
-        numbers((*cache.k, *cache.v)), numbers((*other.k, *other.v)), strict=True
-    ):
+    for one, two in zip(numbers(cache), numbers(other), strict=True):
         size = min(one.shape[2], two.shape[2])
         apart = np.abs(
             np.asarray(one[:, :, :size], int) - np.asarray(two[:, :, :size], int)
@@ -137,8 +133,8 @@ def test_slots_are_rounded_once_and_to_half_a_step(params: Any, tokens: Any) -> 
     _, full = decoded(Runtime(), params, tokens)
     _, eight = decoded(EIGHT, params, tokens)
     for whole, held in (
-        (full[-1].k[0], eight[-1].k[0]),
-        (full[-1].v[0], eight[-1].v[0]),
+        (full[-1].layers[0].k, eight[-1].layers[0].k),
+        (full[-1].layers[0].v, eight[-1].layers[0].v),
     ):
         assert isinstance(held, QuantizedSlots)
         assert (held.values.dtype, held.scales.dtype) == (jnp.int8, jnp.float32)
@@ -147,9 +143,9 @@ def test_slots_are_rounded_once_and_to_half_a_step(params: Any, tokens: Any) -> 
         assert (apart <= step * (0.5 + 1e-4)).all()
         assert np.abs(np.asarray(held.values)).max() == 127
     # What was written is not touched again: rounding twice would lose more.
-    for before, after in zip(eight[0].k, eight[-1].k, strict=True):
+    for before, after in zip(eight[0].layers, eight[-1].layers, strict=True):
         for row, length in enumerate(LENGTHS):
-            for one, other in zip(before, after, strict=True):
+            for one, other in zip(before.k, after.k, strict=True):
                 np.testing.assert_array_equal(
                     one[row, :, :length], other[row, :, :length]
                 )
@@ -163,7 +159,7 @@ def test_an_empty_cache_is_int8_with_scales_and_grows() -> None:
     full = jax.tree.map(lambda x: x + 1, empty)
     grown = grow(full, 7)
     assert grown.num_slots == 7
-    for one, small in zip(grown.k[0], full.k[0], strict=True):
+    for one, small in zip(grown.layers[0].k, full.layers[0].k, strict=True):
         assert one.dtype == small.dtype
         np.testing.assert_array_equal(one[:, :, :4], small)
         np.testing.assert_array_equal(one[:, :, 4:], 0)
@@ -187,8 +183,11 @@ def test_decoding_is_near_that_over_a_full_cache(params: Any, tokens: Any) -> No
 def test_decoding_equals_that_over_a_cache_of_the_rounded_numbers(
     params: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rounded(new: Any, dtype: Any) -> Any:
-        return dequantize_slots(quantize_slots(new), dtype)
+    append = DenseLayerCache.append
+
+    def append_rounded(cache: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+        k, v = (dequantize_slots(quantize_slots(x), x.dtype) for x in (k, v))
+        return append(cache, k, v, *rest, **options)
 
     def run(runtime: Runtime) -> tuple[list[Any], KVCache]:
         model = Llama(TINY, runtime)
@@ -202,12 +201,10 @@ def test_decoding_equals_that_over_a_cache_of_the_rounded_numbers(
         return found, cache
 
     found, cache = run(EIGHT)
-    for module in (caches, slots):
-        monkeypatch.setattr(module, "held", rounded)
+    monkeypatch.setattr(DenseLayerCache, "append", append_rounded)
     wanted, other = run(Runtime())
-    again = other._replace(
-        k=tuple(map(quantize_slots, other.k)), v=tuple(map(quantize_slots, other.v))
-    )
+    layers = (Int8LayerCache(*map(quantize_slots, layer)) for layer in other.layers)
+    again = other._replace(layers=tuple(layers))
     for one, two in zip(found, wanted, strict=True):
         assert_same(one, two, cache, again)
 
@@ -282,7 +279,7 @@ def test_meshes_equal_one_device(
     wanted, alone = eight
     places = cache_shardings(TINY, EIGHT, mesh, B, 32)
     for cache in held:
-        for part, place in zip(cache.k[0], places.k[0], strict=True):
+        for part, place in zip(cache.layers[0].k, places.layers[0].k, strict=True):
             assert part.addressable_shards[0].data.nbytes * 8 == part.nbytes
             assert part.sharding.is_equivalent_to(place, part.ndim)
     for one, other, cache, same in zip(found, wanted, held, alone, strict=True):
@@ -299,7 +296,7 @@ def test_several_tokens_are_written_into_cut_slots(
     found = []
     for on, weights in ((mesh, placed), (None, params)):
         model = Llama(TINY, EIGHT, on)
-        first = caches.NewCache(32)
+        first = NewCache(32)
         _, cache = forward(model, weights, tokens[:, :5], cache=first)
         logits, cache = forward(model, weights, tokens[:, 5:], cache=cache)
         found.append((logits, cache))
@@ -324,7 +321,7 @@ def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
         tokens = jnp.asarray([prompt], jnp.int32)
         model, lengths = loaded.model, jnp.asarray([len(prompt)])
         logits, cache = decoding.prefill(model, loaded.params, tokens, lengths, 32)
-        assert isinstance(cache.k[0], QuantizedSlots)
+        assert isinstance(cache.layers[0].k, QuantizedSlots)
         for token in ids:
             assert int(logits[0].argmax()) == token
             new = jnp.asarray([token], jnp.int32)
@@ -338,12 +335,12 @@ def test_decoding_writes_into_the_cache_that_it_was_given(params: Any) -> None:
     cache = init_cache(TINY, 2, 16, "int8")
 
     def places(cache: KVCache) -> list[int]:
-        leaves = jax.tree.leaves((cache.k, cache.v))
+        leaves = jax.tree.leaves(cache.layers)
         return [leaf.unsafe_buffer_pointer() for leaf in leaves]
 
     before, token = places(cache), jnp.ones((2,), jnp.int32)
     _, after = decoding.decode_step(Llama(TINY, EIGHT), params, cache, token)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((cache.k, cache.v)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
     assert places(after) == before
 
 

@@ -119,7 +119,7 @@ def test_a_number_of_each_token_comes_in_order_from_a_ring() -> None:
             ScalarModel(SCALAR, FORWARD, on),
             placed(FORWARD, on, SCALAR),
             tokens,
-        )
+        )[0]
         for on in (mesh, None)
     )
     np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
@@ -209,14 +209,14 @@ def test_decoding_equals_one_device(text: str) -> None:
         logits, cache = prefill(model, params, tokens, lengths, 32)
         results.append(logits)
         if on is not None:
-            kept = cache.k[0]
+            kept = cache.layers[0].k
             assert kept.addressable_shards[0].data.nbytes * 8 == kept.nbytes
         for token in range(2):
             next_ids = jnp.full((B,), 5 + token, jnp.int32)
             logits, cache = decode_step(model, params, cache, next_ids)
             results.append(logits)
         if on is not None:
-            kept = cache.k[0]
+            kept = cache.layers[0].k
             assert kept.addressable_shards[0].data.nbytes * 8 == kept.nbytes
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)

@@ -30,8 +30,9 @@ from support.tolerances import (
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import ConfigError
 from llama_jax.generation import decode as decoding
-from llama_jax.model.cache import KVCache, LayerCache, grow, init_cache, insert
+from llama_jax.model.cache import KVCache, grow, init_cache
 from llama_jax.model.init import init_params
+from llama_jax.model.layer_cache import CacheRows, DenseLayerCache
 from llama_jax.model.transformer import Llama, ScalarModel, apply
 from llama_jax.params import flatten, unstack_layers
 from llama_jax.runtime import LayerLayout, Remat, Runtime
@@ -89,7 +90,8 @@ def test_packed_model_equals_the_oracle(
 
 def test_scalar_model_equals_the_oracle(tokens: jax.Array) -> None:
     params = random_params(SCALAR)
-    found = forward(ScalarModel(SCALAR, Runtime()), params, tokens)
+    found, cache = forward(ScalarModel(SCALAR, Runtime()), params, tokens)
+    assert cache is None
     assert found.shape == tokens.shape
     assert_near(found, oracle.scalars(TINY, params, tokens), ORACLE_FLOAT32)
 
@@ -184,27 +186,27 @@ def test_decoding_equals_one_forward_with_scaled_positions(
         found, cache = decoding.decode_step(model, params, cache, next_tokens)
 
 
-def test_new_keys_go_behind_each_rows_length_and_nowhere_else() -> None:
+def test_new_keys_are_appended_after_each_rows_length_and_nowhere_else() -> None:
     empty = init_cache(TINY, 2, 8, jnp.float32)
-    layer = LayerCache(empty.k[0] - 1, empty.v[0] - 1, jnp.asarray([0, 5]))
+    layer = DenseLayerCache(empty.layers[0].k - 1, empty.layers[0].v - 1)
+    rows = CacheRows(jnp.asarray([0, 5]))
     new = jnp.arange(2 * 2 * 3 * 8, dtype=jnp.float32).reshape(2, 2, 3, 8)
-    written = insert(layer, new, -new)
+    written = layer.append(new, -new, rows, runtime=Runtime(), mesh=None)
     wanted = np.full((2, 2, 8, 8), -1, np.float32)
     wanted[0, :, 0:3], wanted[1, :, 5:8] = new[0], new[1]
     np.testing.assert_array_equal(written.k, wanted)
     wanted[0, :, 0:3], wanted[1, :, 5:8] = -new[0], -new[1]
     np.testing.assert_array_equal(written.v, wanted)
-    assert written.length.tolist() == [0, 5]
 
 
 def test_a_cache_grows_and_does_not_shrink() -> None:
     small = init_cache(TINY, 2, 4, jnp.bfloat16)
-    full = small._replace(k=tuple(layer + 1 for layer in small.k))
+    full = jax.tree.map(lambda x: x + 1, small)
     grown = grow(full, 7)
     assert grown.num_slots == 7
-    assert grown.k[1].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(grown.k[1][:, :, :4], full.k[1])
-    np.testing.assert_array_equal(grown.k[1][:, :, 4:], 0)
+    assert grown.layers[1].k.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(grown.layers[1].k[:, :, :4], full.layers[1].k)
+    np.testing.assert_array_equal(grown.layers[1].k[:, :, 4:], 0)
     with pytest.raises(ValueError, match="cannot shrink 7 slots to 4"):
         grow(grown, 4)
 
@@ -427,7 +429,7 @@ def test_activations_have_the_runtimes_dtype(tokens: jax.Array) -> None:
     logits, out = jax.eval_shape(run, weights, tokens, cache=cache)
     assert logits.dtype == jnp.float32
     assert isinstance(out, KVCache)
-    assert out.k[0].dtype == out.v[0].dtype == jnp.bfloat16
+    assert out.layers[0].k.dtype == out.layers[0].v.dtype == jnp.bfloat16
 
 
 # The scalar model, and the first weights
@@ -445,7 +447,7 @@ def test_scalar_model_shares_the_transformers_tree(
     )
     head = params["lm_head"][:, 0]
     reward = {"transformer": params["transformer"], "scalar_head": head}
-    found = forward(model, reward, tokens)
+    found, _ = forward(model, reward, tokens)
     assert found.dtype == jnp.float32
     logits, _ = forward(MODEL, params, tokens)
     assert_near(found, logits[..., 0], EQUAL_FORWARD)
