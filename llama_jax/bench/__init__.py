@@ -1,5 +1,5 @@
-"""How fast the library is on whatever device is there, beside what the device can do.
+"""Benchmarks: how fast the library is on this machine, and what the machine can do.
 
-`python -m llama_jax.bench decode` and `prefill` print a table, or with `--json` an
-object. Weights are random: speed does not depend on them.
+`python -m llama_jax.bench decode` prints a table, or with `--json` one object. Weights
+are random, since speed does not depend on them.
 """

@@ -1,4 +1,4 @@
-"""Conversion: seconds, and host memory, beside copying the same bytes on that disk."""
+"""Conversion: time and host memory, next to copying the same bytes on the same disk."""
 
 import dataclasses
 import os
@@ -22,23 +22,23 @@ from llama_jax.loading import bundled
 from llama_jax.params import axes_of, leaf_paths, weight_shape
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
-_BLOCK = 1 << 24  # random numbers, used again and again
+_BLOCK = 1 << 24  # random numbers, repeated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """One conversion between two copies of its source.
+    """A conversion, with copies of its source before and after it.
 
     Attributes:
-      params: of the model.
-      source_bytes: of Meta's folder.
-      seconds: of the conversion, until the disk has it.
-      copy_seconds: of the copies before and after it, likewise.
+      params: number of the model's parameters.
+      source_bytes: of the folder in Meta's format.
+      seconds: of the conversion, until everything is on disk.
+      copy_seconds: of the copies before and after it, until everything is on disk.
       gb_per_s: source bytes per second of the conversion.
-      ratio: of the copies' mean time to the conversion's.
-      peak_bytes: of host memory during the conversion, page cache not counted.
-      base_bytes: of host memory before it.
-      predicted_bytes: what it was thought to take at most.
+      ratio: mean time of the copies divided by that of the conversion.
+      peak_bytes: host memory during the conversion, without the page cache.
+      base_bytes: host memory before it.
+      predicted_bytes: predicted peak of host memory.
     """
 
     params: int
@@ -55,63 +55,63 @@ class ConversionReport:
 def measure_conversion(
     config: LlamaConfig, *, ranks: int, target: FormatName, folder: pathlib.Path
 ) -> ConversionReport:
-    """Write a folder of Meta's with random weights, copy it, and convert it.
+    """Write random weights in Meta's format, copy them, and convert them.
 
     Args:
-      config: of the model; its weights are bfloat16.
-      ranks: model-parallel files.
-      target: the format to convert to.
-      folder: where there is room for three times the model.
+      config: the model; its weights are bfloat16.
+      ranks: number of model-parallel files.
+      target: format to convert to.
+      folder: with room for three times the model.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        place = pathlib.Path(name)
-        source = place / "meta"
+        workspace = pathlib.Path(name)
+        source = workspace / "meta"
         source.mkdir()
         write_meta(source, LazyModel(config, _random_leaves(config), None), ranks=ranks)
         size = sum(file.stat().st_size for file in source.iterdir())
-        # Any that is no larger than the model's vocabulary will do.
+        # Any tokenizer will do whose vocabulary is not larger than the model's.
         tokenizer = bundled() / "tokenizer.model"
 
         def copy() -> None:
-            shutil.copytree(source, place / "copy")
+            shutil.copytree(source, workspace / "copy")
 
         prepared = prepare_conversion(
             source,
-            place / "ours",
+            workspace / "ours",
             target_format=target,
             tokenizer=tokenizer,
             max_seq_len=config.max_seq_len,
         )
         before = _timed(copy)
-        shutil.rmtree(place / "copy")
+        shutil.rmtree(workspace / "copy")
         base = anonymous_bytes() or 0
         start = time.perf_counter()
-        done = convert(
+        converted = convert(
             source,
-            place / "ours",
+            workspace / "ours",
             target_format=target,
             tokenizer=tokenizer,
             max_seq_len=config.max_seq_len,
         )
         os.sync()
-        taken = time.perf_counter() - start
-        shutil.rmtree(place / "ours")
+        seconds = time.perf_counter() - start
+        shutil.rmtree(workspace / "ours")
         after = _timed(copy)
     return ConversionReport(
-        params=done.num_params,
+        params=converted.num_params,
         source_bytes=size,
-        seconds=taken,
+        seconds=seconds,
         copy_seconds=(before, after),
-        gb_per_s=size / taken / 1e9,
-        ratio=(before + after) / 2 / taken,
-        peak_bytes=done.peak_host_bytes or 0,
+        gb_per_s=size / seconds / 1e9,
+        ratio=(before + after) / 2 / seconds,
+        peak_bytes=converted.peak_host_bytes or 0,
         base_bytes=base,
         predicted_bytes=prepared.host_bytes or 0,
     )
 
 
 def _timed(run: Callable[[], None]) -> float:
-    """Seconds until the disk has what was written."""
+    """Seconds until everything written is on disk."""
     os.sync()
     start = time.perf_counter()
     run()

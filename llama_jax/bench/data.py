@@ -1,4 +1,4 @@
-"""Data: tokens per second of the loader alone, and of its parts one after another."""
+"""Data: tokens per second of the loader, and of each of its stages alone."""
 
 import dataclasses
 import pathlib
@@ -18,20 +18,21 @@ from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Path
 
-_WORDS = 40_000  # made up, of the bundled model's kind of text
+_DOCUMENTS = 400
+_VOCABULARY = 2000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Batches made as fast as they can be, for one epoch or as long as was asked.
+    """Loading of batches as fast as possible, for an epoch or a number of tokens.
 
     Attributes:
-      records: read.
-      tokens: in the batches.
-      fill_rate: which part of the slots has a token.
-      open_seconds: to find where each record is.
-      seconds: from the first batch asked for to the last.
-      tokens_per_s: of these.
+      records: number of records read.
+      tokens: number of tokens in the batches.
+      fill_rate: fraction of the batches' slots that contain a token.
+      open_seconds: to index the records.
+      seconds: to load all batches.
+      tokens_per_s: of loading.
       read_tokens_per_s: of reading and parsing alone.
       encode_tokens_per_s: of tokenizing alone.
       pack_tokens_per_s: of packing and filling arrays alone.
@@ -57,22 +58,22 @@ def measure_data(
     length: int,
     packing: Packing = "pack",
     workers: int = 1,
-    most_tokens: int = 3_000_000,
+    max_tokens: int = 3_000_000,
 ) -> DataReport:
-    """Load batches of one epoch, but of no more than some tokens.
+    """Load the batches of one epoch, at most about `max_tokens` tokens.
 
     Args:
-      files: of any kind; where there is none, text is made up.
+      files: in any supported format; if empty, text is generated.
       tokenizer: the model's.
       format: of the records.
       batch_size: B.
       length: T.
       packing: how rows are filled.
       workers: threads.
-      most_tokens: enough to measure.
+      max_tokens: tokens after which to stop.
     """
     with tempfile.TemporaryDirectory() as name:
-        files = files or [_made_up(pathlib.Path(name) / "words.txt")]
+        files = files or [_generate_text(pathlib.Path(name) / "words.txt")]
         start = time.perf_counter()
         loader = Loader(
             files,
@@ -88,25 +89,25 @@ def measure_data(
         opened = time.perf_counter()
         with loader:
             for _ in loader:
-                if loader.statistics.tokens >= most_tokens:
+                if loader.statistics.tokens >= max_tokens:
                     break
         seconds = time.perf_counter() - opened
-        found = loader.statistics
+        statistics = loader.statistics
         encoder = Encoder(tokenizer=tokenizer, format=format, length=length)
-        stages = _stages(files, encoder, batch_size, packing, found.records)
+        stages = _stages(files, encoder, batch_size, packing, statistics.records)
     return DataReport(
-        records=found.records,
-        tokens=found.tokens,
-        fill_rate=found.fill_rate,
+        records=statistics.records,
+        tokens=statistics.tokens,
+        fill_rate=statistics.fill_rate,
         open_seconds=opened - start,
         seconds=seconds,
-        tokens_per_s=found.tokens / seconds,
+        tokens_per_s=statistics.tokens / seconds,
         **stages,
     )
 
 
 def _stages(
-    files: Sequence[Path], encoder: Encoder, B: int, packing: Packing, most: int
+    files: Sequence[Path], encoder: Encoder, B: int, packing: Packing, limit: int
 ) -> dict[str, float]:
     corpus = Corpus(files)
     prefer_text = encoder.format in ("text", "infilling")
@@ -128,10 +129,10 @@ def _stages(
         if packing != "pad":
             split = packing == "split"
             rows = list(pack(examples, encoder.length, split=split))
-        for at in range(0, len(rows), B):
-            assemble(rows[at : at + B], encoder.length)
+        for start in range(0, len(rows), B):
+            assemble(rows[start : start + B], encoder.length)
 
-    numbers = range(min(most, len(corpus)))
+    numbers = range(min(limit, len(corpus)))
     records, reading = _timed(lambda: [r for n in numbers for r in parsed(n)])
     examples, encoding = _timed(lambda: [e for r in records for e in encoded(r)])
     _, packed = _timed(batches)
@@ -145,17 +146,19 @@ def _stages(
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
-    done = work()
-    return done, time.perf_counter() - start
+    result = work()
+    return result, time.perf_counter() - start
 
 
-def _made_up(path: pathlib.Path) -> pathlib.Path:
-    """Documents of words that nobody knows, always the same."""
+def _generate_text(path: pathlib.Path) -> pathlib.Path:
+    """Write documents of random words, the same in every call."""
     draw = random.Random(0)
     letters = "etaoinshrdlucmfwyp"
-    words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(2000)]
+    words = [
+        "".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(_VOCABULARY)
+    ]
     with path.open("w") as file:
-        for _ in range(_WORDS // 100):
+        for _ in range(_DOCUMENTS):
             text = " ".join(draw.choices(words, k=draw.randint(50, 200)))
             file.write(f"{text}.\n<|endoftext|>\n")
     return path

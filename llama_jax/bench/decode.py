@@ -1,4 +1,4 @@
-"""Decoding: tokens per second, and how near it streams its weights to the limit."""
+"""Decoding: tokens per second, and weights streamed next to memory bandwidth."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from llama_jax.bench.machine import Bandwidth, bandwidth, best_and_median
+from llama_jax.bench.machine import Bandwidth, best_and_median, measure_bandwidth
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import decode as decoding
 from llama_jax.generation.sampling import Sampling, sampling_rows
@@ -19,23 +19,23 @@ from llama_jax.sharding import param_shardings
 from llama_jax.types import Mesh
 
 _STEPS_PER_CALL = 8
-"""As many as `stream` decodes between two looks at the text, unless told."""
+"""The default number of steps per device call of `stream`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeReport:
-    """Greedy decoding beside the machine's memory bandwidth.
+    """Greedy decoding, next to the machine's memory bandwidth.
 
     Attributes:
-      params: of the model.
-      weight_bytes: that a device reads for every step: its part of the weights, of the
-        embedding one row.
-      cache_slots: S, of each row's cache, which is read too but not counted.
-      tokens_per_s: of all rows together, in the fastest of the device calls.
-      median_tokens_per_s: in the middle one.
+      params: number of the model's parameters.
+      weight_bytes: bytes of weights that a device reads in each step: its part of all
+        weights but the embedding.
+      cache_slots: S of the cache, which is also read but not counted.
+      tokens_per_s: of all rows, in the fastest device call.
+      median_tokens_per_s: of all rows, in the median device call.
       gb_per_s: weight bytes per second in the fastest call.
-      bandwidth: what a device can do, measured in the same run.
-      ratio: `gb_per_s` as a part of the highest bandwidth.
+      bandwidth: of a device, measured in the same run.
+      ratio: `gb_per_s` divided by the highest bandwidth.
     """
 
     params: int
@@ -51,11 +51,11 @@ class DecodeReport:
 def weight_bytes_per_step(
     config: LlamaConfig, runtime: Runtime, mesh: Mesh | None = None
 ) -> int:
-    """Bytes of weights that a device reads in a decoding step, whatever the batch."""
+    """Count the bytes of weights that a device reads in a step, for any batch."""
     shapes = {path: leaf.shape for path, leaf in flatten(param_shapes(config)).items()}
     if mesh is not None:
-        places = flatten(param_shardings(config, runtime, mesh))
-        shapes = {path: places[path].shard_shape(shapes[path]) for path in shapes}
+        shardings = flatten(param_shardings(config, runtime, mesh))
+        shapes = {path: shardings[path].shard_shape(shapes[path]) for path in shapes}
     if not config.tied_embeddings:
         del shapes["transformer/embedding"]
     read = sum(map(math.prod, shapes.values()))
@@ -72,30 +72,30 @@ def measure_decode(
     rounds: int = 8,
     mesh: Mesh | None = None,
 ) -> DecodeReport:
-    """Decode greedily with the library's own loop, as `stream` calls it.
+    """Measure greedy decoding with the library's loop, called as `stream` calls it.
 
     Args:
-      config: of the model, whose weights are random.
-      runtime: how it is run.
-      batch: rows that are decoded together.
-      prompt_length: of every row.
-      steps: tokens to decode per row, rounded up to whole calls.
-      rounds: how often to start again from the prompt.
-      mesh: devices; jax's default one where not given.
+      config: the model; its weights are random.
+      runtime: how the model runs.
+      batch: rows.
+      prompt_length: tokens of each prompt.
+      steps: tokens to decode per row, rounded up to whole device calls.
+      rounds: number of times to start again from the prompt.
+      mesh: devices; by default jax's default device.
     """
-    # Around what is compared with it, since other programs come and go, and not beside
-    # it, since the weights may leave no room.
-    limits = [bandwidth()]
+    # Before and after, since the load of the machine changes; not meanwhile, since the
+    # weights may leave no room.
+    limits = [measure_bandwidth()]
     slots = decoding.bucket(prompt_length + steps + _STEPS_PER_CALL, 1 << 30)
     model = Llama(config, runtime, mesh)
     times = _step_times(model, batch, prompt_length, steps, slots, rounds)
-    limits.append(bandwidth())
+    limits.append(measure_bandwidth())
     best, median = best_and_median(times)
     weight_bytes = weight_bytes_per_step(config, runtime, mesh)
-    limit = Bandwidth(
-        reduction=max(one.reduction for one in limits),
-        matvec=max(one.matvec for one in limits),
-        copy=max(one.copy for one in limits),
+    best_limit = Bandwidth(
+        reduction=max(limit.reduction for limit in limits),
+        matvec=max(limit.matvec for limit in limits),
+        copy=max(limit.copy for limit in limits),
     )
     gb_per_s = weight_bytes / best / 1e9
     return DecodeReport(
@@ -105,8 +105,8 @@ def measure_decode(
         tokens_per_s=batch / best,
         median_tokens_per_s=batch / median,
         gb_per_s=gb_per_s,
-        bandwidth=limit,
-        ratio=gb_per_s / limit.best,
+        bandwidth=best_limit,
+        ratio=gb_per_s / best_limit.best,
     )
 
 
@@ -118,7 +118,7 @@ def _step_times(
     slots: int,
     rounds: int,
 ) -> list[float]:
-    """Seconds per step of every device call, compilation left out."""
+    """Seconds per step of every device call, without compilation."""
     params = init_params(model, jax.random.key(0))
     rows = sampling_rows([Sampling(temperature=0)] * batch, model.config.vocab_size)
     stop_ids = jnp.full((batch, 8), -1, jnp.int32)
@@ -139,8 +139,8 @@ def _step_times(
 
         for _ in range(-(-steps // per_call)):
             start = time.perf_counter()
-            lanes, written = decoding.advance(model, params, lanes, jnp.int32(per_call))
-            jax.block_until_ready(written)
+            lanes, emitted = decoding.advance(model, params, lanes, jnp.int32(per_call))
+            jax.block_until_ready(emitted)
             if number > 0:
                 times.append((time.perf_counter() - start) / per_call)
     return times

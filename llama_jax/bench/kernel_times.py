@@ -1,4 +1,4 @@
-"""Attention timed on the device that is there, beside what the device can do."""
+"""Times of attention on this machine's device, next to what the device can do."""
 
 import functools
 import typing
@@ -9,55 +9,62 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import kernels
-from llama_jax.bench.machine import bandwidth, best_and_median, matmul_rate, seconds
-from llama_jax.bench.peers import Work, causal_shapes, peers, with_gradient
+from llama_jax.bench.attention_work import Call, Work, causal_shapes, with_gradient
+from llama_jax.bench.jax_kernels import jax_kernels
+from llama_jax.bench.machine import (
+    best_and_median,
+    measure_bandwidth,
+    measure_matmul_rate,
+    time_calls,
+)
 from llama_jax.presets import PRESETS
 from llama_jax.runtime import DType
 from llama_jax.types import Array
 
 
 def measure_times(
-    asked: Sequence[tuple[str, Work]], repeats: int = 8
+    works: Sequence[tuple[str, Work]], repeats: int = 8
 ) -> dict[str, Any]:
-    """Seconds of every implementation for every work, with the machine's own rates.
+    """Time every implementation on every work, and measure the machine's rates.
 
-    What an implementation refuses is reported as refused, and is no error.
+    If an implementation raises an error, it is reported as refused.
 
     Args:
-      asked: works, each with its shape's name.
-      repeats: how often each is timed.
+      works: works, each with its shape's name.
+      repeats: measurements of each.
     """
     dtype: DType = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     on_cpu = jax.default_backend() == "cpu"
-    memory = bandwidth(1 << 26 if on_cpu else 1 << 30)
-    product = matmul_rate(PRESETS["llama2-7b"], 16 if on_cpu else 4096, dtype)
+    memory = measure_bandwidth(1 << 26 if on_cpu else 1 << 30)
+    product = measure_matmul_rate(PRESETS["llama2-7b"], 16 if on_cpu else 4096, dtype)
     rows = []
-    for shape, work in asked:
+    for shape, work in works:
         for name, call in _implementations(work, dtype):
-            row = {"shape": shape, **work._asdict(), "name": name}
-            row["heads"] = work.heads._asdict()
+            row = {"shape": shape, **work.describe(), "name": name}
             try:
-                _, median = best_and_median(seconds(call(), repeats=repeats))
-            except Exception as error:  # whatever an implementation refuses with
+                _, median = best_and_median(time_calls(call(), repeats=repeats))
+            except Exception as error:  # implementations raise all kinds of errors
                 reason = (str(error).strip().splitlines() or [""])[0][:200]
                 rows.append({**row, "refused": f"{type(error).__name__}: {reason}"})
                 continue
-            part = _part(work, median, product.gflops, memory.copy, dtype)
+            part = _fraction(work, median, product.gflops, memory.copy, dtype)
             rows.append({**row, "median_seconds": median, "part": part})
     rates = {"matmul_gflops": product.gflops, "copy_gb_per_s": memory.copy}
     return {"dtype": dtype, **rates, "rows": rows}
 
 
 def flops(work: Work) -> int:
-    """Of the products of what a causal mask leaves: two forward, five backward."""
+    """Count the FLOPs of the visible products: two forward, five backward."""
     pairs = work.rows * work.heads.n * work.length * (work.length + 1) // 2
     return pairs * work.heads.h * 2 * (7 if work.kind == "backward" else 2)
 
 
-def _part(work: Work, median: float, gflops: float, copy: float, dtype: str) -> float:
-    """Of the matrix rate, or for decoding of the copy rate, that is reached.
+def _fraction(
+    work: Work, median: float, gflops: float, copy: float, dtype: str
+) -> float:
+    """Fraction of the matrix product rate, or for decoding of the copy rate.
 
-    The backward pass is timed with the forward pass that it needs, and counted so.
+    The backward pass includes the forward pass that it needs, in time and FLOPs.
     """
     if work.kind == "decode":
         size = jnp.dtype(dtype).itemsize
@@ -69,20 +76,22 @@ def _part(work: Work, median: float, gflops: float, copy: float, dtype: str) -> 
 def _implementations(
     work: Work, dtype: DType
 ) -> list[tuple[str, Callable[[], Callable[[], Any]]]]:
-    """Name, and what prepares a call, of each; ours first, then others'."""
-    found: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
+    """The name of each implementation, and what prepares a call; ours first."""
+    implementations: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
     for name in typing.get_args(kernels.Implementation):
         if name != "auto":
             attend = functools.partial(kernels.attention, implementation=name)
-            found.append((name, functools.partial(_prepare, work, dtype, attend)))
+            implementations.append(
+                (name, functools.partial(_prepare, work, dtype, attend))
+            )
     if jax.default_backend() == "gpu":
         prepare = functools.partial(_prepare, work, dtype, _cudnn)
-        found.append(("jax.nn cudnn", prepare))
+        implementations.append(("jax.nn cudnn", prepare))
     if jax.default_backend() == "tpu" and dtype == "bfloat16":
-        for peer in peers(work, _chip(), sweep=False):
-            built = functools.partial(_prepare_built, peer.build)
-            found.append((f"{peer.name} {peer.tile}", built))
-    return found
+        for kernel in jax_kernels(work, _chip(), sweep=False):
+            prepare = functools.partial(_prepare_call, kernel.build)
+            implementations.append((f"{kernel.name} {kernel.tile}", prepare))
+    return implementations
 
 
 def _chip() -> str:
@@ -92,7 +101,7 @@ def _chip() -> str:
 
 def _prepare(work: Work, dtype: DType, attend: Callable[..., Array]) -> Any:
     n, _, h = work.heads
-    shapes = [jax.ShapeDtypeStruct(one.shape, dtype) for one in causal_shapes(work)]
+    shapes = [jax.ShapeDtypeStruct(x.shape, dtype) for x in causal_shapes(work)]
     if work.kind == "decode":
         shapes[0] = jax.ShapeDtypeStruct((work.rows, n, 1, h), dtype)
     last = jnp.full((work.rows,), work.length - 1, jnp.int32)
@@ -104,17 +113,17 @@ def _prepare(work: Work, dtype: DType, attend: Callable[..., Array]) -> Any:
     return _call(with_gradient(work, transposed), shapes)
 
 
-def _prepare_built(build: Callable[[], Any]) -> Any:
+def _prepare_call(build: Callable[[], Call]) -> Any:
     return _call(*build())
 
 
 def _call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     keys = jax.random.split(jax.random.key(0), len(arguments))
     arrays = [
-        jax.random.normal(key, one.shape, one.dtype)
-        if isinstance(one, jax.ShapeDtypeStruct)
-        else jnp.asarray(one)
-        for key, one in zip(keys, arguments, strict=True)
+        jax.random.normal(key, x.shape, x.dtype)
+        if isinstance(x, jax.ShapeDtypeStruct)
+        else jnp.asarray(x)
+        for key, x in zip(keys, arguments, strict=True)
     ]
     return functools.partial(jax.jit(function), *arrays)
 
@@ -131,11 +140,11 @@ def _cudnn(q: Array, k: Array, v: Array, *, q_start: Array | None) -> Array:
     )
 
 
-def lines_of(times: dict[str, Any]) -> Iterator[str]:
-    """The table: seconds, the ratio to XLA's, and the part of what is possible."""
+def time_lines(times: dict[str, Any]) -> Iterator[str]:
+    """The table: times, speedup over XLA, and fraction of the device's rate."""
     yield f"matrix product {times['matmul_gflops']:,.0f} GFLOP/s ({times['dtype']})"
     yield f"copy {times['copy_gb_per_s']:,.0f} GB/s"
-    floor: dict[tuple[Any, ...], float] = {}
+    xla: dict[tuple[Any, ...], float] = {}
     for row in times["rows"]:
         work = (row["kind"], row["shape"], row["length"], row["rows"])
         label = "{} {}, length {}, {} rows".format(*work) + f": {row['name']:<30}"
@@ -144,8 +153,8 @@ def lines_of(times: dict[str, Any]) -> Iterator[str]:
             continue
         median = row["median_seconds"]
         if row["name"] == "xla":
-            floor[work] = median
-        ratio = f"{floor[work] / median:.2f} x xla" if work in floor else ""
+            xla[work] = median
+        ratio = f"{xla[work] / median:.2f} x xla" if work in xla else ""
         limit = "copy" if row["kind"] == "decode" else "matmul"
         part = f"{row['part']:.0%} of {limit}"
         yield f"{label} {median * 1e3:,.3f} ms  {ratio}  {part}"

@@ -1,4 +1,4 @@
-"""What this machine can do: memory bandwidth, and the rate of matrix products."""
+"""Measure what this machine can do: memory bandwidth, and FLOP/s of matrix products."""
 
 import dataclasses
 import datetime
@@ -20,12 +20,14 @@ from llama_jax.types import Array
 
 _GIB = 1 << 30
 _RUN_SECONDS = 0.1
-_MOST_IN_A_ROW = 64
+_MAX_CALLS_PER_RUN = 64
+_CPU_SQUARES = (1024, 2048)
+_ACCELERATOR_SQUARES = (2048, 4096, 8192)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where and when a figure was measured."""
+    """Where and when something was measured."""
 
     device: str
     host: str
@@ -35,7 +37,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bandwidth:
-    """GB/s (10⁹ bytes) of three ways to go through 1 GiB of warm memory."""
+    """GB/s (10⁹ bytes) of three ways to stream 1 GiB of warm memory."""
 
     reduction: float
     matvec: float
@@ -49,14 +51,14 @@ class Bandwidth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulRate:
-    """The fastest matrix product of several sizes, `I,J,K` being `[I, J] @ [J, K]`."""
+    """The fastest matrix product of several sizes; `I,J,K` is `[I, J] @ [J, K]`."""
 
     gflops: float
     size: str
 
 
-def describe() -> Machine:
-    """The default device and the versions."""
+def describe_machine() -> Machine:
+    """Describe the default device and the versions."""
     device = jax.devices()[0]
     host = f"{platform.machine()}, {platform.system()}, Python "
     return Machine(
@@ -67,12 +69,14 @@ def describe() -> Machine:
     )
 
 
-def seconds(run: Callable[[], Any], *, repeats: int = 8, warm: int = 2) -> list[float]:
-    """How long each of `repeats` calls took, after some that compile and warm up.
+def time_calls(
+    run: Callable[[], Any], *, repeats: int = 8, warmup: int = 2
+) -> list[float]:
+    """Measure the seconds of `repeats` calls, after others that compile and warm up.
 
-    `run` returns arrays; a call ends when they are computed.
+    A call ends when the arrays that it returns are computed.
     """
-    for _ in range(warm):
+    for _ in range(warmup):
         jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
@@ -83,36 +87,36 @@ def seconds(run: Callable[[], Any], *, repeats: int = 8, warm: int = 2) -> list[
 
 
 def best_and_median(times: Iterable[float]) -> tuple[float, float]:
-    """The shortest, and the middle one."""
+    """The minimum and the median."""
     times = list(times)
     return min(times), statistics.median(times)
 
 
-def bandwidth(size: int = _GIB, repeats: int = 8) -> Bandwidth:
-    """Memory bandwidth of the default device with all its cores, best of the repeats.
+def measure_bandwidth(size: int = _GIB, repeats: int = 8) -> Bandwidth:
+    """Measure the memory bandwidth of the default device with all its cores.
 
     Args:
-      size: bytes to go through.
-      repeats: how often each is measured.
+      size: bytes to stream.
+      repeats: measurements of each way, of which the best counts.
     """
     columns = 8192
     memory = jnp.ones((size // 4 // columns, columns), jnp.float32)
     nbytes = memory.nbytes
-    # Two ways to sum: to one number, and to one per row. Which one is spread over all
-    # cores differs between compilers.
-    total = seconds(lambda: _total(memory), repeats=repeats)
-    per_row = seconds(lambda: _row_sums(memory), repeats=repeats)
+    # Two ways to sum, to one number and to one per row: compilers differ in which of
+    # them uses all cores.
+    total = time_calls(lambda: _total(memory), repeats=repeats)
+    per_row = time_calls(lambda: _row_sums(memory), repeats=repeats)
     vector = jnp.ones((1, len(memory)), jnp.float32)
-    matvec = seconds(lambda: _product(vector, memory), repeats=repeats)
+    matvec = time_calls(lambda: _product(vector, memory), repeats=repeats)
     target = jnp.zeros_like(memory)
 
     def copy() -> Array:
-        # Into memory that is there already: new pages would be measured otherwise.
+        # Into existing memory, else the allocation of new pages would be measured.
         nonlocal target
         target = _copy(target, memory)
         return target
 
-    copied = seconds(copy, repeats=repeats)
+    copied = time_calls(copy, repeats=repeats)
     return Bandwidth(
         reduction=nbytes / min(total + per_row) / 1e9,
         matvec=nbytes / min(matvec) / 1e9,
@@ -120,18 +124,19 @@ def bandwidth(size: int = _GIB, repeats: int = 8) -> Bandwidth:
     )
 
 
-def matmul_rate(
+def measure_matmul_rate(
     config: LlamaConfig, tokens: int, dtype: DType, repeats: int = 5
 ) -> MatmulRate:
-    """The fastest product of square matrices, or of the model's own shapes.
+    """Measure products of square matrices and of the model's shapes; return the best.
 
     Args:
-      config: whose projections are tried.
+      config: model whose projections are measured.
       tokens: rows of their left-hand side.
-      dtype: of both sides; float32 products are real float32 ones.
-      repeats: how often each is measured.
+      dtype: of both sides; float32 products have full float32 precision.
+      repeats: measurements of each size.
     """
-    squares = (1024, 2048) if jax.default_backend() == "cpu" else (2048, 4096, 8192)
+    on_cpu = jax.default_backend() == "cpu"
+    squares = _CPU_SQUARES if on_cpu else _ACCELERATOR_SQUARES
     width, hidden = config.embed_dim, config.mlp_dim
     sizes = [(n, n, n) for n in squares]
     sizes += [(tokens, width, width), (tokens, width, hidden), (tokens, hidden, width)]
@@ -140,18 +145,18 @@ def matmul_rate(
         left = jnp.ones(size[:2], dtype)
         right = jnp.ones(size[1:], dtype)
         product = functools.partial(_product, left, right)
-        # In runs about as long as what is compared with them: a shorter one would find
-        # a moment when nothing else uses the machine more easily.
-        in_a_row = math.ceil(_RUN_SECONDS / min(seconds(product, repeats=2)))
-        in_a_row = min(in_a_row, _MOST_IN_A_ROW)
+        # Runs are about as long as what is compared with them: shorter ones would more
+        # easily meet a moment in which nothing else uses the machine.
+        calls = math.ceil(_RUN_SECONDS / min(time_calls(product, repeats=2)))
+        calls = min(calls, _MAX_CALLS_PER_RUN)
 
-        def run(product: Callable[[], Array] = product, times: int = in_a_row) -> Array:
-            for _ in range(times - 1):
+        def run(product: Callable[[], Array] = product, calls: int = calls) -> Array:
+            for _ in range(calls - 1):
                 product()
             return product()
 
-        times = seconds(run, repeats=repeats, warm=0)
-        rate = 2 * math.prod(size) * in_a_row / min(times) / 1e9
+        times = time_calls(run, repeats=repeats, warmup=0)
+        rate = 2 * math.prod(size) * calls / min(times) / 1e9
         if rate > fastest.gflops:
             fastest = MatmulRate(gflops=rate, size=",".join(map(str, size)))
     return fastest
@@ -174,5 +179,5 @@ def _product(left: Array, right: Array) -> Array:
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _copy(target: Array, source: Array) -> Array:
-    # An addition, since a bare copy would be compiled to no work at all.
+    # An addition, since a plain copy would be compiled to nothing.
     return source + 1

@@ -1,32 +1,38 @@
-"""Prefill: tokens per second, beside the machine's rate of matrix products."""
+"""Prefill: tokens per second, next to the machine's FLOP/s of matrix products."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax.bench.machine import MatmulRate, best_and_median, matmul_rate, seconds
+from llama_jax.bench.machine import (
+    MatmulRate,
+    best_and_median,
+    measure_matmul_rate,
+    time_calls,
+)
 from llama_jax.config import LlamaConfig
 from llama_jax.generation import decode as decoding
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
-from llama_jax.params import LAYERS, axes_of, count_params, leaf_paths, weight_shape
+from llama_jax.params import count_params
+from llama_jax.planning.flops import prefill_flops
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array, Mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillReport:
-    """Reading prompts beside the machine's rate of matrix products.
+    """Prefill, next to the machine's FLOP/s of matrix products.
 
     Attributes:
-      params: of the model.
-      flops: of one prefill; see `prefill_flops`.
-      tokens_per_s: of all rows together, in the fastest of the calls.
-      median_tokens_per_s: in the middle one.
-      gflops_per_s: in the fastest.
-      matmul: what a device can do, measured in the same run.
-      ratio: `gflops_per_s` of each device as a part of it.
+      params: number of the model's parameters.
+      flops: of one prefill; see `planning.flops.prefill_flops`.
+      tokens_per_s: of all rows, in the fastest call.
+      median_tokens_per_s: of all rows, in the median call.
+      gflops_per_s: in the fastest call.
+      matmul: the fastest matrix product of a device, measured in the same run.
+      ratio: `gflops_per_s` per device divided by that of `matmul`.
     """
 
     params: int
@@ -38,24 +44,6 @@ class PrefillReport:
     ratio: float
 
 
-def prefill_flops(config: LlamaConfig, batch: int, tokens: int) -> int:
-    """Floating-point operations that reading prompts needs.
-
-    Two per weight of a projection and token, for the output head of one token per row;
-    and the two products of attention, of what a query may see (about half of all
-    pairs, so that computing the other half counts for nothing).
-    """
-    projections = 0
-    for path in leaf_paths(config):
-        rows, *columns = weight_shape(config, axes_of(path))
-        if path.startswith(LAYERS) and columns:
-            projections += rows * columns[0]
-    head = config.embed_dim * config.vocab_size
-    pairs = tokens * (tokens + 1) // 2
-    seen = pairs * config.num_heads * config.head_dim * config.num_layers
-    return batch * (2 * projections * tokens + 2 * head + 4 * seen)
-
-
 def measure_prefill(
     config: LlamaConfig,
     runtime: Runtime,
@@ -65,15 +53,15 @@ def measure_prefill(
     steps: int,
     mesh: Mesh | None = None,
 ) -> PrefillReport:
-    """Read prompts with the library's own function.
+    """Measure prefill with the library's function.
 
     Args:
-      config: of the model, whose weights are random.
-      runtime: how it is run.
-      batch: prompts that are read together.
-      prompt_length: tokens in each.
-      steps: how often.
-      mesh: devices; jax's default one where not given.
+      config: the model; its weights are random.
+      runtime: how the model runs.
+      batch: prompts.
+      prompt_length: tokens of each prompt.
+      steps: number of repetitions.
+      mesh: devices; by default jax's default device.
     """
     model = Llama(config, runtime, mesh)
     params = init_params(model, jax.random.key(0))
@@ -84,12 +72,12 @@ def measure_prefill(
         logits, _ = decoding.prefill(model, params, tokens, lengths, prompt_length)
         return logits
 
-    # Before and after, since other programs come and go.
-    rates = [matmul_rate(config, batch * prompt_length, runtime.dtype)]
-    best, median = best_and_median(seconds(call, repeats=steps))
-    rates.append(matmul_rate(config, batch * prompt_length, runtime.dtype))
+    # Before and after, since the load of the machine changes.
+    rates = [measure_matmul_rate(config, batch * prompt_length, runtime.dtype)]
+    best, median = best_and_median(time_calls(call, repeats=steps))
+    rates.append(measure_matmul_rate(config, batch * prompt_length, runtime.dtype))
     limit = max(rates, key=lambda rate: rate.gflops)
-    flops = prefill_flops(config, batch, prompt_length)
+    flops = int(prefill_flops(config, batch, prompt_length))
     devices = 1 if mesh is None else mesh.size
     return PrefillReport(
         params=count_params(params),

@@ -1,4 +1,4 @@
-"""What the benchmarks found, as rows of a table: names and figures with their units."""
+"""Reports of benchmarks as rows of a table: names, and values with units."""
 
 from llama_jax.bench.conversion import ConversionReport
 from llama_jax.bench.data import DataReport
@@ -8,27 +8,27 @@ from llama_jax.bench.train import TrainReport
 
 
 def conversion_rows(report: ConversionReport) -> dict[str, str]:
-    """What converting took."""
+    """Rows of a conversion."""
     before, after = report.copy_seconds
     return {
         "parameters": f"{report.params:,}",
         "source": f"{report.source_bytes / 1e9:,.2f} GB",
         "conversion": f"{report.seconds:,.1f} s ({report.gb_per_s:,.2f} GB/s)",
         "copies before, after": f"{before:,.1f} s, {after:,.1f} s",
-        "part of a copy's speed": f"{report.ratio:.0%}",
+        "speed of a copy": f"{report.ratio:.0%}",
         "host memory before": f"{report.base_bytes / 1e6:,.0f} MB",
-        "host memory at most": f"{report.peak_bytes / 1e6:,.0f} MB (mapped files and "
-        "page cache not counted)",
-        "predicted": f"{report.predicted_bytes / 1e6:,.0f} MB",
+        "peak host memory": f"{report.peak_bytes / 1e6:,.0f} MB (without mapped files "
+        "and page cache)",
+        "predicted peak": f"{report.predicted_bytes / 1e6:,.0f} MB",
     }
 
 
 def data_rows(report: DataReport) -> dict[str, str]:
-    """What loading took."""
+    """Rows of data loading."""
     return {
         "records": f"{report.records:,}",
-        "tokens": f"{report.tokens:,} ({report.fill_rate:.1%} of the slots)",
-        "opening": f"{report.open_seconds:.2f} s",
+        "tokens": f"{report.tokens:,} ({report.fill_rate:.1%} of all slots)",
+        "indexing": f"{report.open_seconds:.2f} s",
         "loader": f"{report.tokens_per_s:,.0f} tokens/s",
         "reading alone": f"{report.read_tokens_per_s:,.0f} tokens/s",
         "tokenizing alone": f"{report.encode_tokens_per_s:,.0f} tokens/s",
@@ -37,7 +37,7 @@ def data_rows(report: DataReport) -> dict[str, str]:
 
 
 def decode_rows(report: DecodeReport) -> dict[str, str]:
-    """How fast tokens are written."""
+    """Rows of decoding."""
     limits = report.bandwidth
     return {
         "parameters": f"{report.params:,}",
@@ -48,45 +48,45 @@ def decode_rows(report: DecodeReport) -> dict[str, str]:
         "weights streamed": f"{report.gb_per_s:,.1f} GB/s",
         "1 GiB reduction": f"{limits.reduction:,.1f} GB/s",
         "1 GiB matrix-vector": f"{limits.matvec:,.1f} GB/s",
-        "1 GiB copy (both ways)": f"{limits.copy:,.1f} GB/s",
-        "part of the highest": f"{report.ratio:.0%}",
+        "1 GiB copy (read and write)": f"{limits.copy:,.1f} GB/s",
+        "fraction of the highest": f"{report.ratio:.0%}",
     }
 
 
 def prefill_rows(report: PrefillReport) -> dict[str, str]:
-    """How fast prompts are read."""
+    """Rows of prefill."""
     return {
         "parameters": f"{report.params:,}",
-        "work per prefill": f"{report.flops / 1e9:,.1f} GFLOP",
+        "FLOPs per prefill": f"{report.flops / 1e9:,.1f} GFLOP",
         "prefill": f"{report.tokens_per_s:,.1f} tokens/s "
         f"(median {report.median_tokens_per_s:,.1f})",
         "rate": f"{report.gflops_per_s:,.1f} GFLOP/s",
         "matrix product": f"{report.matmul.gflops:,.1f} GFLOP/s "
         f"(size {report.matmul.size})",
-        "part of it": f"{report.ratio:.0%}",
+        "fraction of it": f"{report.ratio:.0%}",
     }
 
 
 def train_rows(report: TrainReport) -> dict[str, str]:
-    """How fast steps are taken."""
+    """Rows of training."""
     rows = {
         "parameters": f"{report.params:,}",
-        "work per step": f"{report.flops / 1e9:,.1f} GFLOP",
-        "compiling": f"{report.compile_seconds:,.1f} s",
+        "FLOPs per step": f"{report.flops / 1e9:,.1f} GFLOP",
+        "compilation": f"{report.compile_seconds:,.1f} s",
         "step": f"{report.seconds * 1e3:,.1f} ms "
         f"(fastest {report.best_seconds * 1e3:,.1f})",
         "training": f"{report.tokens_per_s:,.1f} tokens/s",
         "rate": f"{report.gflops_per_s:,.1f} GFLOP/s",
         "matrix product": f"{report.matmul.gflops:,.1f} GFLOP/s "
         f"(size {report.matmul.size})",
-        "part of it": f"{report.ratio:.0%}",
+        "fraction of it": f"{report.ratio:.0%}",
     }
     if report.mfu is not None:
-        rows["part of the chip's peak"] = f"{report.mfu:.0%}"
+        rows["MFU of the chip's peak"] = f"{report.mfu:.0%}"
     if report.peer is not None:
         rows[report.peer.name] = (
             f"{report.peer.seconds * 1e3:,.1f} ms "
             f"({report.peer.tokens_per_s:,.1f} tokens/s)"
         )
-        rows["times as fast"] = f"{report.peer.speedup:.2f}"
+        rows["speedup"] = f"{report.peer.speedup:.2f}"
     return rows

@@ -1,4 +1,4 @@
-"""Training: seconds of a step, beside the chip's peak, products alone, and PyTorch."""
+"""Training: time of a step, next to the chip's peak, matrix products, and PyTorch."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from llama_jax.bench.machine import MatmulRate, matmul_rate
+from llama_jax.bench.machine import MatmulRate, measure_matmul_rate
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.huggingface_config import config_to_hugging_face
 from llama_jax.data.batch import Batch
@@ -30,21 +30,21 @@ from llama_jax.train.state import init_state
 from llama_jax.train.step import make_train_step
 from llama_jax.types import Mesh
 
-Rival = Literal["torch"]
+PeerName = Literal["torch"]
 
 _RATE, _B1, _B2, _EPS, _DECAY, _CLIP = 3e-4, 0.9, 0.95, 1e-5, 0.1, 1.0
-_WARM = 2
+_WARMUP = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peer:
-    """The same step of another library, run in turns with ours.
+    """The same step of another library, alternating with ours.
 
     Attributes:
       name: of the library, with its version.
-      seconds: of its middle step.
-      tokens_per_s: in that step.
-      speedup: its seconds as a multiple of ours.
+      seconds: of the median step.
+      tokens_per_s: in the median step.
+      speedup: its seconds divided by ours.
     """
 
     name: str
@@ -55,20 +55,20 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """A step of AdamW on all weights, whose gradients are clipped.
+    """A step of AdamW on all weights, with gradient clipping.
 
     Attributes:
-      params: of the model.
-      flops: operations of a step, nothing being computed again.
-      compile_seconds: of the first step, which compiles, less the middle one.
-      seconds: of the middle step.
-      best_seconds: of the fastest.
-      tokens_per_s: in the middle step.
-      gflops_per_s: of all devices in the middle step.
+      params: number of the model's parameters.
+      flops: of a step, without recomputation.
+      compile_seconds: of the first step, minus the median step.
+      seconds: of the median step.
+      best_seconds: of the fastest step.
+      tokens_per_s: in the median step.
+      gflops_per_s: of all devices, in the median step.
       matmul: the fastest matrix product of one device, measured in the same run.
-      ratio: `gflops_per_s` of each device as a part of that.
-      mfu: as a part of what the chip's maker promises; None where that is not known.
-      peer: another library's step; None where none was asked for.
+      ratio: `gflops_per_s` per device divided by that of `matmul`.
+      mfu: model FLOPs utilization; None if the chip's peak is unknown.
+      peer: another library's step; None unless requested.
     """
 
     params: int
@@ -92,66 +92,67 @@ def measure_train(
     seq: int,
     steps: int,
     mesh: Mesh | None = None,
-    against: Rival | None = None,
+    against: PeerName | None = None,
 ) -> TrainReport:
-    """Train random weights on random tokens, after steps that warm up.
+    """Measure steps on random weights and tokens, after others that warm up.
 
     Args:
-      config: of the model.
-      runtime: how it is run.
+      config: the model.
+      runtime: how the model runs.
       batch: rows of a step.
-      seq: tokens of a row.
-      steps: to measure.
-      mesh: devices; jax's default one where not given.
-      against: who trains the same shape in turns, in the same dtype, on the CPU.
+      seq: tokens per row.
+      steps: number of steps to measure.
+      mesh: devices; by default jax's default device.
+      against: library that trains the same shape in the same dtype on the CPU, its
+        steps alternating with ours.
 
     Raises:
       ConfigError: the other library is not installed.
     """
     theirs = None if against is None else torch_step(config, runtime, batch, seq)
-    rate = matmul_rate(config, batch * seq, runtime.dtype)
+    rate = measure_matmul_rate(config, batch * seq, runtime.dtype)
     ours, params = our_step(config, runtime, batch, seq, mesh)
     start = time.perf_counter()
     ours()
     first = time.perf_counter() - start
-    for _ in range(_WARM - 1):
+    for _ in range(_WARMUP - 1):
         ours()
     name, run = theirs or ("", None)
     if run:
-        for _ in range(_WARM):
+        for _ in range(_WARMUP):
             run()
     times: list[float] = []
     their_times: list[float] = []
     for _ in range(steps):
-        # In turns, since other programs come and go.
+        # Alternating, since the load of the machine changes.
         times.append(_seconds(ours))
         if run:
             their_times.append(_seconds(run))
-    middle = statistics.median(times)
+    median = statistics.median(times)
     peer = None
     if run:
-        other = statistics.median(their_times)
+        their_median = statistics.median(their_times)
         peer = Peer(
             name=name,
-            seconds=other,
-            tokens_per_s=batch * seq / other,
-            speedup=other / middle,
+            seconds=their_median,
+            tokens_per_s=batch * seq / their_median,
+            speedup=their_median / median,
         )
     devices = 1 if mesh is None else mesh.size
     flops = train_flops(config, batch, seq)
     peak = local_topology().chip.flops.get(runtime.dtype)
-    of_each = flops / middle / devices
+    per_device = flops / median / devices
     return TrainReport(
         params=params,
         flops=flops,
-        compile_seconds=first - middle,
-        seconds=middle,
+        compile_seconds=first - median,
+        seconds=median,
         best_seconds=min(times),
-        tokens_per_s=batch * seq / middle,
-        gflops_per_s=flops / middle / 1e9,
+        tokens_per_s=batch * seq / median,
+        gflops_per_s=flops / median / 1e9,
         matmul=rate,
-        ratio=of_each / 1e9 / rate.gflops,
-        mfu=of_each / peak if peak else None,
+        ratio=per_device / 1e9 / rate.gflops,
+        mfu=per_device / peak if peak else None,
         peer=peer,
     )
 
@@ -163,7 +164,7 @@ def our_step(
     seq: int,
     mesh: Mesh | None = None,
 ) -> tuple[Callable[[], None], int]:
-    """A function that does a step, and how many weights it trains."""
+    """A function that runs a step, and the number of parameters."""
     model = Llama(config, runtime, mesh)
     optimizer = make_optimizer(
         _RATE, b1=_B1, b2=_B2, eps=_EPS, weight_decay=_DECAY, clip=_CLIP
@@ -188,14 +189,14 @@ def our_step(
 def torch_step(
     config: LlamaConfig, runtime: Runtime, batch: int, seq: int
 ) -> tuple[str, Callable[[], None]]:
-    """What PyTorch is called, and a function that does the same step with it.
+    """The name of PyTorch, and a function that runs the same step with it.
 
-    Eagerly, with the model of `transformers` and all its defaults, on the CPU.
+    It runs eagerly on the CPU, the model of `transformers` with all its defaults.
 
     Raises:
-      ConfigError: one of the two is not installed.
+      ConfigError: PyTorch or transformers is not installed.
     """
-    torch, transformers = _imported("torch"), _imported("transformers")
+    torch, transformers = _import("torch"), _import("transformers")
     fields = config_to_hugging_face(config, runtime.dtype, {"bos": 1, "eos": 2})
     with torch.random.fork_rng():
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
@@ -209,9 +210,9 @@ def torch_step(
 
     def run() -> None:
         optimizer.zero_grad()
-        kind = getattr(torch, runtime.dtype)
+        dtype = getattr(torch, runtime.dtype)
         narrow = runtime.dtype != runtime.weight_dtype
-        with torch.autocast("cpu", dtype=kind, enabled=narrow):
+        with torch.autocast("cpu", dtype=dtype, enabled=narrow):
             logits = model(tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
         loss.backward()
@@ -240,7 +241,7 @@ def _seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _imported(name: str) -> Any:
+def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -16,8 +16,9 @@ from llama_jax.planning.compiled import CompiledFootprint, CompiledPlan
 from llama_jax.planning.flops import chip_attention_flops
 from llama_jax.planning.gpu_target_config import multiprocessors
 from llama_jax.planning.hlo_costs import Collective
-from llama_jax.planning.programs import abstract_gpu, make_program, shard_bytes
+from llama_jax.planning.programs import make_program, shard_bytes
 from llama_jax.planning.search import Plan
+from llama_jax.planning.target_devices import abstract_device
 from llama_jax.planning.topology import Topology, axis_bandwidths
 from llama_jax.runtime import MESH_AXES
 from llama_jax.sharding import make_mesh
@@ -139,7 +140,11 @@ def _lowering_for(
 ) -> AbstractContextManager[object]:
     if devices[0].platform not in ("cuda", "gpu") or devices[0] in jax.devices():
         return nullcontext()
-    return abstract_gpu(devices[0].device_kind, multiprocessors(topology.chip).cores)
+    return abstract_device(
+        devices[0].device_kind,
+        num_cores=multiprocessors(topology.chip).cores,
+        platform="cuda",
+    )
 
 
 def _compiler_options(topology: Topology) -> dict[str, str | bool] | None:

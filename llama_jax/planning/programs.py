@@ -4,14 +4,13 @@ They are the functions that training and generation call. Their arguments are sh
 dtypes and shardings only, so their devices need not be present.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from llama_jax.data.batch import Batch
@@ -236,21 +235,3 @@ def shard_bytes(tree: Tree) -> int:
 def _bits(dtype: Any) -> int:
     dtype = jnp.dtype(dtype)
     return 4 if dtype.name in ("int4", "uint4") else 8 * dtype.itemsize
-
-
-def abstract_gpu(kind: str, cores: int) -> contextlib.AbstractContextManager[Any]:
-    """A context in which GPU kernels can be lowered without a GPU.
-
-    jax 0.7 has no such description of a device, and needs none.
-
-    Args:
-      kind: jax's `device_kind`.
-      cores: number of multiprocessors.
-    """
-    make_device = getattr(jax.sharding, "AbstractDevice", None)
-    try:
-        device = make_device(device_kind=kind, num_cores=cores, platform="cuda")  # type: ignore[misc]
-    except TypeError:
-        return contextlib.nullcontext()
-    mesh = AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)

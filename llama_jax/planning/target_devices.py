@@ -1,11 +1,14 @@
 """Devices to compile for that need not be present."""
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from llama_jax.errors import MeshError
 from llama_jax.planning.gpu_target_config import target_config
@@ -117,3 +120,28 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent package is missing
         return False
+
+
+def abstract_device(
+    kind: str, *, num_cores: int, platform: str
+) -> AbstractContextManager[object]:
+    """A context in which kernels are traced and lowered for a device.
+
+    Kernels that ask for their device find this one. jax 0.7 has no such description,
+    and its kernels do not ask.
+
+    Args:
+      kind: jax's `device_kind`.
+      num_cores: TensorCores of a TPU, multiprocessors of a GPU.
+      platform: "tpu" or "cuda".
+    """
+    make_device = getattr(jax.sharding, "AbstractDevice", None)
+    if make_device is None:
+        return nullcontext()
+    facts = {"device_kind": kind, "num_cores": num_cores}
+    if "platform" in inspect.signature(make_device).parameters:
+        facts["platform"] = platform
+    elif platform != "tpu":
+        return nullcontext()  # this jax describes TPUs only
+    mesh = AbstractMesh((), (), abstract_device=make_device(**facts))
+    return use_abstract_mesh(mesh)

@@ -1,13 +1,14 @@
-"""The benchmarks: what they count, and that they run."""
+"""The benchmarks of decoding and prefill run, and count their bytes and FLOPs."""
 
-import functools
 import json
 
 import pytest
+from support.commands import run_command
 from support.models import TINY
 
-from llama_jax.bench import __main__ as entry
 from llama_jax.bench import decode, machine, prefill
+from llama_jax.bench.__main__ import main
+from llama_jax.bench.machine import Bandwidth, MatmulRate
 from llama_jax.errors import ConfigError
 from llama_jax.params import count_params, param_shapes
 from llama_jax.presets import EXAMPLE_MODEL, parse_model, preset
@@ -21,7 +22,7 @@ def test_the_default_shape_has_134_million_parameters() -> None:
     assert count_params(param_shapes(parse_model(EXAMPLE_MODEL, 128))) == 134_105_856
 
 
-def test_a_model_is_named_by_preset_or_by_letters() -> None:
+def test_a_model_is_a_preset_or_a_shape() -> None:
     assert parse_model("llama2-7b", 128) == preset("llama2-7b")
     assert parse_model(SHAPE, 64) == TINY
     tied = TINY.replace(tied_embeddings=True)
@@ -39,18 +40,18 @@ def test_a_model_is_named_by_preset_or_by_letters() -> None:
         ("L2,D32,N0,F48,V96", "num_heads is 0"),
     ],
 )
-def test_a_model_that_is_not_understood_is_refused(text: str, complaint: str) -> None:
+def test_an_invalid_model_is_an_error(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         parse_model(text, 64)
 
 
-def test_a_step_reads_all_weights_but_of_the_embedding_one_row() -> None:
+def test_a_step_reads_all_weights_but_the_embedding() -> None:
     layer = 2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     read = 2 * layer + 32 + 32 * 96
     assert decode.weight_bytes_per_step(TINY, Runtime()) == 4 * read
     half = Runtime(dtype="bfloat16")
     assert decode.weight_bytes_per_step(TINY, half) == 2 * read
-    # Tied, the embedding is what the head reads.
+    # Tied, the head reads the embedding.
     tied = TINY.replace(tied_embeddings=True)
     assert decode.weight_bytes_per_step(tied, Runtime()) == 4 * read
 
@@ -61,74 +62,81 @@ def test_a_device_reads_its_part_of_the_weights() -> None:
         for text in ("data=8", "data=4,tensor=2")
     )
     assert whole == decode.weight_bytes_per_step(TINY, Runtime())
-    norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)  # are whole everywhere
+    norms = 4 * TINY.embed_dim * (2 * TINY.num_layers + 1)  # replicated
     assert half - norms == (whole - norms) // 2
 
 
-@pytest.fixture
-def brief_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory's rate from a look at a megabyte."""
-    small = functools.partial(machine.bandwidth, size=1 << 20, repeats=2)
-    monkeypatch.setattr(decode, "bandwidth", small)
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of the machine that take no time to measure."""
+    rates = Bandwidth(reduction=10.0, matvec=12.0, copy=8.0)
+    monkeypatch.setattr(decode, "measure_bandwidth", lambda: rates)
+    rate = MatmulRate(gflops=10.0, size="8,8,8")
+    monkeypatch.setattr(prefill, "measure_matmul_rate", lambda *_: rate)
 
 
-@pytest.mark.usefixtures("brief_bandwidth")
-@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
-def test_a_mesh_is_measured_whole(
-    benchmark: str,
-    capsys: pytest.CaptureFixture[str],
+FLAGS = ("--model", SHAPE, "--prompt-length", "8", "--steps", "1", "--batch", "2")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "limit", "per_second"),
+    [("decode", 12, "gb_per_s"), ("prefill", 10, "gflops_per_s")],
+)
+def test_a_benchmark_reports_its_rate_and_the_machines(
+    benchmark: str, limit: int, per_second: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--model", SHAPE, "--prompt-length", "8", "--steps", "1", "--batch", "2"]
-    assert entry.main([benchmark, *asked, "--mesh", "data=-1,tensor=4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["mesh"] == "data=-1,tensor=4"
+    assert main([benchmark, *FLAGS, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["benchmark"], report["model"]) == (benchmark, SHAPE)
+    assert report["tokens_per_s"] >= report["median_tokens_per_s"] > 0
+    assert report["ratio"] == pytest.approx(report[per_second] / limit)
+
+
+@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
+def test_rates_on_a_mesh_are_per_device(
+    benchmark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh = ["--mesh", "data=-1,tensor=4"]
+    assert main([benchmark, *FLAGS, *mesh, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["mesh"] == "data=-1,tensor=4"
     if benchmark == "prefill":
-        of_each = found["gflops_per_s"] / 8
-        assert found["ratio"] == pytest.approx(of_each / found["matmul"]["gflops"])
-    assert entry.main([benchmark, *asked, "--mesh", "tensor=3"]) == 2
-    assert "tensor" in capsys.readouterr().err
+        per_device = report["gflops_per_s"] / 8
+        assert report["ratio"] == pytest.approx(per_device / 10)
 
 
-def test_prefill_counts_each_useful_multiplication_twice() -> None:
-    useful = 0
-    for query in range(5):
-        useful += 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-        useful += 2 * 4 * 8 * 2 * (query + 1)
-    useful += 32 * 96
-    assert prefill.prefill_flops(TINY, 1, 5) == 2 * useful
-    assert prefill.prefill_flops(TINY, 3, 5) == 3 * 2 * useful
-
-
-@pytest.mark.usefixtures("brief_bandwidth")
-@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
-@pytest.mark.parametrize("as_json", [True, False], ids=["json", "table"])
-def test_a_benchmark_reports_both_figures_and_their_ratio(
-    benchmark: str,
-    as_json: bool,
+def test_the_table_has_rates_and_their_ratio(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    workload = ["--prompt-length", "8", "--steps", "3", "--batch", "2"]
-    output = ["--json"] if as_json else []
-    assert entry.main([benchmark, "--model", SHAPE, *workload, *output]) == 0
+    assert main(["decode", *FLAGS]) == 0
     printed = capsys.readouterr().out
-    if not as_json:
-        assert "tokens/s" in printed
-        assert "part of" in printed
-        return
-    found = json.loads(printed)
-    assert (found["benchmark"], found["model"]) == (benchmark, SHAPE)
-    assert found["tokens_per_s"] >= found["median_tokens_per_s"] > 0
-    if benchmark == "decode":
-        limit = max(found["bandwidth"].values())
-        assert found["ratio"] == pytest.approx(found["gb_per_s"] / limit)
-    else:
-        limit = found["matmul"]["gflops"]
-        assert found["ratio"] == pytest.approx(found["gflops_per_s"] / limit)
+    assert printed.startswith(f"decode: {SHAPE}\n")
+    assert "tokens/s" in printed
+    assert "fraction of the highest" in printed
 
 
-def test_arguments_that_make_no_sense_end_with_status_2(
-    capsys: pytest.CaptureFixture[str],
+def test_the_machines_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for squares in ("_CPU_SQUARES", "_ACCELERATOR_SQUARES"):
+        monkeypatch.setattr(machine, squares, (32,))
+    monkeypatch.setattr(machine, "_RUN_SECONDS", 1e-4)
+    rate = machine.measure_matmul_rate(TINY, 16, "float32", repeats=1)
+    assert rate.gflops > 0
+    assert rate.size in ("32,32,32", "16,32,32", "16,32,48", "16,48,32")
+    rates = machine.measure_bandwidth(size=1 << 20, repeats=1)
+    assert rates.best == max(rates.reduction, rates.matvec, rates.copy) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["decode", "--steps", "0"], "argument --steps: 0 is not at least 1"),
+        (["prefill", "--model", "L1"], "lacks"),
+        (["decode", *FLAGS, "--mesh", "tensor=3"], "tensor=3"),
+    ],
+)
+def test_invalid_arguments_end_with_status_2(
+    flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert entry.main(["decode", "--steps", "0"]) == 2
-    assert entry.main(["prefill", "--model", "L1"]) == 2
-    assert "--steps is 0" in capsys.readouterr().err
+    status, _, err = run_command(main, capsys, *flags)
+    assert status == 2
+    assert reason in err

@@ -1,4 +1,4 @@
-"""The benchmark of kernels: reading a dump, following it, and what it prints."""
+"""The benchmark of kernels: parsing a dump, executing its scalars, and its report."""
 
 # ruff: noqa: E501 (lines of a dump are long)
 
@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from support.commands import run_command
 from support.programs import needs_tpu_compiler
 
-from llama_jax.bench import __main__ as entry
-from llama_jax.bench import kernels, scalars, schedule
-from llama_jax.bench.peers import Heads, Work
-from llama_jax.bench.prefetched import prefetched
+from llama_jax.bench import kernel_times, schedule
+from llama_jax.bench.__main__ import main
+from llama_jax.bench.attention_work import Heads, Work, parse_heads
+from llama_jax.bench.kernel_schedules import Figures
+from llama_jax.bench.machine import Bandwidth, MatmulRate
+from llama_jax.bench.scalar_execution import execute, inner_block, smem_words
+from llama_jax.bench.scalar_operands import scalar_operands
+from llama_jax.bench.schedule_dump import Schedule, read_schedule
 from llama_jax.errors import ConfigError
 
-# A loop of five steps, by its own counter; of each step whose number in the operand
-# is not zero, a body with a matrix product and a copy from HBM is executed.
+# A loop of five steps. If the step's number in the operand is not zero, it runs a body
+# with a matrix product and a copy from HBM.
 FINAL = """= control target key start
 LB: loop body
 = control target key end
@@ -64,50 +69,50 @@ WANTED = np.array([0, 7, 0, -1, 1], np.int32)
 
 
 @pytest.fixture
-def kernel() -> schedule.Kernel:
-    return schedule.read_kernel("tiny.1", FINAL, USAGE, ALLOCATIONS)
+def tiny() -> Schedule:
+    return read_schedule("tiny.1", FINAL, USAGE, ALLOCATIONS)
 
 
-def test_a_dump_is_cut_at_labels_and_after_the_delay_slots_of_branches(
-    kernel: schedule.Kernel,
+def test_blocks_end_at_labels_and_after_the_delay_slots_of_branches(
+    tiny: Schedule,
 ) -> None:
-    assert [(b.start, len(b.ops), b.target) for b in kernel.blocks] == [
+    assert [(b.start, len(b.ops), b.target) for b in tiny.blocks] == [
         (0, 1, None),
         (1, 7, 10),
         (8, 2, None),
         (10, 7, 1),
         (17, 1, None),
     ]
-    assert [b.depth for b in kernel.blocks] == [0, 1, 1, 1, 0]
-    assert kernel.stem == "tiny"
-    assert kernel.vmem == 4096
-    assert kernel.prefetched == (2,)
-    assert kernel.blocks[2].slots == {"MATMUL": 1, "VSTORE:SPILL": 0, "VLOAD": 2}
-    assert kernel.capacity == {"MATMUL": 4, "VSTORE:SPILL": 1, "VLOAD": 3}
-    # What a bundle says it waits is part of its time.
-    assert kernel.blocks[3].bundles == 7 + 3
+    assert [b.depth for b in tiny.blocks] == [0, 1, 1, 1, 0]
+    assert tiny.stem == "tiny"
+    assert tiny.vmem == 4096
+    assert tiny.prefetched == (2,)
+    assert tiny.blocks[2].slots == {"MATMUL": 1, "VSTORE:SPILL": 0, "VLOAD": 2}
+    assert tiny.capacity == {"MATMUL": 4, "VSTORE:SPILL": 1, "VLOAD": 3}
+    # A delay is part of the time.
+    assert tiny.blocks[3].bundles == 7 + 3
 
 
-def test_blocks_are_counted_as_often_as_the_scalars_lead_to_them(
-    kernel: schedule.Kernel,
+def test_blocks_are_counted_as_often_as_the_scalars_select_them(
+    tiny: Schedule,
 ) -> None:
-    run = scalars.follow(kernel, [WANTED])
+    run = execute(tiny, [WANTED])
     assert run.counts == (1, 5, 3, 5, 1)
     assert run.bundles == 1 + 5 * 7 + 3 * 2 + 5 * 10 + 1
     assert run.slots == {"MATMUL": 3, "VSTORE:SPILL": 0, "VLOAD": 6}
     assert (run.read, run.written) == (3 * 16 * 32, 0)
-    assert scalars.inner_block(kernel, run).start == 10
+    assert inner_block(tiny, run).start == 10
 
 
-def test_a_branch_on_what_is_not_known_is_refused(kernel: schedule.Kernel) -> None:
-    with pytest.raises(ValueError, match=r"block at 1: .* not known"):
-        scalars.follow(kernel, [WANTED[:2]])
-    with pytest.raises(ValueError, match="prefetches 1 scalar operands; 0 are given"):
-        scalars.follow(kernel)
+def test_a_branch_on_an_unknown_value_is_an_error(tiny: Schedule) -> None:
+    with pytest.raises(ValueError, match=r"block at 1: .* unknown"):
+        execute(tiny, [WANTED[:2]])
+    with pytest.raises(ValueError, match="prefetches 1 scalar operands, got 0"):
+        execute(tiny)
 
 
-def test_a_phi_after_skipped_blocks_takes_what_the_way_brought() -> None:
-    # Whether the body was executed decides which of two sizes is copied.
+def test_a_phi_after_skipped_blocks_takes_the_value_of_the_path() -> None:
+    # One of two sizes is copied, depending on whether the body was executed.
     text = FINAL.replace(
         "0xa PF: > {", "0xa PF: > { %s30_s9 = sphi %s31_s9, %s32_s9  ;; "
     )
@@ -115,27 +120,27 @@ def test_a_phi_after_skipped_blocks_takes_what_the_way_brought() -> None:
     text = text.replace("0x8   : > {", "0x8   : > { %s32_s9 = smov.u32 100  ;; ")
     copy = "%40 = dma.vmem_to_hbm %s21_s8, %s30_s9, %s20_s7  ;; "
     text = text.replace("0xb   : > {", f"0xb   : > {{ {copy}")
-    found = schedule.read_kernel("tiny", text, USAGE, ALLOCATIONS)
-    assert scalars.follow(found, [WANTED]).written == 32 * (2 * 1 + 3 * 100)
+    schedule = read_schedule("tiny", text, USAGE, ALLOCATIONS)
+    assert execute(schedule, [WANTED]).written == 32 * (2 * 1 + 3 * 100)
 
 
 @pytest.mark.parametrize("broken", ["target = $region7", "0x5   :"])
-def test_a_dump_of_another_form_is_refused(broken: str) -> None:
+def test_a_dump_in_another_format_is_an_error(broken: str) -> None:
     text = FINAL.replace(broken, broken.replace("7", "9").replace("0x5 ", "0x55 "))
     with pytest.raises((ValueError, KeyError)):
-        schedule.read_kernel("tiny", text, USAGE, ALLOCATIONS)
+        read_schedule("tiny", text, USAGE, ALLOCATIONS)
 
 
-def test_scalar_operands_lie_in_tiles() -> None:
+def test_scalar_operands_are_laid_out_in_tiles() -> None:
     vector = np.array([1, -1], np.int32)
-    assert scalars.smem_words(vector, 1) == [1, 2**32 - 1]
+    assert smem_words(vector, 1) == [1, 2**32 - 1]
     table = np.arange(16 * 256, dtype=np.int32).reshape(16, 256)
-    words = scalars.smem_words(table, 8)
+    words = smem_words(table, 8)
     # Row 9, column 130: second tile row, second tile, its row 1 and column 2.
     assert words[(1 * 2 + 1) * 8 * 128 + 1 * 128 + 2] == 9 * 256 + 130
     mask = np.zeros((1, 8, 8), np.int8)
     mask[0, 5, 3], mask[0, 6, 3] = -2, 1
-    words = scalars.smem_words(mask, 8)
+    words = smem_words(mask, 8)
     assert words[128 + 3] == (0xFE << 8) | (1 << 16)
     assert sum(map(bool, words)) == 1
 
@@ -149,14 +154,14 @@ ENTRY %main (a: s32[8]) -> bf16[8] {
 """
 
 
-def test_the_layout_of_operands_is_read_from_the_program() -> None:
+def test_the_tiles_of_operands_are_read_from_the_program() -> None:
     assert schedule.operand_tiles(PROGRAM) == {"mine.1": (1, 8)}
     loop = "  %w = (s32[]{:T(128)}) while(%tuple), condition=%c, body=%b\n"
     with pytest.raises(ValueError, match="loop around"):
         schedule.operand_tiles(PROGRAM + loop)
 
 
-def test_what_a_function_hands_to_its_kernel_is_computed() -> None:
+def test_scalar_operands_are_evaluated_from_known_arguments() -> None:
     def body(numbers, x, out) -> None:
         out[...] = x[...]
 
@@ -172,30 +177,30 @@ def test_what_a_function_hands_to_its_kernel_is_computed() -> None:
         return pl.pallas_call(body, grid_spec=grid, out_shape=shape)(2 * lengths + 1, x)
 
     x = jax.ShapeDtypeStruct((16, 128), jnp.float32)
-    [(name, [numbers])] = prefetched(double, [x, np.array([3, 4], np.int32)])
+    [(name, [numbers])] = scalar_operands(double, [x, np.array([3, 4], np.int32)])
     assert name == "body"
     np.testing.assert_array_equal(numbers, [7, 9])
-    with pytest.raises(ValueError, match=r"scalar operands \[0\] are not known"):
-        list(prefetched(double, [x, jax.ShapeDtypeStruct((2,), jnp.int32)]))
+    with pytest.raises(ValueError, match=r"scalar operands \[0\] are unknown"):
+        list(scalar_operands(double, [x, jax.ShapeDtypeStruct((2,), jnp.int32)]))
 
 
 def test_work_is_counted_in_tiles_and_bytes() -> None:
     heads = Heads(4, 2, 128)
-    assert kernels.tiles_of(Work("flash", heads, 2048)) == 4 * (1 + 2 + 3 + 4)
+    assert Work("flash", heads, 2048).num_tiles == 4 * (1 + 2 + 3 + 4)
     # Keys and values, of two bytes.
     decode = Work("decode", heads, 100, rows=3)
-    assert kernels.needed_bytes(decode) == 2 * 2 * 3 * 2 * 100 * 128
-    assert kernels.heads_of("llama2-70b") == Heads(64, 8, 128)
-    assert kernels.heads_of("N4K2H64") == Heads(4, 2, 64)
-    with pytest.raises(ConfigError, match="no preset"):
-        kernels.heads_of("4x2")
+    assert decode.cache_bytes == 2 * 2 * 3 * 2 * 100 * 128
+    assert parse_heads("llama2-70b") == Heads(64, 8, 128)
+    assert parse_heads("N4K2H64") == Heads(4, 2, 64)
+    with pytest.raises(ConfigError, match="not a preset"):
+        parse_heads("4x2")
 
 
-def test_a_chips_clock_times_its_matrix_units_is_its_published_peak() -> None:
+def test_the_clock_times_the_matrix_units_is_the_published_peak() -> None:
     peaks = {"v4": (275e12, 2), "v5e": (197e12, 1), "v5p": (459e12, 2)}
     for name, (peak, cores) in peaks.items():
-        chip = schedule.CHIPS[name]
-        flops = 2 * chip.mxus * chip.mxu_size**2 * chip.clock * cores
+        core = schedule.CORES[name]
+        flops = 2 * core.mxus * core.mxu_size**2 * core.clock * cores
         assert flops == pytest.approx(peak, rel=0.01)
 
 
@@ -210,33 +215,50 @@ def test_a_chips_clock_times_its_matrix_units_is_its_published_peak() -> None:
         ),
     ],
 )
-def test_kernels_are_timed_where_it_is_asked_for(
-    capsys: pytest.CaptureFixture[str], only: list[str], kinds: list[str]
+def test_kernels_are_timed_on_this_machine(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    only: list[str],
+    kinds: list[str],
 ) -> None:
-    asked = ["--time", "--shapes", "N4K2H16", "--lengths", "32", *only]
-    assert entry.main(["kernels", *asked, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["matmul_gflops"] > 0
-    assert found["copy_gb_per_s"] > 0
-    rows = [row for row in found["rows"] if row["name"] == "xla"]
+    rates = {
+        "measure_bandwidth": Bandwidth(reduction=1.0, matvec=1.0, copy=2.0),
+        "measure_matmul_rate": MatmulRate(gflops=10.0, size="8,8,8"),
+    }
+    for name, rate in rates.items():
+        monkeypatch.setattr(kernel_times, name, lambda *_, rate=rate: rate)
+    flags = ["--time", "--shapes", "N4K2H16", "--lengths", "32", *only]
+    assert main(["kernels", *flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["matmul_gflops"], report["copy_gb_per_s"]) == (10, 2)
+    rows = [row for row in report["rows"] if row["name"] == "xla"]
     assert [row["kind"] for row in rows] == kinds
     assert [row["rows"] for row in rows][-3:] == [1, 8, 64]
     assert all(row["median_seconds"] > 0 and row["part"] > 0 for row in rows)
 
 
-def test_what_is_not_understood_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.main(["kernels", "--shapes", "llama9", "--time"]) == 2
-    assert "llama9" in capsys.readouterr().err
-    assert entry.main(["kernels", "--chips", "v5e,v9"]) == 2
-    assert "v9 is not known" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--shapes", "llama9", "--time"], "--shapes llama9: not a preset"),
+        (["--chips", "v5e,v9"], "--chips v9: unknown"),
+    ],
+)
+def test_invalid_arguments_are_rejected(
+    capsys: pytest.CaptureFixture[str], flags: list[str], reason: str
+) -> None:
+    status, _, err = run_command(main, capsys, "kernels", *flags)
+    assert (status, err.count("\n")) == (2, 1)
+    assert reason in err
 
 
 @needs_tpu_compiler
 @pytest.mark.tpu_compile
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 8), reason="its libtpu writes schedules in another form"
+    jax.__version_info__ < (0, 8),
+    reason="its libtpu writes schedules in another format",
 )
-def test_the_real_compilers_schedule_is_followed_to_the_byte() -> None:
+def test_schedules_of_the_real_compiler_are_executed_to_the_byte() -> None:
     arguments = ["--chips", "v5e", "--shapes", "N4K4H128", "--json"]
     command = [sys.executable, "-m", "llama_jax.bench", "kernels", *arguments]
 
@@ -254,8 +276,8 @@ def test_the_real_compilers_schedule_is_followed_to_the_byte() -> None:
         for row in rows("--only", "flash", "--lengths", "2048")
         if row["name"] == "splash"
     ]
-    # Of 4 rows of 512 queries and 2 columns of 1024 slots six tiles are not masked, and
-    # each is twice 923 bundles at least, where the matrix units are the limit.
+    # Of 4 rows of 512 queries and 2 columns of 1024 slots, six tiles are visible. Each
+    # takes at least twice 923 bundles, the limit of the matrix units.
     assert splash["inner"] > 2 * 923
     assert splash["total"] > 4 * 6 * splash["inner"]
     assert splash["total"] < 1.5 * 4 * 6 * splash["inner"]
@@ -271,8 +293,8 @@ def test_the_real_compilers_schedule_is_followed_to_the_byte() -> None:
         assert cache <= row["moved"] <= cache + queries
 
 
-def test_figures_can_be_written_as_json() -> None:
-    empty = kernels.Figures(
+def test_figures_are_json_objects() -> None:
+    empty = Figures(
         total=1,
         around=0,
         inner=1,

@@ -1,8 +1,8 @@
-"""The scalars that a function hands to its Pallas kernels, for known arguments.
+"""The scalar operands of the Pallas kernels in a function, for known arguments.
 
-Which blocks a kernel executes depends on them: rows' lengths, tables of pages, which
-tiles of a mask are empty. Most are computed by the function around the kernel, so that
-function is traced and what depends on known numbers alone is computed.
+Which blocks a kernel executes depends on them: lengths of rows, page tables, empty
+tiles of a mask. The function around the kernel computes most of them, so it is traced,
+and whatever depends on known values alone is evaluated.
 """
 
 import re
@@ -14,33 +14,36 @@ import numpy as np
 from jax.extend import core
 
 Known = np.ndarray | None
-"""A value, or None where only its shape is known."""
+"""A value, or None if only its shape is known."""
+
+KernelScalars = tuple[str, list[np.ndarray]]
+"""The name of a kernel, and its scalar operands."""
 
 
-def prefetched(
+def scalar_operands(
     function: Callable[..., Any], arguments: Sequence[np.ndarray | jax.ShapeDtypeStruct]
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Name and scalar operands of every Pallas kernel, in the order of the calls.
+) -> Iterator[KernelScalars]:
+    """Evaluate the scalar operands of every Pallas kernel, in the order of the calls.
 
     Args:
       function: of arrays.
-      arguments: its arguments, of those that matter the values.
+      arguments: values if scalars depend on them, else shapes.
 
     Raises:
-      ValueError: a kernel's scalars depend on more, or a kernel is called in a loop.
+      ValueError: scalars depend on unknown values, or a kernel is called in a loop.
     """
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments]
     closed = jax.make_jaxpr(function)(*shapes)
     known = [x if isinstance(x, np.ndarray) else None for x in arguments]
-    found: list[tuple[str, list[np.ndarray]]] = []
-    _evaluate(closed, known, found)
-    yield from found
+    kernels: list[KernelScalars] = []
+    _evaluate(closed, known, kernels)
+    yield from kernels
 
 
 def _evaluate(
-    closed: Any, arguments: Sequence[Known], found: list[tuple[str, list[np.ndarray]]]
+    closed: Any, arguments: Sequence[Known], kernels: list[KernelScalars]
 ) -> list[Known]:
-    """What is known of the results; the kernels that are met are added to `found`."""
+    """Evaluate what is known of the results, and append kernels to `kernels`."""
     jaxpr = closed.jaxpr
     values: dict[Any, Known] = dict(zip(jaxpr.invars, arguments, strict=True))
     values |= dict(zip(jaxpr.constvars, closed.consts, strict=True))
@@ -49,34 +52,34 @@ def _evaluate(
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        given = [read(atom) for atom in equation.invars]
+        operands = [read(atom) for atom in equation.invars]
         results: Sequence[Known] = [None] * len(equation.outvars)
         inner = _called(equation)
         if equation.primitive.name == "pallas_call":
-            found.append(_operands(equation, given))
+            kernels.append(_scalars(equation, operands))
         elif inner is not None:
-            results = _evaluate(inner, given, found)
+            results = _evaluate(inner, operands, kernels)
         elif "pallas_call" in str(equation):
             raise ValueError(f"a kernel is called within {equation.primitive.name}")
-        elif all(value is not None for value in given) and not equation.effects:
-            results = _computed(jaxpr, equation, values)
+        elif all(value is not None for value in operands) and not equation.effects:
+            results = _compute(jaxpr, equation, values)
         values |= dict(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _computed(jaxpr: Any, equation: Any, values: dict[Any, Known]) -> list[Any]:
-    """The results of one equation whose operands are known."""
+def _compute(jaxpr: Any, equation: Any, values: dict[Any, Known]) -> list[Any]:
+    """Compute one equation whose operands are known."""
     names = [atom for atom in equation.invars if not isinstance(atom, core.Literal)]
     names = list(dict.fromkeys(names))
-    alone = jaxpr.replace(
+    single = jaxpr.replace(
         constvars=[], invars=names, outvars=equation.outvars, eqns=[equation]
     )
-    run = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+    run = core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))
     return list(run(*(values[name] for name in names)))
 
 
 def _called(equation: Any) -> Any:
-    """The function that an equation calls once, as `jit` and custom gradients do."""
+    """The function that an equation calls once, such as `jit` or a custom gradient."""
     name = equation.primitive.name
     if not re.fullmatch(r"p?jit|\w*_?call|checkpoint|remat2?|custom_lin", name):
         return None
@@ -89,13 +92,13 @@ def _called(equation: Any) -> Any:
     return None
 
 
-def _operands(equation: Any, given: Sequence[Known]) -> tuple[str, list[np.ndarray]]:
+def _scalars(equation: Any, operands: Sequence[Known]) -> KernelScalars:
     grid = equation.params["grid_mapping"]
     name = equation.params["jaxpr"].debug_info.func_src_info.split(" at ")[0]
     if grid.num_dynamic_grid_bounds:
-        raise ValueError(f"{name}: the bounds of its grid are computed")
-    scalars = given[: grid.num_index_operands]
+        raise ValueError(f"{name}: its grid has dynamic bounds")
+    scalars = operands[: grid.num_index_operands]
     missing = [index for index, scalar in enumerate(scalars) if scalar is None]
     if missing:
-        raise ValueError(f"{name}: scalar operands {missing} are not known")
+        raise ValueError(f"{name}: scalar operands {missing} are unknown")
     return name, [np.asarray(scalar) for scalar in scalars]

@@ -1,6 +1,6 @@
-"""The scalar instructions of a TPU kernel's dump, read, and written as Python.
+"""Parse the scalar instructions of a TPU kernel's dump, and translate them to Python.
 
-Registers hold unsigned numbers of 32 bits; predicates are 0 or 1.
+Registers are unsigned 32-bit numbers; predicates are 0 or 1.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _THREAD = re.compile(r"\[thread:[^]]*\]")
 
 
 class Unknown:
-    """A value that only a TPU could tell, and whatever is computed from it."""
+    """A value that is known on a TPU only, or that is computed from one."""
 
     def _same(self, *_: object) -> "Unknown":
         return self
@@ -35,7 +35,7 @@ class Unknown:
     __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
-        raise ValueError("what is executed depends on a value that is not known")
+        raise ValueError("what is executed depends on an unknown value")
 
 
 UNKNOWN = Unknown()
@@ -55,13 +55,13 @@ class Op:
 
     @property
     def reads(self) -> set[str]:
-        """Registers that it needs."""
-        given = [*self.operands, self.predicate or "", self.otherwise or ""]
-        return {name for name in given if NAME.fullmatch(name)}
+        """Registers that it reads."""
+        operands = [*self.operands, self.predicate or "", self.otherwise or ""]
+        return {name for name in operands if NAME.fullmatch(name)}
 
 
 def parse(text: str) -> Op | None:
-    """An instruction as the dump writes it."""
+    """Parse an instruction; None if it is not one."""
     match = _OP.fullmatch(text)
     if match is None:
         return None
@@ -104,42 +104,42 @@ _BINARY = {
 
 
 def expression(op: Op, value: Callable[[str], str]) -> str | None:
-    """The instruction as Python on unsigned 32-bit numbers; None if not known."""
+    """The instruction as a Python expression; None if it is unknown."""
     name, *kind = op.name.split(".")
-    given = [value(operand) for operand in op.operands]
-    if name in ("smov", "int_to_ptr") and len(given) == 1:
-        return given[0]
+    operands = [value(operand) for operand in op.operands]
+    if name in ("smov", "int_to_ptr") and len(operands) == 1:
+        return operands[0]
     if name == "inlined_call_operand" and "no memory space" in op.text:
         index = re.search(r"index: (\d+), kind: input", op.text)
-        return f"handed.get({index[1]}, UNKNOWN)" if index else None
+        return f"registers_in.get({index[1]}, UNKNOWN)" if index else None
     if name == "scalar_lea":
-        return f"({' + '.join(given)}) & 0xFFFFFFFF"
+        return f"({' + '.join(operands)}) & 0xFFFFFFFF"
     if name == "pneg":
-        return f"1 - {given[0]}"
+        return f"1 - {operands[0]}"
     if name == "pmov":
-        return given[0]
+        return operands[0]
     if name == "scalar_select":
-        return f"choose({', '.join(given)})"
+        return f"choose({', '.join(operands)})"
     if name == "sld":
-        return f"memory.get(({' + '.join(given)}) & 0xFFFFFFFF, UNKNOWN)"
+        return f"memory.get(({' + '.join(operands)}) & 0xFFFFFFFF, UNKNOWN)"
     if name == "scmp":
         if "s32" in kind:
-            given = [_signed(operand) for operand in given]
-        return f"compare({given[0]} {_COMPARE[kind[0]]} {given[1]})"
+            operands = [_signed(operand) for operand in operands]
+        return f"compare({operands[0]} {_COMPARE[kind[0]]} {operands[1]})"
     if name == "sshra":
-        return f"({_signed(given[0])} >> {given[1]}) & 0xFFFFFFFF"
+        return f"({_signed(operands[0])} >> {operands[1]}) & 0xFFFFFFFF"
     if name in ("smin", "smax"):
         if "s32" in kind:
-            low, high = (_signed(operand) for operand in given)
+            low, high = (_signed(operand) for operand in operands)
             return f"{name[1:]}({low}, {high}) & 0xFFFFFFFF"
-        return f"{name[1:]}({given[0]}, {given[1]})"
-    if name in _BINARY and len(given) == 2 and kind in ([], ["u32"], ["s32"]):
-        return _BINARY[name].format(*given)
+        return f"{name[1:]}({operands[0]}, {operands[1]})"
+    if name in _BINARY and len(operands) == 2 and kind in ([], ["u32"], ["s32"]):
+        return _BINARY[name].format(*operands)
     return None
 
 
 def address(symbol: str) -> int:
-    """A place for an allocation, apart from all others; spills have their own."""
+    """The address of an allocation; all allocations and their spills are disjoint."""
     name, _, offset = symbol.partition(" + $")
     number, spill = re.fullmatch(r"#allocation(\d+)(_spill)?", name).groups()  # type: ignore[union-attr]
     base = (2 * int(number) + bool(spill) + 1) * _ALLOCATION_WORDS
@@ -173,4 +173,4 @@ HELPERS: Mapping[str, Any] = {
     "choose": _choose,
     "compare": _compare,
 }
-"""What the Python of `expression` calls."""
+"""Names that expressions of `expression` use."""
