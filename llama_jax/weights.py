@@ -1,11 +1,11 @@
-"""Weights that are no plain array: quantized and adapted ones, as leaves of the tree.
+"""Weights that are not plain arrays: quantized and adapted ones, leaves of the tree.
 
-`linear` multiplies with them as they are held: four or eight bits become numbers within
-the product, and an adapter's is added to its base's. So a program's arguments are what
-is held, and no whole weight is ever made of it.
+`linear` multiplies with them as they are stored: bits become numbers inside the
+product, and an adapter's product is added to its base's. So a program's arguments are
+what is stored, and no whole weight is ever computed from it.
 
-Axes: I inputs, O outputs, R an adapter's rank, and C groups of inputs that share a
-scale. Layers may be stacked in front of them all.
+Axes: I inputs, O outputs, R the rank of an adapter, C groups of inputs that share a
+scale. Stacked layers are an axis before them all.
 """
 
 import dataclasses
@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from llama_jax.types import Array, Float, Int
+from llama_jax.types import Array, Float
 
 Kind = Literal["int8", "int4", "nf4"]
+
+GROUP_SIZE = 64
+"""Inputs that share a scale in four bits: a block of QLoRA (arXiv:2305.14314)."""
 
 NF4_LEVELS = (
     -1.0,
@@ -37,70 +40,66 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-"""What the sixteen codes of four-bit normal floats mean (arXiv:2305.14314, E)."""
+"""Numbers of the sixteen codes of four-bit normal floats (arXiv:2305.14314, E)."""
 
 
 class _Leaf:
-    """A weight of several arrays, which behaves as the one that it stands for."""
+    """A weight of several arrays with the shape of the weight that it stands for.
+
+    Its fields are arrays, or their shapes or shardings.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: [I, O], layers in front where they are stacked."""
+        """Of the weight: [I, O], after a layer axis if layers are stacked."""
         raise NotImplementedError
 
     @property
     def ndim(self) -> int:
-        """How many axes the weight has."""
+        """Number of axes of the weight."""
         return len(self.shape)
 
     def __getitem__(self, layer: Any) -> Any:
         """One layer of a stacked weight."""
         return jax.tree.map(lambda array: array[layer], self)
 
-    __iter__ = None  # Python would count on without an end: arrays clamp an index
+    __iter__ = None  # otherwise Python iterates by index, which arrays clamp: forever
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized(_Leaf):
-    """A weight in few bits; what all kinds have."""
+    """A weight in few bits, of any kind.
+
+    Attributes:
+      values: integers or codes, [*L, I, O].
+      scales: what they are multiplied by, per output or group of inputs.
+    """
 
     values: Any
     scales: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight: [I, O], layers in front where they are stacked."""
+        """Of the weight: [I, O], after a layer axis if layers are stacked."""
         return tuple(self.values.shape)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
-    """Eight bits, a float32 scale for each output: column o is `scales[o] · values`.
-
-    The scale is applied behind the product.
-    """
-
-    values: Int[Array, "*L I O"]
-    scales: Float[Array, "*L O"]
+    """Eight bits; float32 scales [*L, O], applied after the product."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int4(Quantized):
-    """Four bits from -7 to 7, a scale for each output and each group of inputs."""
-
-    values: Int[Array, "*L I O"]
-    scales: Float[Array, "*L C O"]
+    """Four bits, from -7 to 7; scales [*L, C, O]."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NF4(Quantized):
-    """Four-bit normal floats: codes into `NF4_LEVELS`, a scale for each group."""
-
-    values: Int[Array, "*L I O"]
-    scales: Float[Array, "*L C O"]
+    """Four-bit normal floats: codes into `NF4_LEVELS`; scales [*L, C, O]."""
 
 
 KINDS: dict[Kind, type[Int8] | type[Int4] | type[NF4]] = {
@@ -108,25 +107,31 @@ KINDS: dict[Kind, type[Int8] | type[Int4] | type[NF4]] = {
     "int4": Int4,
     "nf4": NF4,
 }
-"""The leaf type of every kind of quantization."""
+"""The leaf type of each kind of quantization."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapted(_Leaf):
-    """A weight that stays, and a low-rank one that is trained (arXiv:2106.09685).
+    """A frozen weight with a trained low-rank one beside it (arXiv:2106.09685).
 
     It stands for `base + scaling · a @ b`, which is never computed as such.
+
+    Attributes:
+      base: plain or quantized.
+      a: [*L, I, R].
+      b: [*L, R, O].
+      scaling: of the product of a and b.
     """
 
     base: Any
-    a: Float[Array, "*L I R"]
-    b: Float[Array, "*L R O"]
+    a: Any
+    b: Any
     scaling: float = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base: [I, O], layers in front where they are stacked."""
+        """Of the base: [I, O], after a layer axis if layers are stacked."""
         return tuple(self.base.shape)
 
 
@@ -134,40 +139,40 @@ Weight: TypeAlias = Array | Quantized | Adapted
 """What `linear` multiplies with."""
 
 
-def group_size(inputs: int, group: int) -> int:
-    """How many of so many inputs share a scale: their largest divisor up to `group`."""
+def group_size(inputs: int, group: int = GROUP_SIZE) -> int:
+    """Inputs per scale: the largest divisor of `inputs` up to `group`."""
     return next(size for size in range(min(group, inputs), 0, -1) if not inputs % size)
 
 
 def values_in(weight: Quantized, dtype: DTypeLike) -> Float[Array, "*L I O"]:
-    """The numbers that the bits mean, before any scale."""
+    """Convert the bits to numbers, before any scale."""
     if isinstance(weight, NF4):
         return _nf4_numbers(weight.values, dtype)
     return weight.values.astype(dtype)
 
 
 def dequantize(weight: Quantized, dtype: DTypeLike) -> Float[Array, "*L I O"]:
-    """The whole weight. In a program it is for a product alone, which it fuses with."""
+    """Compute the whole weight; in a program only for a product, which fuses it."""
     values, scales = values_in(weight, dtype), weight.scales.astype(dtype)
     if isinstance(weight, Int8):
         return values * scales[..., None, :]
-    # Multiplied in the dtype of the product, that is: the TPU compiler of jax 0.7 makes
-    # a whole array of float32 scales, but none of bfloat16 ones.
+    # Multiplied in the dtype of the product: the TPU compiler of jax 0.7 materializes
+    # float32 scales of the whole weight, but not bfloat16 ones.
     *layers, groups, outputs = scales.shape
     grouped = values.reshape(*layers, groups, -1, outputs)
     return (grouped * scales[..., None, :]).reshape(values.shape)
 
 
 def _nf4_numbers(codes: Array, dtype: DTypeLike) -> Array:
-    """The levels of codes, by choosing between two at each of four bits.
+    """Look up levels by choosing between two at each of four bits.
 
     15 selections per number, which every compiler fuses into the product. A look-up in
     a table is a gather, which TPUs do one number at a time, into a whole array.
     """
     bits = codes.astype(jnp.int32)
-    left = [jnp.asarray(level, dtype) for level in NF4_LEVELS]
+    levels = [jnp.asarray(level, dtype) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (bits & (1 << bit)) != 0
-        pairs = zip(left[::2], left[1::2], strict=True)
-        left = [jnp.where(is_set, one, zero) for zero, one in pairs]
-    return left[0]
+        pairs = zip(levels[::2], levels[1::2], strict=True)
+        levels = [jnp.where(is_set, high, low) for low, high in pairs]
+    return levels[0]

@@ -6,7 +6,7 @@ alone, so that a request has the same score, bit for bit, in any company.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,6 @@ from llama_jax.errors import PromptError
 from llama_jax.generation.decode import bucket
 from llama_jax.generation.generate import check_token_ids
 from llama_jax.generation.request import Request
-from llama_jax.model.attention import in_order
-from llama_jax.model.token_loss import greedy_tokens, token_losses
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.types import Array, Params, Tokens
 
@@ -106,20 +104,7 @@ def _score_batch(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Scores of right-padded rows; what stands at the padding means nothing."""
     targets = jnp.roll(tokens, -1, axis=1)
-    logprobs, greedy = apply(model, params, tokens, targets, method=_scores)
+    logprobs, greedy = apply(model, params, tokens, targets, method="scores")
     first = jnp.arange(tokens.shape[1]) == 0
     logprobs = jnp.where(first[None], 0.0, jnp.roll(logprobs, 1, axis=1))
     return logprobs, ~first[None] & jnp.roll(greedy, 1, axis=1)
-
-
-def _scores(
-    model: Llama, tokens: Tokens, targets: Tokens
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """`Llama.losses` of the targets, negated, and whether each is the likeliest."""
-    stream, head = model._read(tokens, None, None)
-    options: dict[str, Any] = {"rules": model.runtime.rules, "mesh": model.mesh}
-    shown = targets if stream.order is None else targets[:, stream.order]
-    losses = token_losses(stream.x, head, shown, **options)
-    best = greedy_tokens(stream.x, head, **options)
-    losses, best = (in_order(x, "B T", **options) for x in (losses, best))
-    return -losses, best == targets

@@ -10,33 +10,38 @@ from llama_jax.types import Array, Float, Int
 
 
 class RopeTables(NamedTuple):
-    """Cosines and sines of every query's angles, float32."""
+    """Cosines and sines of each token's angles, float32; B is 1 if all rows agree."""
 
-    cos: Float[Array, "B T half_H"]
-    sin: Float[Array, "B T half_H"]
+    cos: Float[Array, "#B T half_H"]
+    sin: Float[Array, "#B T half_H"]
 
 
 def rope_tables(
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
     head_dim: int,
     theta: float,
     scaling: RopeScaling | None,
 ) -> RopeTables:
-    """The angles position · theta^(-2i/H) for the pairs i < H/2, as cosines and sines.
+    """Compute cosines and sines of position · theta^(-2i/H) for the pairs i < H/2.
 
-    The frequencies theta^(-2i/H) are scaled first where the model's were. Computed in
-    float32 throughout, as Meta's code does, so that long positions agree with it.
+    In float32 throughout, as in Meta's code, so that long positions agree with it.
+
+    Args:
+      positions: of each token; may restart in packed rows.
+      head_dim: H.
+      theta: base of the frequencies.
+      scaling: of the frequencies, if the model was trained with any.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequency = np.float32(1.0) / np.float32(theta) ** exponent
     if scaling is not None:
         frequency = scale_frequencies(frequency, scaling)
-    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency)
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     return RopeTables(jnp.cos(angle), jnp.sin(angle))
 
 
 def scale_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Frequencies (radians per position, float32) as a model with `scaling` has them.
+    """Scale frequencies (radians per position, float32).
 
     "linear": f / factor. "llama3": f · (1 - s) / factor + f · s, where s goes from 0
     to 1 as the original context goes from `low_freq_factor` wavelengths to
@@ -55,11 +60,11 @@ def scale_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray
 
 
 def apply_rope(x: Float[Array, "B T N H"], tables: RopeTables) -> Array:
-    """Each head turned by its position: pair i is `(x[i], x[i + H/2])`.
+    """Rotate each head by its position: pair i is `(x[i], x[i + H/2])`.
 
-    The rotation is done in float32 and returned in the dtype of `x`.
+    Computed in float32, returned in the dtype of `x`.
     """
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = tables.cos[:, :, None, :], tables.sin[:, :, None, :]
-    turned = (low * cos - high * sin, high * cos + low * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = (low * cos - high * sin, high * cos + low * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -15,9 +15,9 @@ from llama_jax.model.layer_cache import CacheRows
 from llama_jax.model.layers import Block, Module, RMSNorm, SharedInputs, UnrolledLayers
 from llama_jax.model.linear import linear, matmul_precision
 from llama_jax.model.rope import rope_tables
-from llama_jax.model.token_loss import token_losses
+from llama_jax.model.token_loss import greedy_tokens, token_losses
 from llama_jax.runtime import Runtime
-from llama_jax.types import Array, Float, Hidden, Int, Mesh, Params, Tokens
+from llama_jax.types import Array, Bool, Float, Hidden, Int, Mesh, Params, Tokens
 
 
 class TransformerOutput(NamedTuple):
@@ -207,6 +207,23 @@ class Llama(_Model):
           segment_ids: as of a call.
         """
         out, head = self._run(tokens, positions=positions, segment_ids=segment_ids)
+        return self._losses(out, head, targets)
+
+    def scores(
+        self, tokens: Tokens, targets: Tokens
+    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+        """Compute log p of each target (nats) and whether it is the likeliest token.
+
+        `apply(model, params, tokens, targets, method="scores")`; arguments as of
+        `losses`. Of equally likely tokens, the lowest id is the likeliest.
+        """
+        out, head = self._run(tokens)
+        best = greedy_tokens(out.x, head, rules=self.runtime.rules, mesh=self.mesh)
+        return -self._losses(out, head, targets), self._in_order(best, "B T") == targets
+
+    def _losses(
+        self, out: TransformerOutput, head: Array, targets: Tokens
+    ) -> Float[Array, "B T"]:
         if out.order is not None:
             targets = targets[:, out.order]
         losses = token_losses(
