@@ -1,4 +1,4 @@
-"""`load`: a model, its weights and its tokenizer from a folder, ours or foreign."""
+"""Load models: configuration, weights and tokenizer from any supported format."""
 
 import functools
 import pathlib
@@ -29,16 +29,16 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Mesh, Path
 from llama_jax.weights import Kind
 
-_BUNDLED = pathlib.Path(__file__).resolve().parent / "assets"
+_ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
 
 class Opened(NamedTuple):
-    """A model that was found, of whose weights none was read.
+    """A model whose weights have not been read.
 
     Attributes:
-      config: what it is.
-      tokenizer: that came with it, or was given.
-      leaves: its weights, one for each layer, to be read when they are wanted.
+      config: of the checkpoint.
+      tokenizer: of the checkpoint, or as given.
+      leaves: lazily read weights by path, one per layer and weight.
     """
 
     config: LlamaConfig
@@ -56,28 +56,37 @@ def load(
     quantize: Kind | None = None,
     adapter: Path | None = None,
 ) -> Loaded:
-    """Load a checkpoint of ours, or any that `llama_jax.conversion` can read.
+    """Load a model: a llama_jax checkpoint, or any that `llama_jax.conversion` reads.
 
-    Weights go to their place one by one; of a foreign checkpoint nothing is written.
-    One that is loaded often is worth converting: its axes are then moved only once.
+    Weights are read and put on devices one by one. Foreign checkpoints are converted
+    in memory; convert those that are loaded often, which is faster.
 
     Args:
-      path: folder or file; the small model that comes with the package if not given.
-      runtime: choices of this run; `default_runtime()` where not given.
-      mesh: devices to lay the weights out on.
-      tokenizer: or the file of one, in place of the checkpoint's own.
-      max_seq_len: in place of the checkpoint's own; Meta's need it where their sizes
-        are not those of a published model.
-      quantize: hold the layers' projections in eight or four bits; each is quantized
-        before the next one is read.
-      adapter: a folder of LoRA adapters that stay beside the weights (ours and those
-        of `peft`).
+      path: folder or file; defaults to the small model in the package.
+      runtime: choices of this run; defaults to `default_runtime()`.
+      mesh: devices to shard the weights over.
+      tokenizer: a tokenizer or its file; defaults to the checkpoint's.
+      max_seq_len: context length in tokens; defaults to the checkpoint's. Required for
+        Meta's format if no published model has these sizes.
+      quantize: store the layers' projections in eight or four bits; each is quantized
+        before the next is read.
+      adapter: folder of LoRA adapters (of `save_adapters` or `peft`), which are not
+        merged.
+
+    Returns:
+      The model, its parameters and its tokenizer. The model is a `Llama`, or a
+      `ScalarModel` if the checkpoint has a scalar head.
 
     Raises:
-      CheckpointError: there is no checkpoint, or a damaged one.
+      CheckpointError: the checkpoint is missing or damaged.
       ConfigError: its configuration is not understood.
-      TokenizerError: there is no tokenizer, or it has more pieces than the model ids.
+      TokenizerError: there is no tokenizer, or it does not fit the model.
       MeshError: the mesh does not divide the model.
+
+    >>> import llama_jax
+    >>> loaded = llama_jax.load()
+    >>> loaded.model.config.num_layers, loaded.tokenizer.vocab_size
+    (5, 2048)
     """
     opened = open_model(path, tokenizer=tokenizer, max_seq_len=max_seq_len)
     runtime = default_runtime() if runtime is None else runtime
@@ -95,34 +104,40 @@ def open_model(
     tokenizer: Path | Tokenizer | None = None,
     max_seq_len: int | None = None,
 ) -> Opened:
-    """Find and check a model; arguments and errors are those of `load`."""
+    """Find and check a model without reading its weights.
+
+    Args and Raises: as in `load`.
+
+    >>> import llama_jax
+    >>> opened = llama_jax.open_model()
+    >>> opened.leaves["transformer/embedding"].shape
+    (2048, 192)
+    """
     path = bundled() if path is None else pathlib.Path(path)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: there is no such folder; give one with a model (a converted one, "
-            "or one that `python -m llama_jax.conversion` can read)"
+            f"{path}: does not exist; name a model's folder or file (a llama_jax "
+            "checkpoint, or one that `python -m llama_jax.conversion` reads)"
         )
     leaves: Mapping[str, LazyLeaf]
     if is_checkpoint(path):
         config = read_config(path)
         if max_seq_len is not None:
             config = config.replace(max_seq_len=max_seq_len)
-        pieces = _tokenizer(path, tokenizer)
-        pieces.check_fits(config.vocab_size)
+        opened_tokenizer = _open_tokenizer(path, tokenizer)
         leaves = open_params(path, config)
     else:
-        # Costs start-up time and is rarely needed.
+        # Imported here because it is slow to import and rarely needed.
         from llama_jax import conversion
 
         source = conversion.open_source(path, max_seq_len=max_seq_len)
-        config = source.config
+        config, leaves = source.config, source.leaves()
         if tokenizer is None:
-            pieces, _ = source.find_tokenizer()
+            opened_tokenizer, _ = source.find_tokenizer()
         else:
-            pieces = _tokenizer(path, tokenizer)
-        pieces.check_fits(config.vocab_size)
-        leaves = source.leaves()
-    return Opened(config, pieces, leaves)
+            opened_tokenizer = _open_tokenizer(path, tokenizer)
+    opened_tokenizer.check_fits(config.vocab_size)
+    return Opened(config, opened_tokenizer, leaves)
 
 
 def read_weights(
@@ -132,31 +147,33 @@ def read_weights(
     mesh: Mesh | None = None,
     quantize: Kind | None = None,
 ) -> dict[str, Any]:
-    """The weights in the runtime's dtype and layout, each read when the last is placed.
+    """Read the weights of an opened model, in the runtime's dtype and layout.
 
     Args:
-      opened: of `open_model`; its config may have been changed where that changes no
-        shape.
-      runtime: its dtype, layout and rules count.
-      mesh: devices to lay them out on.
-      quantize: hold the layers' projections in eight or four bits.
+      opened: of `open_model`; fields of its config that change no shape may differ.
+      runtime: its dtype, layout and sharding rules are used.
+      mesh: devices to shard the weights over.
+      quantize: store the layers' projections in eight or four bits.
+
+    Returns:
+      The tree of parameters.
     """
-    held = None
+    quantize_one = None
     if quantize is not None:
         check_kind(quantize)
-        held = functools.partial(quantize_leaf, kind=quantize)
+        quantize_one = functools.partial(quantize_leaf, kind=quantize)
     return device_put_leaves(
-        opened.leaves, opened.config, runtime=runtime, mesh=mesh, quantize=held
+        opened.leaves, opened.config, runtime=runtime, mesh=mesh, quantize=quantize_one
     )
 
 
 def read_adapters(
     path: Path, model: Llama | ScalarModel
 ) -> tuple[dict[str, Any], Lora]:
-    """The adapters of a PEFT folder in a model's layout, on its devices, in float32.
+    """Read the adapters in a PEFT folder, in float32 and the model's layout and mesh.
 
     Raises:
-      CheckpointError: they are damaged, not this model's, or more than x a b.
+      CheckpointError: they are damaged, of another model, or not plain LoRA.
     """
     from llama_jax.conversion.peft import read_peft
 
@@ -165,15 +182,19 @@ def read_adapters(
         adapters = stack_layers(adapters)
     adapters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapters)
     if model.mesh is not None:
-        places = weight_shardings(adapters, model.config, model.runtime, model.mesh)
-        adapters = jax.tree.map(jax.device_put, adapters, places)
+        shardings = weight_shardings(adapters, model.config, model.runtime, model.mesh)
+        adapters = jax.tree.map(jax.device_put, adapters, shardings)
     return adapters, lora
 
 
 def default_runtime() -> Runtime:
-    """What suits the devices here: float32 on CPU, else bfloat16 where it is fast.
+    """Return the choices for this device: float32 on CPU, else bfloat16.
 
-    GPUs before compute capability 8.0 (T4, V100) get float16.
+    GPUs without fast bfloat16 (compute capability below 8.0: T4, V100) get float16.
+
+    >>> import llama_jax
+    >>> llama_jax.default_runtime().dtype in ("float32", "bfloat16", "float16")
+    True
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
@@ -185,31 +206,36 @@ def default_runtime() -> Runtime:
 
 
 def bundled() -> pathlib.Path:
-    """The folder of the small model that comes with the package.
+    """The folder of the small model in the package.
 
     Raises:
-      CheckpointError: it is not there, or not the only one.
+      CheckpointError: the package has no model, or several.
     """
-    found = [folder for folder in sorted(_BUNDLED.glob("*")) if is_checkpoint(folder)]
-    if len(found) != 1:
+    models = [folder for folder in sorted(_ASSETS.glob("*")) if is_checkpoint(folder)]
+    if len(models) != 1:
         raise CheckpointError(
-            f"{_BUNDLED}: should hold one model, but holds {len(found)}; install "
-            "llama-jax again, or name a model's folder"
+            f"{_ASSETS}: holds {len(models)} models instead of one; install llama-jax "
+            "again, or name a model's folder"
         )
-    return found[0]
+    return models[0]
 
 
-def _tokenizer(path: pathlib.Path, given: Path | Tokenizer | None) -> Tokenizer:
-    if isinstance(given, Tokenizer):
-        return given
-    if given is not None and pathlib.Path(given).suffix == ".bin":
-        from llama_jax import conversion
+def _open_tokenizer(
+    path: pathlib.Path, tokenizer: Path | Tokenizer | None
+) -> Tokenizer:
+    """The given tokenizer, or the one in the model's folder."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer is not None:
+        if pathlib.Path(tokenizer).suffix == ".bin":
+            from llama_jax import conversion
 
-        return conversion.open_tokenizer(given)
-    found = read_tokenizer(path) if given is None else Tokenizer.from_file(given)
-    if found is None:
+            return conversion.open_tokenizer(tokenizer)
+        return Tokenizer.from_file(tokenizer)
+    own = read_tokenizer(path)
+    if own is None:
         raise TokenizerError(
             f"{path}: has no tokenizer.model or tokenizer.json; name one with "
             "--tokenizer FILE (tokenizer=)"
         )
-    return found
+    return own

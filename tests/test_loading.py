@@ -202,7 +202,7 @@ def test_the_bundled_model_is_the_only_one_in_its_folder(
 ) -> None:
     assets = foreign.parent / "assets"
     assets.mkdir()
-    monkeypatch.setattr(load_module, "_BUNDLED", assets)
+    monkeypatch.setattr(load_module, "_ASSETS", assets)
     with pytest.raises(CheckpointError, match="holds 0"):
         load()
     convert(foreign, assets / "one")
