@@ -1,8 +1,7 @@
-"""Byte-level BPE: Llama 3's tokenizer, from Meta's file or from a Hugging Face one.
+"""Byte-level BPE: Llama 3's tokenizer, from Meta's file or a `tokenizer.json`.
 
-Its pieces are byte strings, so that it needs neither a space in front of a text nor a
-piece for what is unknown. The algorithms are those of the optional packages tiktoken
-and tokenizers.
+Its pieces are byte strings, so it needs neither a leading space nor an unknown piece.
+The algorithms are in the optional packages tiktoken and tokenizers.
 """
 
 import base64
@@ -15,8 +14,8 @@ from typing import Any
 
 from llama_jax.errors import TokenizerError
 
-# What Meta's code of Llama 3 adds to the pieces of its file: how a text is cut before
-# pairs are merged, and 256 special tokens behind the pieces.
+# Meta's Llama 3 code adds this pre-tokenization pattern, and 256 special tokens after
+# the pieces, to what is in its file.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,27 +33,26 @@ LLAMA3_SPECIAL = (
     *_NAMED,
     *(f"<|reserved_special_token_{i + 2}|>" for i in range(_NUM_SPECIAL - len(_NAMED))),
 )
-"""Llama 3's special tokens in the order of their ids; some have no use in 3.0."""
+"""Llama 3's special tokens in the order of their ids; some are unused in 3.0."""
 
-# Meta's code cuts longer runs of spaces or of anything else: tiktoken's regular
-# expression overflows its stack on some hundred thousand spaces.
+# Meta's code splits longer runs of spaces or non-spaces: tiktoken's regular expression
+# overflows its stack on several hundred thousand spaces.
 _LONGEST_RUN = 25_000
 _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN + 1},}}|\S{{{_LONGEST_RUN + 1},}}")
 
 
 class ByteLevel:
-    """Pieces of bytes as a `Codec`.
+    """A byte-level BPE as a `Codec`.
 
     Args:
       encode: text to ids, without special tokens.
-      pieces: the bytes of every id that text can become.
+      pieces: the bytes of every id that text can encode to.
       added: names of the other ids.
-      special: which of those are invisible in a text.
-      file_name: under which a checkpoint keeps the file it was read from.
+      special: those of the other ids that decode to nothing.
+      file_name: of the tokenizer in a checkpoint.
 
     Raises:
-      TokenizerError: there is no piece for some byte, or Llama 3's names for the begin
-        and the end of a text are missing.
+      TokenizerError: a byte has no piece, or Llama 3's begin or end of text is missing.
     """
 
     unk_id = -1
@@ -75,13 +73,13 @@ class ByteLevel:
         lacking = [b for b in range(256) if bytes([b]) not in self._ids_of_bytes]
         if lacking:
             raise TokenizerError(
-                f"tokenizer: it has no piece for the byte 0x{lacking[0]:02X}, so that "
-                "not every text can be encoded; the file is damaged or of another kind"
+                f"tokenizer: has no piece for the byte 0x{lacking[0]:02X}, so not all "
+                "text can be encoded; the file is damaged or of another kind"
             )
         if missing := [name for name in (_BEGIN, _END) if name not in self._ids]:
             raise TokenizerError(
-                f"tokenizer: it has no token {missing[0]}; of byte-level tokenizers "
-                "only those with Llama 3's special tokens are understood"
+                f"tokenizer: has no token {missing[0]}; byte-level tokenizers need "
+                "Llama 3's special tokens"
             )
         self.file_name = file_name
         self.bos_id, self.eos_id = self._ids[_BEGIN], self._ids[_END]
@@ -92,13 +90,13 @@ class ByteLevel:
         known = pieces.keys() | added.keys()
         if self.vocab_size > 2 * len(known):
             raise TokenizerError(
-                f"tokenizer: its ids go up to {self.vocab_size - 1}, but it names only "
-                f"{len(known)}; the file is damaged"
+                f"tokenizer: has ids up to {self.vocab_size - 1}, but names only "
+                f"{len(known)}; download it again"
             )
         self.holes = tuple(sorted(set(range(self.vocab_size)) - known))
 
     def encode(self, text: str, *, inner: bool) -> list[int]:
-        """Token ids; inside a text they are the same."""
+        """Encode a text; `inner` changes nothing."""
         ids, start = [], 0
         for run in _LONG_RUN.finditer(text):
             for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN):
@@ -107,34 +105,34 @@ class ByteLevel:
         return ids + self._encode(text[start:])
 
     def decode(self, ids: list[int], *, inner: bool) -> str:
-        """Text of the ids' bytes together."""
+        """Decode the joined bytes of ids."""
         return b"".join(self._bytes.get(id, b"") for id in ids).decode(errors="replace")
 
     def stream(self, added: Mapping[int, str], *, inner: bool) -> "ByteStream":
-        """A decoder of ids that arrive one by one."""
+        """Create a streaming decoder."""
         names = {id: name.encode() for id, name in added.items()}
         return ByteStream(self._bytes | names if names else self._bytes)
 
     def piece(self, id: int) -> str:
-        """A special token's name, or a piece's text."""
+        """The name of a special token, or the text of a piece."""
         piece = self._pieces.get(id, b"").decode(errors="backslashreplace")
         return self._added.get(id, piece)
 
     def piece_id(self, piece: str) -> int | None:
-        """Id of the special token of this name, or of the piece with this text."""
+        """The id of the special token with this name, or the piece with this text."""
         id = self._ids.get(piece)
         return self._ids_of_bytes.get(piece.encode()) if id is None else id
 
     def can_encode(self, id: int) -> bool:
-        """Whether text can become this piece."""
+        """Whether encoding some text can produce this id."""
         return id in self._pieces
 
 
 class ByteStream:
-    """Text of byte strings as they arrive.
+    """Streaming decoder of byte-level ids.
 
     Args:
-      pieces: bytes of each id that has any.
+      pieces: the bytes of each id; ids without bytes decode to nothing.
     """
 
     def __init__(self, pieces: Mapping[int, bytes]) -> None:
@@ -142,25 +140,26 @@ class ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, "" where they complete none."""
+        """Append ids and return the text that they complete, "" if none."""
         return self._decoder.decode(b"".join(self._pieces.get(id, b"") for id in ids))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character."""
+        """Return the rest: U+FFFD for an unfinished character."""
         return self._decoder.decode(b"", final=True)
 
 
 def is_ranks(contents: bytes) -> bool:
-    """Whether a file begins as tiktoken's do: a piece in base64, a space, its rank."""
+    """Whether a file begins like tiktoken's: a base64 piece, a space, its rank."""
     line = contents[:1000].partition(b"\n")[0]
     return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\r?", line) is not None
 
 
 def from_ranks(contents: bytes) -> ByteLevel:
-    """Llama 3's tokenizer from the file that Meta ships.
+    """Read Llama 3's tokenizer from Meta's file.
 
     Raises:
-      TokenizerError: the file is damaged or another model's, or tiktoken is missing.
+      TokenizerError: the file is damaged or of another model, or tiktoken is not
+        installed.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(contents.splitlines()):
@@ -171,12 +170,12 @@ def from_ranks(contents: bytes) -> ByteLevel:
                 raise ValueError
         except (ValueError, binascii.Error) as error:
             raise TokenizerError(
-                f"tokenizer: line {number + 1} is not the piece of rank {number}; the "
-                "file is damaged, download it again"
+                f"tokenizer: line {number + 1} is not the piece of rank {number}; "
+                "download the file again"
             ) from error
     if len(ranks) != LLAMA3_PIECES:
         raise TokenizerError(
-            f"tokenizer: it has {len(ranks)} pieces, Llama 3's has {LLAMA3_PIECES}; "
+            f"tokenizer: has {len(ranks)} pieces, but Llama 3's has {LLAMA3_PIECES}; "
             "the file is incomplete, or of another family of models"
         )
     special = dict(enumerate(LLAMA3_SPECIAL, start=len(ranks)))
@@ -189,39 +188,41 @@ def from_ranks(contents: bytes) -> ByteLevel:
     )
 
 
-def from_json(contents: bytes, described: Mapping[str, Any]) -> ByteLevel:
-    """A byte-level BPE from a `tokenizer.json`.
+def from_json(contents: bytes, spec: Mapping[str, Any]) -> ByteLevel:
+    """Read a byte-level BPE from a `tokenizer.json`.
 
     Args:
       contents: of the file.
-      described: what they say, parsed.
+      spec: the same, parsed.
 
     Raises:
       TokenizerError: the file is damaged or of another kind, or the package tokenizers
-        is missing.
+        is not installed.
     """
-    model = described["model"]
+    model = spec["model"]
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise TokenizerError(
-                f"tokenizer: its model has {key} {model[key]!r}, which is not supported"
+                f"tokenizer: its model has {key} {model[key]!r}, which is not "
+                "supported; use a Llama model's tokenizer"
             )
-    if any(step.get("add_prefix_space") for step in steps(described, "pre_tokenizer")):
+    if any(step.get("add_prefix_space") for step in steps(spec, "pre_tokenizer")):
         raise TokenizerError(
-            "tokenizer: it puts a space in front of every text (add_prefix_space), "
-            "which is not supported for byte-level tokenizers"
+            "tokenizer: adds a space to the beginning of every text "
+            "(add_prefix_space), which is not supported for byte-level tokenizers; use "
+            "a Llama model's tokenizer"
         )
     package = _package("tokenizers")
     try:
         whole = package.Tokenizer.from_str(contents.decode())
-        # Without its special tokens, which text must not become, and without what it
-        # would put around a text.
+        # Without its special tokens, which text must not encode to, and without its
+        # post-processor, which adds tokens around a text.
         plain = package.Tokenizer(whole.model)
         plain.pre_tokenizer = whole.pre_tokenizer
         if whole.normalizer is not None:
             plain.normalizer = whole.normalizer
-        names = {token["id"]: token["content"] for token in described["added_tokens"]}
-        special = {t["id"] for t in described["added_tokens"] if t["special"]}
+        names = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        special = {t["id"] for t in spec["added_tokens"] if t["special"]}
         value = _byte_values()
         pieces = {
             id: bytes(value[character] for character in piece)
@@ -229,9 +230,10 @@ def from_json(contents: bytes, described: Mapping[str, Any]) -> ByteLevel:
             if id not in special
         }
         added = {id: name for id, name in names.items() if id not in pieces}
-    except Exception as error:  # tokenizers raises no narrower one
+    except Exception as error:  # tokenizers raises nothing narrower
         raise TokenizerError(
-            f"tokenizer: not a byte-level tokenizer.json, or a damaged one ({error})"
+            f"tokenizer: not a byte-level tokenizer.json, or a damaged one ({error}); "
+            "download it again"
         ) from error
 
     def encode(text: str) -> list[int]:
@@ -241,21 +243,21 @@ def from_json(contents: bytes, described: Mapping[str, Any]) -> ByteLevel:
     return ByteLevel(encode, pieces, added, special, "tokenizer.json")
 
 
-def steps(described: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
-    """The steps of a part of a `tokenizer.json`, be it one, a sequence or none."""
-    step = described.get(part)
+def steps(spec: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
+    """The steps of a part of a `tokenizer.json`: a sequence, one step or none."""
+    step = spec.get(part)
     for key in ("pretokenizers", "decoders"):
         if isinstance(step, dict) and key in step:
             step = step[key]
-    found = step if isinstance(step, list) else [step]
-    return [step for step in found if isinstance(step, dict)]
+    all_steps = step if isinstance(step, list) else [step]
+    return [step for step in all_steps if isinstance(step, dict)]
 
 
 def _byte_values() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
+    """The byte that each character of a byte-level vocabulary represents.
 
-    Bytes that are printable in Latin-1 stand for themselves, the others, in order, are
-    the characters from U+0100 on (GPT-2).
+    Bytes that are printable in Latin-1 are represented by themselves, the others in
+    order by the characters from U+0100 on (GPT-2).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -268,6 +270,6 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise TokenizerError(
-            f"tokenizer: this kind of file needs the package {name}; run "
+            f"tokenizer: this file needs the package {name}; run "
             'pip install "llama-jax[llama3]"'
         ) from error

@@ -1,7 +1,7 @@
-"""Dialogs, and what a prompt format makes of them: checks, spans of ids, a prompt.
+"""Dialogs, and the interface of prompt formats that encode them.
 
 A dialog is a list of messages: an optional `system` message, then `user` and
-`assistant` in turn. The formats themselves are in `llama_jax.text.prompt_formats`.
+`assistant` alternately. The formats are in `llama_jax.text.prompt_formats`.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from llama_jax.text.tokenizer import Tokenizer
 
 
 class Message(TypedDict):
-    """One turn of a dialog; a format refuses the optional keys that it does not know.
+    """One turn of a dialog.
 
-    `destination` is whom the message is for (Code Llama 70B); `input` is what an
-    instruction is to be applied to (Alpaca).
+    The optional keys belong to single formats: `destination` is the recipient (Code
+    Llama 70B), `input` the data for an instruction (Alpaca).
     """
 
     role: Literal["system", "user", "assistant"]
@@ -29,7 +29,7 @@ Dialog = Sequence[Message]
 
 
 class Span(NamedTuple):
-    """Consecutive tokens that the assistant either wrote or was given."""
+    """Consecutive tokens, either of an answer or of its context."""
 
     ids: list[int]
     is_answer: bool
@@ -37,20 +37,19 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptFormat:
-    """How one family of models wants a dialog written.
+    """The prompt format of a family of models.
 
     Attributes:
       name: its key in `FORMATS`.
-      write: the spans of a dialog that has been checked.
-      tags: text that only the format itself may write.
-      stop_tokens: pieces or added tokens that end an answer, as far as the tokenizer
-        has them; where there are none, the end of sequence does.
-      stop_strings: text that ends an answer, for models that spell their end of turn.
-        Only what a good answer never contains, and nothing for models that reliably
-        end with a token.
-      system: whether there may be a system message.
-      turns: whether there may be more than one user message.
-      keys: optional message keys that it understands.
+      write: yields the spans of a valid dialog.
+      tags: special text that messages must not contain.
+      stop_tokens: pieces or added tokens that end an answer. Those that the tokenizer
+        lacks are ignored; without any, the end of sequence ends an answer.
+      stop_strings: text that ends an answer, for models that write their end of turn
+        as text. Good answers must never contain it.
+      system: whether a system message is allowed.
+      turns: whether more than one user message is allowed.
+      keys: optional message keys of this format.
     """
 
     name: str
@@ -65,20 +64,22 @@ class PromptFormat:
     def encode(
         self, tokenizer: Tokenizer, dialog: Dialog, *, allow_tags: bool = False
     ) -> list[int]:
-        """Prompt ids of `dialog`, up to where the assistant's answer begins.
+        """Encode a dialog as a prompt that ends where the answer begins.
 
         Args:
-          tokenizer: the model's.
+          tokenizer: of the model.
           dialog: ends with a user message.
-          allow_tags: for text that no user wrote: take the special tags in it for
-            what they look like.
+          allow_tags: allow special tags in messages; only for trusted text.
+
+        Returns:
+          Prompt ids, with the begin of sequence.
 
         Raises:
           UnsafePromptError: a message contains one of `tags`.
-          PromptError: the format cannot express these messages in this order.
+          PromptError: the format cannot express this dialog.
         """
         if dialog and dialog[-1].get("role") == "assistant":
-            raise self._refusal(
+            raise self._error(
                 dialog, len(dialog) - 1, "is the last; it must be the user's"
             )
         spans = self.spans(tokenizer, dialog, allow_tags=allow_tags)
@@ -87,52 +88,54 @@ class PromptFormat:
     def spans(
         self, tokenizer: Tokenizer, dialog: Dialog, *, allow_tags: bool = False
     ) -> list[Span]:
-        """The ids of `dialog`, cut where answers begin and end.
+        """Encode a dialog for training: its ids in spans, answers apart from context.
 
-        An answer includes the token that ends it. A dialog that ends with an answer is
-        a training example: in front of its last answer stand the very ids that
-        `encode` gives for the messages in front of it.
+        An answer includes the token that ends it. If the dialog ends with an answer,
+        the ids before that answer are those that `encode` returns for the messages
+        before it.
+
+        Args and Raises: as in `encode`.
         """
         self.check(dialog, allow_tags=allow_tags)
         return [span for span in self.write(tokenizer, dialog) if span.ids]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Ids that end an answer."""
+        """The ids that end an answer."""
         ids = [tokenizer.piece_id(token) for token in self.stop_tokens]
         return tuple(id for id in ids if id is not None) or (tokenizer.eos_id,)
 
     def check(self, dialog: Dialog, *, allow_tags: bool = False) -> None:
-        """Raise what `spans` would raise for `dialog`."""
+        """Raise the errors that `spans` would raise, without encoding."""
         first = 1 if dialog and dialog[0].get("role") == "system" else 0
         if len(dialog) == first:
-            raise PromptError(f"{self.name}: the dialog has no user message")
+            raise PromptError(f"{self.name}: the dialog has no user message; add one")
         if first and not self.system:
-            raise self._refusal(dialog, 0, "has no place in this format")
+            raise self._error(dialog, 0, "is not supported by this format; remove it")
         for i, message in enumerate(dialog):
-            wanted = "user" if (i - first) % 2 == 0 else "assistant"
-            if i >= first and message.get("role") != wanted:
-                raise self._refusal(dialog, i, f"must be the {wanted}'s")
+            role = "user" if (i - first) % 2 == 0 else "assistant"
+            if i >= first and message.get("role") != role:
+                raise self._error(dialog, i, f"must be the {role}'s")
             if i >= first + 2 and not self.turns:
-                raise self._refusal(dialog, i, "is too many; this format has one turn")
+                raise self._error(dialog, i, "is too many; this format has one turn")
             for key, text in {"content": None, **message}.items():
                 if key not in ("role", "content", *self.keys):
-                    what = f"has {key!r}, which this format does not know"
-                    raise self._refusal(dialog, i, what)
+                    problem = f"has the key {key!r}, which this format does not have"
+                    raise self._error(dialog, i, problem)
                 if not isinstance(text, str):
-                    raise self._refusal(dialog, i, f"has no text as its {key!r}")
+                    raise self._error(dialog, i, f"has no text as its {key!r}")
         for i, message in enumerate(dialog if not allow_tags else []):
             text = "\n".join(map(str, message.values()))
             if tags := [tag for tag in self.tags if tag in text]:
-                what = f"contains the special tag {tags[0]}"
-                raise UnsafePromptError(str(self._refusal(dialog, i, what)))
+                problem = f"contains the special tag {tags[0]}; remove it"
+                raise UnsafePromptError(str(self._error(dialog, i, problem)))
 
-    def _refusal(self, dialog: Dialog, i: int, what: str) -> PromptError:
-        who = f"message {i + 1} of {len(dialog)} (role {dialog[i].get('role')!r})"
-        return PromptError(f"{self.name}: {who} {what}")
+    def _error(self, dialog: Dialog, i: int, problem: str) -> PromptError:
+        message = f"message {i + 1} of {len(dialog)} (role {dialog[i].get('role')!r})"
+        return PromptError(f"{self.name}: {message} {problem}")
 
 
 def pairs(dialog: Dialog) -> tuple[str | None, list[tuple[Message, str | None]]]:
-    """The system text and each user message with its answer, None if still open."""
+    """The system text, and each user message with its answer (None if unanswered)."""
     system = dialog[0]["content"] if dialog[0]["role"] == "system" else None
     turns = dialog[1:] if system is not None else dialog
     answers: list[str | None] = [message["content"] for message in turns[1::2]]

@@ -1,8 +1,7 @@
 """Chat, instruction and infilling formats: pure functions from text to token ids.
 
-Each `PromptFormat` writes a dialog the way one family of models was trained on it,
-either up to where the assistant answers (`encode`) or in pieces that say which tokens
-are answers (`spans`, for training).
+Each `PromptFormat` encodes dialogs as its family of models was trained on them: as a
+prompt (`encode`), or in spans that mark the answers (`spans`, for training).
 """
 
 import difflib
@@ -27,16 +26,16 @@ __all__ = [
 ]
 
 UNSAFE_ANSWER = "Error: special tags are not allowed as part of the prompt."
-"""What Meta's chat code answers to a prompt that raises `UnsafePromptError` here."""
+"""The answer of Meta's chat code to a prompt that raises `UnsafePromptError` here."""
 
 
 def _turn(
     tokenizer: Tokenizer, prompt: str, answer: str | None, *, bos: bool = True
 ) -> Iterator[Span]:
-    """A prompt, with an answer and the end of sequence if there is one.
+    """Yield a prompt and, if given, its answer with the end of sequence.
 
-    The answer is encoded as the model would continue the prompt's tokens. Where it
-    begins with a space that is how both would be encoded as one text.
+    The answer is encoded as a continuation of the prompt. If it begins with a space,
+    prompt and answer have the ids of both encoded as one text.
     """
     yield Span(tokenizer.encode(prompt, bos=bos, eos=False), False)
     if answer is not None:
@@ -49,8 +48,8 @@ def _write_llama2(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
         user = message["content"]
         if system is not None:
             user, system = f"<<SYS>>\n{system}\n<</SYS>>\n\n{user}", None
-        written = None if answer is None else f" {answer.strip()} "
-        yield from _turn(tokenizer, f"[INST] {user.strip()} [/INST]", written)
+        padded = None if answer is None else f" {answer.strip()} "
+        yield from _turn(tokenizer, f"[INST] {user.strip()} [/INST]", padded)
 
 
 def _write_codellama_70b(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
@@ -60,11 +59,11 @@ def _write_codellama_70b(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]
         return tokenizer.encode(text, bos=False, eos=False)
 
     last = dialog[-1] if dialog[-1]["role"] == "assistant" else None
-    given = [*dialog] if last is None else [*dialog[:-1]]
-    if given[0]["role"] != "system":
-        given.insert(0, {"role": "system", "content": ""})
+    history = [*dialog] if last is None else [*dialog[:-1]]
+    if history[0]["role"] != "system":
+        history.insert(0, {"role": "system", "content": ""})
     yield Span([tokenizer.bos_id], False)
-    for message in given:
+    for message in history:
         header = f" Source: {message['role']}"
         if "destination" in message:
             header += f"\nDestination: {message['destination'].strip()}"
@@ -74,10 +73,10 @@ def _write_codellama_70b(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]
             yield Span(encode("\n\n"), False)
             yield Span(tokenizer.encode_infilling(f" {content}"), is_answer)
         yield Span([step], is_answer)
-    # The last answer is written as the model writes it, behind the prompt's space;
-    # those before it as Meta's code encodes a history.
-    to = "user" if last is None else last.get("destination", "user").strip()
-    yield Span(encode(f" Source: assistant\nDestination: {to}"), False)
+    # The last answer is encoded as the model generates it, after the prompt's space;
+    # earlier answers as Meta's code encodes a history.
+    recipient = "user" if last is None else last.get("destination", "user").strip()
+    yield Span(encode(f" Source: assistant\nDestination: {recipient}"), False)
     yield Span(encode("\n\n "), False)
     if last is not None:
         yield Span([*tokenizer.encode_infilling(last["content"].strip()), step], True)
@@ -115,8 +114,8 @@ def _write_vicuna(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
     opening = f"{_VICUNA if system is None else system} "
     for i, (message, answer) in enumerate(turns):
         prompt = f"{'' if i else opening}USER: {message['content']} ASSISTANT:"
-        written = None if answer is None else f" {answer}"
-        yield from _turn(tokenizer, prompt, written, bos=i == 0)
+        padded = None if answer is None else f" {answer}"
+        yield from _turn(tokenizer, prompt, padded, bos=i == 0)
 
 
 _CHATML_TAGS = ("<|im_start|>", "<|im_end|>")
@@ -140,7 +139,7 @@ def _write_orca2(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
 
 
 def _encode_chatml(tokenizer: Tokenizer, text: str, *, bos: bool) -> list[int]:
-    """Ids of `text`, whose tags are tokens where the tokenizer has them, else text."""
+    """Encode `text`, with its tags as tokens if the tokenizer has them."""
     ids = [tokenizer.bos_id] if bos else []
     parts = re.split("(" + "|".join(map(re.escape, _CHATML_TAGS)) + ")", text)
     if None in map(tokenizer.piece_id, _CHATML_TAGS):
@@ -150,12 +149,12 @@ def _encode_chatml(tokenizer: Tokenizer, text: str, *, bos: bool) -> list[int]:
             ids.append(tag)
         elif bos and i == 0:
             ids += tokenizer.encode(part, bos=False, eos=False)
-        else:  # inside a text there is no space to add in front
+        else:  # without the space that begins a text
             ids += tokenizer.encode_infilling(part)
     return ids
 
 
-# Text cannot spell Llama 3's special tokens, so no text is unsafe.
+# Text never encodes to Llama 3's special tokens, so no text is unsafe.
 _LLAMA3_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 
@@ -181,10 +180,12 @@ def _write_llama3(tokenizer: Tokenizer, dialog: Dialog) -> Iterator[Span]:
 
 
 def _special(tokenizer: Tokenizer, format: str, piece: str) -> int:
-    """Id of a token that a format is made of."""
+    """The id of a special token that a format requires."""
     id = tokenizer.piece_id(piece)
     if id is None:
-        raise PromptError(f"{format}: the tokenizer has no piece {piece}")
+        raise PromptError(
+            f"{format}: the tokenizer has no piece {piece}; choose another format"
+        )
     return id
 
 
@@ -200,7 +201,7 @@ _FORMATS = (
     ),
     PromptFormat(name="llama3", write=_write_llama3, stop_tokens=_LLAMA3_ENDS),
     PromptFormat(
-        # Its models sometimes go on with an exercise of their own instead of ending.
+        # Its models sometimes continue with a new instruction instead of ending.
         name="alpaca", write=_write_alpaca, stop_strings=("\n\n### Instruction:",),
         system=False, turns=False, keys=("input",),
     ),
@@ -216,23 +217,34 @@ _FORMATS = (
 )  # fmt: skip
 
 FORMATS: dict[str, PromptFormat] = {format.name: format for format in _FORMATS}
-"""The prompt formats by name. WizardLM 13B and 70B speak Vicuna's, 7B its own."""
+"""The prompt formats by name. WizardLM 13B and 70B use Vicuna's, 7B its own."""
 
 
 def get_format(name: str) -> PromptFormat:
-    """The format called `name`, or a `PromptError` that lists them."""
+    """Return a prompt format by name.
+
+    Raises:
+      PromptError: there is no such format; the message lists all.
+
+    >>> import llama_jax
+    >>> tokenizer = llama_jax.load().tokenizer
+    >>> dialog = [{"role": "user", "content": "Hi"}]
+    >>> ids = llama_jax.get_format("llama2-chat").encode(tokenizer, dialog)
+    >>> tokenizer.decode(ids)
+    '[INST] Hi [/INST]'
+    """
     if name not in FORMATS:
         close = difflib.get_close_matches(name, FORMATS, n=1)
         raise PromptError(
-            f"no prompt format is called {name!r}; "
+            f"prompt format: {name!r} does not exist; "
             + (f"did you mean {close[0]!r}? " if close else "")
-            + f"There are: {', '.join(FORMATS)}"
+            + f"choose from {', '.join(FORMATS)}"
         )
     return FORMATS[name]
 
 
 def default_format(tokenizer: Tokenizer) -> PromptFormat:
-    """What Meta's chat models speak, as far as the tokenizer tells them apart."""
+    """Guess the format of Meta's chat model that has this tokenizer."""
     if tokenizer.piece_id("<|start_header_id|>") is not None:
         return FORMATS["llama3"]
     if tokenizer.step_id is not None:
@@ -243,24 +255,41 @@ def default_format(tokenizer: Tokenizer) -> PromptFormat:
 
 
 def completion_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Prompt ids for continuing `text`."""
+    """Encode a text to be continued.
+
+    >>> import llama_jax
+    >>> tokenizer = llama_jax.load().tokenizer
+    >>> ids = llama_jax.completion_prompt(tokenizer, "Once upon a time")
+    >>> ids[0] == tokenizer.bos_id, tokenizer.decode(ids)
+    (True, 'Once upon a time')
+    """
     return tokenizer.encode(text, bos=True, eos=False)
 
 
 def infilling_prompt(
     tokenizer: Tokenizer, prefix: str, suffix: str, *, suffix_first: bool = False
 ) -> list[int]:
-    """Prompt ids for what belongs between `prefix` and `suffix`.
+    """Encode a prefix and a suffix for a model that writes the text between them.
+
+    Rozière et al., "Code Llama", arXiv:2308.12950, section 2.3.
 
     Args:
-      tokenizer: one with infilling pieces (Code Llama 7B and 13B, not Python).
-      prefix: text in front of the gap.
-      suffix: text behind it.
-      suffix_first: show the suffix first, the order of half of Code Llama's training
-        examples (Code Llama paper, section 2.3).
+      tokenizer: with infilling pieces (Code Llama 7B and 13B, except Python).
+      prefix: text before the gap.
+      suffix: text after the gap.
+      suffix_first: put the suffix first (SPM instead of PSM), the order of half of
+        Code Llama's training examples.
 
     Raises:
-      PromptError: the tokenizer is not that of an infilling model.
+      PromptError: the tokenizer has no infilling pieces.
+
+    >>> import llama_jax
+    >>> pieces = {2048: "▁<PRE>", 2049: "▁<SUF>", 2050: "▁<MID>", 2051: "▁<EOT>"}
+    >>> contents = llama_jax.load().tokenizer.contents
+    >>> tokenizer = llama_jax.Tokenizer(contents, added_tokens=pieces)
+    >>> ids = llama_jax.infilling_prompt(tokenizer, "Once", "a time")
+    >>> [pieces[id] for id in ids if id in pieces]
+    ['▁<PRE>', '▁<SUF>', '▁<MID>']
     """
     pieces = tokenizer.infilling
     if pieces is None:

@@ -8,8 +8,8 @@ from llama_jax.errors import TokenizerError
 
 _SPACE = "▁"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Text put in front of this sign is encoded, and decoded, without the space that
-# SentencePiece adds to (and takes from) the beginning of a text.
+# A text after this character is encoded and decoded without the space that
+# SentencePiece adds to (and removes from) the beginning of a text.
 _MARKER = "☺"
 
 
@@ -18,10 +18,10 @@ class SentencePieces:
 
     Args:
       model_proto: the model, serialized.
-      file_name: under which a checkpoint keeps it.
+      file_name: of the tokenizer in a checkpoint.
 
     Raises:
-      TokenizerError: it is damaged, or lacks the pieces that every text needs.
+      TokenizerError: the model is damaged, or lacks required pieces.
     """
 
     holes: tuple[int, ...] = ()
@@ -29,12 +29,13 @@ class SentencePieces:
     def __init__(self, model_proto: bytes, file_name: str = "tokenizer.model") -> None:
         sp = sentencepiece.SentencePieceProcessor()
         try:
-            if not model_proto:  # SentencePiece takes it for a model without pieces
+            if not model_proto:  # SentencePiece loads it as a model without pieces
                 raise RuntimeError("it is empty")
             sp.LoadFromSerializedProto(model_proto)
         except (RuntimeError, ValueError, TypeError) as error:
             raise TokenizerError(
-                "tokenizer: not a SentencePiece model, or a damaged one"
+                "tokenizer: not a SentencePiece model, or a damaged one; download it "
+                "again"
             ) from error
         self.sp = sp
         self.model_proto = bytes(model_proto)
@@ -46,8 +47,8 @@ class SentencePieces:
         self.pad_id: int = sp.pad_id()
         if min(self.bos_id, self.eos_id, self.unk_id) < 0:
             raise TokenizerError(
-                "tokenizer: it has no piece for the begin or the end of a sequence, or "
-                "none for what is unknown"
+                "tokenizer: lacks a piece for the begin of sequence, the end of "
+                "sequence or unknown text; use a Llama model's tokenizer"
             )
         pieces = (sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.bytes = {id: b for b, id in enumerate(pieces) if sp.is_byte(id)}
@@ -56,7 +57,7 @@ class SentencePieces:
         self._inner_texts: dict[int, str] = {}
 
     def encode(self, text: str, *, inner: bool) -> list[int]:
-        """Token ids; `inner` without the space in front."""
+        """Encode a text; `inner` omits the leading space."""
         if inner:
             ids: list[int] = self.sp.encode(_MARKER + text)
             return ids[len(self._marker) :]
@@ -64,30 +65,30 @@ class SentencePieces:
         return ids
 
     def decode(self, ids: list[int], *, inner: bool) -> str:
-        """Text of pieces; `inner` with the leading space."""
+        """Decode ids; `inner` keeps the leading space."""
         text: str = self.sp.decode(self._marker * inner + ids)
         return text[self._marker_chars * inner :]
 
     def stream(self, added: Mapping[int, str], *, inner: bool) -> "PieceStream":
-        """A decoder of ids that arrive one by one."""
+        """Create a streaming decoder."""
         return PieceStream(self, added, inner=inner)
 
     def piece(self, id: int) -> str:
-        """How a piece is spelled."""
+        """The text of a piece, with spaces as `▁`."""
         piece: str = self.sp.id_to_piece(id)
         return piece
 
     def piece_id(self, piece: str) -> int | None:
-        """Id of the piece that is spelled so."""
+        """The id of the piece with this text, or None."""
         id: int = self.sp.piece_to_id(piece)
         return id if id != self.unk_id or self.piece(id) == piece else None
 
     def can_encode(self, id: int) -> bool:
-        """Whether text can become this piece."""
+        """Whether encoding some text can produce this id."""
         return not (self.sp.is_unused(id) or self.sp.is_control(id))
 
     def inner_text(self, id: int) -> str:
-        """Text of a piece that is not the first of its text."""
+        """The decoded text of a piece that is not the first one."""
         text = self._inner_texts.get(id)
         if text is None:
             text = self.decode([id], inner=True)
@@ -96,26 +97,26 @@ class SentencePieces:
 
 
 class PieceStream:
-    """Text of pieces as they arrive, in constant time for each.
+    """Streaming decoder of SentencePiece ids, in constant time per id.
 
     Args:
-      pieces: whose ids they are.
-      added: names of the ids beyond the pieces.
-      inner: they go on with a text, and do not begin one.
+      pieces: the model of the ids.
+      added: names of ids beyond the pieces.
+      inner: the ids continue a text and do not begin one.
     """
 
     def __init__(
         self, pieces: SentencePieces, added: Mapping[int, str], *, inner: bool
     ) -> None:
         self._pieces, self._added = pieces, added
-        self._bytes = bytearray()  # the beginning of a character, if it is one
-        # At the beginning of a text one leading space is dropped, which depends on
-        # the pieces before only through the first that begins with a space. These
-        # are held here until there is text; None afterwards.
+        self._bytes = bytearray()  # of an unfinished character
+        # One leading space of a text is dropped. Until there is text, whether it has
+        # been dropped depends on the first piece that begins with a space, which is
+        # stored here; None once there is text.
         self._head: list[int] | None = None if inner else []
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, "" where they complete none."""
+        """Append ids and return the text that they complete, "" if none."""
         texts = []
         for id in ids:
             byte = self._pieces.bytes.get(id)
@@ -127,7 +128,7 @@ class PieceStream:
         return "".join(texts)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for each byte of an unfinished character."""
+        """Return the rest: U+FFFD for each byte of an unfinished character."""
         text = _REPLACEMENT * len(self._bytes)
         return self._emit(text, len(self._bytes))
 
@@ -148,21 +149,21 @@ class PieceStream:
         return self._emit(text, 0)
 
     def _characters(self) -> str:
-        """Take whole characters, and bytes that cannot begin one, off the buffer."""
+        """Remove whole characters, and bytes that begin none, from the buffer."""
         texts = []
         while self._bytes and len(self._bytes) >= _character_length(self._bytes):
             length = _character_length(self._bytes)
             try:
                 text = self._bytes[:length].decode()
             except UnicodeDecodeError:
-                # SentencePiece replaces one byte and tries again from the next.
+                # SentencePiece replaces one byte and continues at the next.
                 text, length = _REPLACEMENT, 1
             texts.append(self._emit(text, length))
         return "".join(texts)
 
 
 def _character_length(data: bytearray) -> int:
-    """Bytes needed to decide about the character that `data` seems to begin with."""
+    """The number of bytes needed to decode the first character of `data`."""
     lead = data[0]
     length = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
     continued = all(byte & 0xC0 == 0x80 for byte in data[1:length])

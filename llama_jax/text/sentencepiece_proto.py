@@ -1,4 +1,9 @@
-"""SentencePiece models, made from files that hold the same pieces in another way."""
+"""SentencePiece models: read, and created from other files with the same pieces.
+
+The protobuf code is our own because SentencePiece's generated module registers
+`sentencepiece_model.proto` globally, as does the copy in transformers, and a process
+can register only one.
+"""
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,13 +11,13 @@ from typing import Any, NamedTuple
 
 from llama_jax.errors import TokenizerError
 
-# Field numbers and kinds as in SentencePiece's own sentencepiece_model.proto.
+# Field numbers and kinds are those of SentencePiece's sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_MOST_ALIKE = 64  # Code Llama has 23 pieces of one score, Llama 2 16
+_MAX_EQUAL_SCORES = 64  # Code Llama has 23 pieces of equal score, Llama 2 has 16
 
 
 class Piece(NamedTuple):
-    """One piece of a vocabulary; `text` spells a space as `▁` (U+2581)."""
+    """One piece of a vocabulary; `text` has spaces as `▁` (U+2581)."""
 
     text: str
     score: float
@@ -28,7 +33,16 @@ def model_of_pieces(
     pad_id: int = -1,
     add_dummy_prefix: bool = True,
 ) -> bytes:
-    """A `tokenizer.model` as Llama's: BPE, byte fallback, no normalization."""
+    """Create a `tokenizer.model` like Llama's: BPE, byte fallback, no normalization.
+
+    Args:
+      pieces: in the order of their ids.
+      unk_id: of unknown text.
+      bos_id: of the begin of sequence.
+      eos_id: of the end of sequence.
+      pad_id: of padding, -1 for none.
+      add_dummy_prefix: whether a space is added to the beginning of a text.
+    """
     # 3 model_type (2: BPE), 4 vocab_size, 35 byte_fallback, 40-43 special ids.
     trainer = _number(3, 2) + _number(4, len(pieces)) + _number(35, 1)
     special = enumerate((unk_id, bos_id, eos_id, pad_id), start=40)
@@ -41,48 +55,54 @@ def model_of_pieces(
 
 
 def pieces_of_model(model_proto: bytes) -> list[Piece]:
-    """The pieces of a `tokenizer.model` in the order of their ids.
+    """Read the pieces of a `tokenizer.model`, in the order of their ids.
 
     Args:
-      model_proto: one that SentencePiece itself has accepted.
+      model_proto: a valid model, which SentencePiece has loaded before.
     """
     pieces = []
     for field, content in _fields(model_proto):
         if field == 1:
-            found = dict(_fields(content))
-            (score,) = struct.unpack("<f", found.get(2, bytes(4)))
-            pieces.append(Piece(found[1].decode(), score, found.get(3, NORMAL)))
+            fields = dict(_fields(content))
+            (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+            pieces.append(Piece(fields[1].decode(), score, fields.get(3, NORMAL)))
     return pieces
 
 
-def from_json(described: Mapping[str, Any]) -> tuple[bytes, dict[int, str]]:
-    """The model behind the `tokenizer.json` of a Llama 1 or 2, and names of more ids.
+def from_json(spec: Mapping[str, Any]) -> tuple[bytes, dict[int, str]]:
+    """Convert the `tokenizer.json` of a Llama 1 or 2 to a SentencePiece model.
 
-    Its merges are in the order of the pieces' scores. That they say no more and no
-    less than scores can is checked, so that both encode texts alike.
+    Its merges are in the order of the pieces' scores. They are checked to be exactly
+    those that the scores imply, so that both tokenizers encode text alike.
+
+    Args:
+      spec: the parsed file.
+
+    Returns:
+      The model, and the names of ids beyond its pieces.
 
     Raises:
-      TokenizerError: the file is damaged or says something else.
+      TokenizerError: the file is damaged, or is not equivalent to such a model.
     """
     try:
-        names = {int(t["id"]): str(t["content"]) for t in described["added_tokens"]}
-        pieces = len(described["model"]["vocab"])
+        names = {int(t["id"]): str(t["content"]) for t in spec["added_tokens"]}
+        pieces = len(spec["model"]["vocab"])
         beyond = {id: name for id, name in names.items() if id >= pieces}
-        return _from_json(described), beyond
+        return _from_json(spec), beyond
     except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise TokenizerError(
-            f"tokenizer: a tokenizer.json with bytes as a fallback, but damaged or not "
-            f"like Llama's ({error}); give its tokenizer.model, if there is one"
+            f"tokenizer: a tokenizer.json with byte fallback that is damaged or not "
+            f"like Llama's ({error}); use its tokenizer.model, if there is one"
         ) from error
 
 
-def _from_json(described: Mapping[str, Any]) -> bytes:
-    model = described["model"]
-    spaces = (described.get("normalizer"), described.get("pre_tokenizer"))
+def _from_json(spec: Mapping[str, Any]) -> bytes:
+    model = spec["model"]
+    spaces = (spec.get("normalizer"), spec.get("pre_tokenizer"))
     if not (_prepends(spaces[0]) and spaces[1] is None) and not (
         spaces[0] is None and _is_metaspace(spaces[1])
     ):
-        raise ValueError("it treats spaces in another way")
+        raise ValueError("its handling of spaces differs")
     for key in ("dropout", "ignore_merges", "continuing_subword_prefix",
                 "end_of_word_suffix"):  # fmt: skip
         if model.get(key):
@@ -90,13 +110,13 @@ def _from_json(described: Mapping[str, Any]) -> bytes:
     vocab: dict[str, int] = model["vocab"]
     texts = sorted(vocab, key=vocab.__getitem__)
     if [vocab[text] for text in texts] != list(range(len(texts))):
-        raise ValueError("some ids have no piece or two")
-    control = {t["content"] for t in described["added_tokens"] if t["special"]}
+        raise ValueError("an id has no piece, or two")
+    control = {t["content"] for t in spec["added_tokens"] if t["special"]}
     control |= {"<s>", "</s>"}
     kinds = dict.fromkeys(texts, NORMAL) | dict.fromkeys(control, CONTROL)
     kinds |= {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
-    needed = {"<s>", "</s>", *(text for text in kinds if kinds[text] != CONTROL)}
-    if missing := needed - vocab.keys():
+    required = {"<s>", "</s>", *(text for text in kinds if kinds[text] != CONTROL)}
+    if missing := required - vocab.keys():
         raise ValueError(f"it has no piece {min(missing)}")
     scores = _scores(model["merges"], kinds)
     return model_of_pieces(
@@ -108,42 +128,42 @@ def _from_json(described: Mapping[str, Any]) -> bytes:
 
 
 def _scores(merges: list[Any], kinds: Mapping[str, int]) -> dict[str, float]:
-    """A score for each piece that is merged: the later, the lower."""
+    """The score of each merged piece: lower for later merges."""
     normal = {text for text, kind in kinds.items() if kind == NORMAL}
     ranks: dict[str, list[int]] = {}
     pairs = set()
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if kinds[left + right] == NORMAL:  # text must not become a special token
+        if kinds[left + right] == NORMAL:  # text never encodes to a special token
             ranks.setdefault(left + right, []).append(rank)
             pairs.add((left, right))
-    wanted = {
+    implied = {
         (text[:cut], text[cut:])
         for text in normal
         for cut in range(1, len(text))
         if text[:cut] in normal and text[cut:] in normal
     }
-    if pairs != wanted:
+    if pairs != implied:
         raise ValueError(
-            f"its merges lack {len(wanted - pairs)} pairs of pieces that make a piece, "
-            f"and have {len(pairs - wanted)} others"
+            f"its merges lack {len(implied - pairs)} pairs that form a piece, "
+            f"and have {len(pairs - implied)} others"
         )
     scores: dict[str, float] = {}
-    first, last, alike = 0, -1, 0
-    for text, found in ranks.items():
-        # The merges of pieces with equal scores, such as Llama's runs of spaces, lie
-        # among each other.
-        if found[0] > last:
-            first, alike = found[0], 0
-        last, alike = max(last, found[-1]), alike + 1
-        if alike > _MOST_ALIKE:
+    first, last, equal = 0, -1, 0
+    for text, of_text in ranks.items():
+        # The merges of pieces with equal scores, such as Llama's runs of spaces, are
+        # interleaved.
+        if of_text[0] > last:
+            first, equal = of_text[0], 0
+        last, equal = max(last, of_text[-1]), equal + 1
+        if equal > _MAX_EQUAL_SCORES:
             raise ValueError("its merges are not in the order of scores")
         scores[text] = -float(first)
     return scores
 
 
 def _prepends(normalizer: Any) -> bool:
-    """Whether it puts `▁` in front of a text and in the place of each space."""
+    """Whether a normalizer prepends `▁` to a text and replaces spaces with it."""
     return normalizer is not None and normalizer.get("normalizers") == [
         {"type": "Prepend", "prepend": "▁"},
         {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
@@ -151,7 +171,7 @@ def _prepends(normalizer: Any) -> bool:
 
 
 def _is_metaspace(step: Any) -> bool:
-    """The same, as newer files say it."""
+    """Whether a pre-tokenizer does the same, as in newer files."""
     step = dict(step or {})
     if step.pop("prepend_scheme", None) not in ("first", "always"):
         return False
@@ -164,14 +184,14 @@ def _encoded(piece: Piece) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and content of each field of a message: integers, else bytes."""
+    """Yield the number and value of each field of a message, an integer or bytes."""
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
         size = {1: 8, 5: 4}.get(tag & 7)
         if size is None:
             size, at = _read_varint(data, at)
-        if tag & 7 == 0:  # what was read is the value, not a size
+        if tag & 7 == 0:  # a varint is its own value
             yield tag >> 3, size
             continue
         yield tag >> 3, data[at : at + size]
@@ -187,7 +207,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1  # negative numbers are written as two's complement
+    value &= (1 << 64) - 1  # negative numbers in two's complement
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""`Tokenizer`: text to token ids and back, whole or while a model is still writing."""
+"""Tokenizers: text to token ids and back, whole or while a model generates."""
 
 import json
 import os
@@ -8,16 +8,15 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import TokenizerError
-from llama_jax.text import byte_level_bpe as bytelevel
-from llama_jax.text import sentencepiece_proto as piecemodel
+from llama_jax.text import byte_level_bpe, sentencepiece_proto
 from llama_jax.text.sentencepiece_codec import SentencePieces
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
-"""Names of the files that hold a tokenizer; where both lie together, the first."""
+"""File names of tokenizers; the first takes precedence over the second."""
 
 
 class InfillingIds(NamedTuple):
-    """The pieces that frame an infilling prompt; `end` is where a middle stops."""
+    """Ids of the special pieces of infilling; `end` ends a generated middle."""
 
     prefix: int
     suffix: int
@@ -26,23 +25,23 @@ class InfillingIds(NamedTuple):
 
 
 @runtime_checkable
-class Stream(Protocol):
-    """Ids in, text out; what `StreamDecoder` says."""
+class TextStream(Protocol):
+    """Ids in, text out; see `StreamDecoder`."""
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete."""
+        """Append ids and return the text that they complete."""
 
     def flush(self) -> str:
-        """The text that is left."""
+        """Return the remaining text."""
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """What one kind of tokenizer file can do; `Tokenizer` has the meaning of each.
+    """One kind of tokenizer file; attributes and methods are those of `Tokenizer`.
 
-    `inner` is for text that goes on with another text, and `holes` are the ids below
-    `vocab_size` that stand for nothing. Ids that are given are in range, but a
-    stream's may be larger; then they are named in `added`, or nothing.
+    `inner` means that a text continues another text. `holes` are unused ids below
+    `vocab_size`. Ids are in range, except those of a stream: larger ones decode to
+    their name in `added`, or to nothing.
     """
 
     file_name: str
@@ -54,49 +53,55 @@ class Codec(Protocol):
     holes: tuple[int, ...]
 
     def encode(self, text: str, *, inner: bool) -> list[int]:
-        """Token ids."""
+        """Encode a text."""
 
     def decode(self, ids: list[int], *, inner: bool) -> str:
-        """Text."""
+        """Decode ids."""
 
-    def stream(self, added: Mapping[int, str], *, inner: bool) -> Stream:
-        """Text as the ids arrive."""
+    def stream(self, added: Mapping[int, str], *, inner: bool) -> TextStream:
+        """Create a streaming decoder."""
 
     def piece(self, id: int) -> str:
-        """How a piece is spelled."""
+        """The text of a piece."""
 
     def piece_id(self, piece: str) -> int | None:
-        """Which piece is spelled so."""
+        """The id of a piece."""
 
     def can_encode(self, id: int) -> bool:
-        """Whether text can become this piece."""
+        """Whether encoding some text can produce this id."""
 
 
 class Tokenizer:
-    """The pieces of a tokenizer file, with the names of ids that a checkpoint added.
+    """A tokenizer file, and names of ids that a checkpoint added to it.
 
-    The file is one of three, told apart by what is in it: a SentencePiece model (Llama
-    1 and 2, Code Llama), tiktoken's ranks (Llama 3, as Meta ships it), or the
-    `tokenizer.json` of either family from Hugging Face.
+    Three kinds of file are detected by their contents: SentencePiece models (Llama 1
+    and 2, Code Llama), tiktoken ranks (Llama 3 from Meta), and `tokenizer.json` of
+    either family (Hugging Face).
 
     Args:
       contents: of the file.
-      added_tokens: id to name. An added id is never produced by `encode`; it decodes
-        to its name. Names of ordinary pieces may be repeated, not contradicted.
+      added_tokens: names by id. `encode` never produces an added id, which decodes to
+        its name. Names of ids in the file must be the same as there.
 
     Attributes:
-      contents: as given, to be stored beside a checkpoint.
-      file_name: under which name.
-      vocab_size: number of pieces; a model may have more ids than that.
-      bos_id, eos_id: begin and end of a sequence.
-      unk_id, pad_id: what is unknown, and padding; -1 where there is none.
+      contents: of the file.
+      file_name: of the tokenizer in a checkpoint.
+      vocab_size: number of ids in the file; a model may have more.
+      bos_id, eos_id: begin and end of sequence.
+      unk_id, pad_id: unknown text and padding, -1 if absent.
       added_tokens: names of ids from `vocab_size` on.
-      infilling: pieces of an infilling model, None for any other model.
-      step_id: end of a message for Code Llama 70B Instruct, None for other models.
+      infilling: ids of the infilling pieces, None without them.
+      step_id: end of a message (Code Llama 70B Instruct), None without it.
 
     Raises:
-      TokenizerError: the file is damaged or of an unknown kind, `added_tokens`
-        contradicts it, or it needs a package that is not installed.
+      TokenizerError: the file is damaged or of an unknown kind, contradicts
+        `added_tokens`, or needs a package that is not installed.
+
+    >>> import llama_jax
+    >>> tokenizer = llama_jax.load().tokenizer
+    >>> ids = tokenizer.encode("Once upon a time", bos=True, eos=False)
+    >>> ids[0] == tokenizer.bos_id, tokenizer.decode(ids)
+    (True, 'Once upon a time')
     """
 
     def __init__(
@@ -118,16 +123,17 @@ class Tokenizer:
                 known = "negative" if id < 0 else codec.piece(id)
             if known != name or id < 0:
                 raise TokenizerError(
-                    f"tokenizer: added token {name!r} has id {id}, which "
-                    + ("is negative" if id < 0 else f"is {known!r}")
+                    f"tokenizer: added token {name!r} has id {id}, which is "
+                    + ("negative" if id < 0 else repr(known))
+                    + "; give it another id"
                 )
         added = {**added, **added_tokens}
         self.added_tokens: Mapping[int, str] = MappingProxyType(
             {i: name for i, name in added.items() if i >= self.vocab_size}
         )
         self._added_ids = {name: i for i, name in self.added_tokens.items()}
-        named = (self.piece_id(f"▁<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
-        ids = [id for id in named if id is not None]
+        pieces = (self.piece_id(f"▁<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
+        ids = [id for id in pieces if id is not None]
         self.infilling = InfillingIds(*ids) if len(ids) == 4 else None
         self.step_id = self.piece_id("<step>")
 
@@ -138,50 +144,68 @@ class Tokenizer:
         *,
         added_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> "Tokenizer":
-        """Read a tokenizer file, or say in a `TokenizerError` why it cannot be."""
+        """Read a tokenizer file.
+
+        Args:
+          path: of the file.
+          added_tokens: names by id, as in `Tokenizer`.
+
+        Raises:
+          TokenizerError: the file cannot be read, and as in `Tokenizer`.
+        """
         path = pathlib.Path(path)
         try:
             contents = path.read_bytes()
         except OSError as error:
             raise TokenizerError(
-                f"tokenizer: cannot read {path}: {error.strerror}"
+                f"{path}: cannot be read ({error.strerror}); name a tokenizer's file"
             ) from error
         try:
             return cls(contents, added_tokens=added_tokens)
         except TokenizerError as error:
-            raise TokenizerError(f"{error}: {path}") from error
+            problem = str(error).removeprefix("tokenizer: ")
+            raise TokenizerError(f"{path}: {problem}") from error
 
     @property
     def has_pieces(self) -> bool:
-        """Whether it is a SentencePiece model, and not a byte-level one."""
+        """Whether this is a SentencePiece model, not a byte-level BPE."""
         return isinstance(self._codec, SentencePieces)
 
     @property
     def model_proto(self) -> bytes:
-        """The SentencePiece model, be it the file itself or made from another.
+        """The SentencePiece model: the file, or what it was converted to.
 
         Raises:
-          TokenizerError: the tokenizer is a byte-level one.
+          TokenizerError: this is a byte-level BPE.
         """
         if not isinstance(self._codec, SentencePieces):
             raise TokenizerError(
-                "tokenizer: it is a byte-level one, which cannot be written as a "
-                "SentencePiece model"
+                "tokenizer: is a byte-level BPE, which cannot be written as a "
+                "SentencePiece model; choose a format with tokenizer.json"
             )
         return self._codec.model_proto
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
-        """Token ids of `text`, with the begin and end of sequence around it if asked.
+        """Encode a text.
 
-        Special tokens that are spelled out in the text stay text.
+        Names of special tokens in the text are encoded as text.
+
+        Args:
+          text: any valid Unicode.
+          bos: whether to prepend the begin of sequence.
+          eos: whether to append the end of sequence.
+
+        Raises:
+          TokenizerError: the text has half of a surrogate pair.
         """
         ids = self._encode(text, inner=False)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_infilling(self, text: str) -> list[int]:
-        """Token ids of `text` without the space that `encode` puts in front of it.
+        """Encode a text without the leading space that SentencePiece adds.
 
-        Byte-level tokenizers put none there.
+        Raises:
+          TokenizerError: the text has half of a surrogate pair.
         """
         return self._encode(text, inner=True)
 
@@ -191,21 +215,24 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"tokenizer: character {error.start} of the text is half of a "
-                "surrogate pair, which UTF-8 cannot hold"
+                "surrogate pair, which UTF-8 cannot encode; remove it"
             ) from error
         return self._codec.encode(text, inner=inner)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, as SentencePiece or tiktoken gives it.
+        """Decode ids as SentencePiece or tiktoken does.
 
-        The space that SentencePiece put in front of the first word is dropped, special
-        pieces are invisible, and bytes that are not valid UTF-8 become U+FFFD. An id
-        beyond the pieces becomes its added name, or nothing.
+        SentencePiece's leading space is dropped, special pieces decode to nothing, and
+        invalid UTF-8 to U+FFFD. Ids from `vocab_size` on decode to their added name,
+        or to nothing.
+
+        Raises:
+          TokenizerError: an id is negative.
         """
         return self._decode(ids, inner=False)
 
     def decode_infilling(self, ids: Iterable[int]) -> str:
-        """Text of `ids` with its leading space; the inverse of `encode_infilling`."""
+        """Decode ids with their leading space; the inverse of `encode_infilling`."""
         return self._decode(ids, inner=True)
 
     def _decode(self, ids: Iterable[int], *, inner: bool) -> str:
@@ -216,104 +243,119 @@ class Tokenizer:
         return self._codec.decode(ids, inner=inner)
 
     def token_text(self, id: int) -> str:
-        """Text of one token alone: without its leading space, a lone byte as U+FFFD."""
+        """Decode one id: without leading space, a byte of a character as U+FFFD."""
         return self.decode([id])
 
     def piece_id(self, piece: str) -> int | None:
-        """Id of the piece or added token spelled exactly so, None where there is none.
+        """The id of a piece or added token, None if there is no such piece.
 
-        A piece of SentencePiece spells a space as `▁` (U+2581).
+        Args:
+          piece: its exact text; SentencePiece writes spaces as `▁` (U+2581).
         """
         id = self._codec.piece_id(piece)
         return self._added_ids.get(piece) if id is None else id
 
     def piece(self, id: int) -> str:
-        """How the piece or added token is spelled; the inverse of `piece_id`."""
+        """The text of a piece or added token; the inverse of `piece_id`.
+
+        Raises:
+          TokenizerError: there is no such id.
+        """
         if id in self.added_tokens:
             return self.added_tokens[id]
         if not 0 <= id < self.vocab_size:
-            raise TokenizerError(f"tokenizer: {id} is no token id")
+            raise TokenizerError(
+                f"tokenizer: {id} is not a token id; ids are 0 … {self.vocab_size - 1}"
+            )
         return self._codec.piece(id)
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raise a `TokenizerError` if text can become an id that a model lacks.
+        """Check that a model has every id that text can encode to.
 
         Args:
           vocab_size: V, rows of the model's embedding.
+
+        Raises:
+          TokenizerError: the model lacks such an id.
         """
         for id in range(max(0, vocab_size), self.vocab_size):
             if self._codec.can_encode(id) or id in (self.bos_id, self.eos_id):
                 raise TokenizerError(
                     f"tokenizer: its {self.vocab_size} pieces do not fit a model with "
-                    f"vocab_size {vocab_size}, which lacks piece {id} "
-                    f"({self._codec.piece(id)!r}); is it another model's tokenizer?"
+                    f"vocab_size {vocab_size}, which lacks id {id} "
+                    f"({self._codec.piece(id)!r}); is this another model's tokenizer?"
                 )
 
     def unnamed_ids(self, vocab_size: int) -> tuple[int, ...]:
-        """Ids below `vocab_size` that stand for no text and must never be sampled."""
+        """The ids below `vocab_size` that have no text and must never be sampled."""
         holes = tuple(id for id in self._codec.holes if id < vocab_size)
         extra = range(self.vocab_size, vocab_size)
         return holes + tuple(id for id in extra if id not in self.added_tokens)
 
-    def open_stream(self, *, inner: bool) -> Stream:
-        """The part of a `StreamDecoder` that depends on the kind of file."""
+    def open_stream(self, *, inner: bool) -> TextStream:
+        """Create the part of a `StreamDecoder` that depends on the kind of file."""
         return self._codec.stream(self.added_tokens, inner=inner)
 
 
 class StreamDecoder:
-    """Turns ids into text while they arrive, in constant time for each.
+    """Streaming decoder, in constant time per id.
 
-    The pushed texts and the flushed one, joined, are exactly
-    `tokenizer.decode(all_ids)`, however the ids were split. Text is returned once it
-    cannot change any more: a character that spans several tokens comes whole.
+    The texts of all `push` calls and of `flush`, joined, equal
+    `tokenizer.decode(all_ids)`, however the ids are split. Returned text never
+    changes: a character of several tokens is returned whole.
 
     Args:
-      tokenizer: whose ids they are.
-      after_marker: join up to `tokenizer.decode_infilling(all_ids)` instead.
+      tokenizer: of the ids.
+      after_marker: equal `tokenizer.decode_infilling(all_ids)` instead.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, after_marker: bool = False) -> None:
         self._stream = tokenizer.open_stream(inner=after_marker)
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, "" where they complete none."""
+        """Append ids and return the text that they complete, "" if none.
+
+        Raises:
+          TokenizerError: an id is negative.
+        """
         ids = [int(id) for id in ids]
         if ids and min(ids) < 0:
-            raise TokenizerError(f"tokenizer: {min(ids)} is no token id")
+            raise TokenizerError(
+                f"tokenizer: {min(ids)} is not a token id; ids are not negative"
+            )
         return self._stream.push(ids)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for the bytes of an unfinished character."""
+        """Return the rest: U+FFFD for the bytes of an unfinished character."""
         return self._stream.flush()
 
 
 def _open(contents: bytes) -> tuple[Codec, dict[int, str]]:
-    """The codec for a file, by what is in it, and names for ids beyond the pieces."""
-    if bytelevel.is_ranks(contents):
-        return bytelevel.from_ranks(contents), {}
+    """The codec for the contents of a file, and names of ids beyond its pieces."""
+    if byte_level_bpe.is_ranks(contents):
+        return byte_level_bpe.from_ranks(contents), {}
     if contents[:1] != b"{":
         return SentencePieces(contents), {}
     try:
-        described = json.loads(contents)
+        spec = json.loads(contents)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(
             f"tokenizer: is not JSON ({error}); download it again"
         ) from error
-    model = described.get("model")
+    model = spec.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise TokenizerError(
-            "tokenizer: it is JSON, but has no vocabulary; give the tokenizer.json "
-            "that lies beside it"
+            "tokenizer: is JSON without a vocabulary; use the tokenizer.json next to it"
         )
-    steps = bytelevel.steps(described, "decoder")
+    steps = byte_level_bpe.steps(spec, "decoder")
     decoders = {str(step.get("type")) for step in steps}
     if model.get("type", "BPE") == "BPE" and "ByteLevel" in decoders:
-        return bytelevel.from_json(contents, described), {}
+        return byte_level_bpe.from_json(contents, spec), {}
     if model.get("type", "BPE") == "BPE" and model.get("byte_fallback"):
-        proto, names = piecemodel.from_json(described)
+        proto, names = sentencepiece_proto.from_json(spec)
         return SentencePieces(proto, "tokenizer.json"), names
     raise TokenizerError(
         f"tokenizer: a tokenizer.json with model {model.get('type')} and decoder "
-        f"{', '.join(sorted(decoders)) or None} is not supported, only BPE "
-        "of bytes or with bytes as a fallback; give its tokenizer.model, if it has one"
+        f"{', '.join(sorted(decoders)) or None} is not supported; use one with "
+        "byte-level BPE or BPE with byte fallback, or its tokenizer.model"
     )

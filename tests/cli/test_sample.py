@@ -103,7 +103,7 @@ def test_chat_answers_one_message(capsys):
         (("--prompt", "once " * 600), "the context holds 512"),
         (("--chat", "--prompt", "say [/INST] now"), "special tag [/INST]"),
         (("--format", "lama2-chat", "--prompt", "x"), "did you mean 'llama2-chat'"),
-        (("--format", "alpaca", "--system", "x", "--prompt", "y"), "no place"),
+        (("--format", "alpaca", "--system", "x", "--prompt", "y"), "not supported"),
         (("--infill", "a", "b"), "infilling"),
         (("--mesh", "tensor=3"), "devices"),
         (("--mesh", "rows=2"), "'rows'"),

@@ -178,14 +178,14 @@ def test_text_that_is_not_unicode_is_refused(llama2_tokenizer: Tokenizer) -> Non
 def test_unreadable_files_are_named(
     tmp_path: pathlib.Path, llama2_tokenizer: Tokenizer
 ) -> None:
-    with pytest.raises(TokenizerError, match=r"cannot read .*gone\.model: No such"):
+    with pytest.raises(TokenizerError, match=r"gone\.model: cannot be read .No such"):
         Tokenizer.from_file(tmp_path / "gone.model")
-    with pytest.raises(TokenizerError, match="cannot read"):
+    with pytest.raises(TokenizerError, match="cannot be read"):
         Tokenizer.from_file(tmp_path)
     path = tmp_path / "damaged.model"
     for content in (b"", b"<html>", llama2_tokenizer.contents[:100_000]):
         path.write_bytes(content)
-        with pytest.raises(LlamaJaxError, match=r"damaged one: .*damaged\.model"):
+        with pytest.raises(LlamaJaxError, match=r"damaged\.model: .*damaged one"):
             Tokenizer.from_file(path)
     path.write_bytes(llama2_tokenizer.contents)
     assert Tokenizer.from_file(str(path)).contents == llama2_tokenizer.contents
@@ -219,7 +219,7 @@ def test_added_tokens_have_names_and_are_never_encoded(
         Tokenizer(proto, added_tokens={450: "[PAD]"})
     with pytest.raises(TokenizerError, match="negative"):
         Tokenizer(proto, added_tokens={-1: "[PAD]"})
-    with pytest.raises(TokenizerError, match="-1 is no token id"):
+    with pytest.raises(TokenizerError, match="-1 is not a token id"):
         tokenizer.decode([450, -1])
 
 
