@@ -1,8 +1,8 @@
-"""Attention, in every implementation the library has, and the loss of a batch."""
+"""Attention in every implementation of the library, and the cross-entropy loss."""
 
-from llama_jax.kernels.api import attention, paged_attention, resolve
-from llama_jax.kernels.dispatch import Implementation, explain
+from llama_jax.kernels.dispatch import attention, paged_attention, resolve
 from llama_jax.kernels.quantized_slots import QuantizedSlots, quantize_slots
+from llama_jax.kernels.selection import Implementation, explain
 from llama_jax.kernels.token_loss import greedy_tokens, token_losses
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What is spelled differently in the oldest and the newest jax that is supported.
+"""Names that differ between the oldest and the newest supported jax.
 
-Written so that importing this imports no Pallas.
+Importing this module does not import Pallas.
 """
 
 import inspect
@@ -11,10 +11,10 @@ from typing import Any, Literal
 def mosaic_gpu_kernel(
     body: Callable[..., None], *, out_shape: Any, interpret: bool, **settings: Any
 ) -> Callable[..., Any]:
-    """`plgpu.kernel`: `out_shape` became `out_type`, and interpreting came later.
+    """`plgpu.kernel`, whose `out_shape` became `out_type`, with interpret mode.
 
     Raises:
-      ValueError: this jax cannot interpret such kernels.
+      ValueError: this jax has no interpret mode for such kernels.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -23,15 +23,15 @@ def mosaic_gpu_kernel(
     if interpret:
         if not hasattr(plgpu, "InterpretGPUParams"):
             raise ValueError(
-                "this jax runs Mosaic GPU kernels on Hopper only; interpreting them "
-                "needs a newer one"
+                "this version of jax has no interpret mode for Mosaic GPU kernels; "
+                "upgrade jax or run on Hopper"
             )
         settings["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
     return plgpu.kernel(body, **settings)
 
 
 def mosaic_gpu_layout(along: Literal["rows", "columns"]) -> Any:
-    """How a vector lies in registers, one number to each row or column of a product."""
+    """Register layout of a vector with one number per row or column of a product."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     layout: Any = plgpu.Layout
@@ -43,16 +43,16 @@ def mosaic_gpu_layout(along: Literal["rows", "columns"]) -> Any:
 
 
 def load_vector(ref: Any, along: Literal["rows", "columns"]) -> Any:
-    """Fetch numbers into registers in `mosaic_gpu_layout(along)`."""
+    """Load a vector into registers in `mosaic_gpu_layout(along)`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    place = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     layout = mosaic_gpu_layout(along)
-    return plgpu.load(ref, *place, layout=layout, optimized=False)
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def transposed(ref: Any) -> Any:
-    """A matrix in shared memory, read the other way round."""
+    """A matrix in shared memory, transposed."""
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -61,7 +61,7 @@ def transposed(ref: Any) -> Any:
 
 
 def reciprocal(x: Any, *, approx: bool) -> Any:
-    """1 / x within a TPU kernel: it moved from Pallas to its TPU part."""
+    """1 / x within a TPU kernel; moved from `pallas` to `pallas.tpu`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 

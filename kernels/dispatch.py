@@ -1,236 +1,200 @@
-"""Which implementation of attention runs, and why not another.
+"""`attention` and `paged_attention`, which run the selected implementation."""
 
-Each one refuses what it cannot do in a sentence. `"auto"` asks those of its platform in
-their order, best first, and the last, plain XLA, refuses nothing. A Pallas kernel is
-compiled once, small, before it is trusted: some runtimes refuse all of them.
-"""
-
-import concurrent.futures
 import functools
-import importlib.metadata
-import warnings
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
-from jaxtyping import DTypeLike
+from jaxtyping import Array, Float, Int
 
-Implementation = Literal["auto", "xla", "mosaic_tpu", "cudnn", "mosaic_gpu", "triton"]
-
-# Best first. No Pallas kernel of ours has been timed on a GPU yet, and cuDNN is what
-# everyone else is compared with: until one has, those are there to be named.
-_BY_PLATFORM: dict[str, tuple[Implementation, ...]] = {
-    "tpu": ("mosaic_tpu", "xla"),
-    "gpu": ("cudnn", "xla"),
-    "cpu": ("xla",),
-}
-FEW = 8  # queries of a row that still count as decoding,
-MOST_ROWS = 128  # and what they may be with the heads of their group
+from llama_jax.kernels import reference
+from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.reference import Pages, Slots
+from llama_jax.kernels.selection import AttentionCall, Implementation, check, select
 
 
-class Asked(NamedTuple):
-    """What decides between implementations.
-
-    Attributes:
-      dtype: of the queries.
-      head_dim: H.
-      queries: T.
-      slots: S, or C of a page.
-      group: G, query heads to a key/value head.
-      cached: whether the slots are those of a cache (`q_start` is given).
-      quantized: whether the slots are held in eight bits.
-      paged: whether they lie in pages.
-    """
-
-    dtype: DTypeLike
-    head_dim: int
-    queries: int
-    slots: int
-    group: int = 1
-    cached: bool = False
-    quantized: bool = False
-    paged: bool = False
-
-    @property
-    def decoding(self) -> bool:
-        """Whether few queries meet a long cache: reading it takes the time."""
-        few = self.queries <= FEW and self.queries * self.group <= MOST_ROWS
-        return self.paged or (self.cached and few)
-
-
-class Choice(NamedTuple):
-    """What `"auto"` takes, and what it would rather have taken.
-
-    Attributes:
-      implementation: the one that runs.
-      passed_over: better ones, each with the reason why not.
-    """
-
-    implementation: Implementation
-    passed_over: tuple[tuple[Implementation, str], ...]
-
-    def __str__(self) -> str:
-        reasons = (f"not {name}: {reason}" for name, reason in self.passed_over)
-        return "; ".join((self.implementation, *reasons))
-
-
-def explain(
-    dtype: DTypeLike = jnp.bfloat16,
-    head_dim: int = 128,
-    queries: int = 2048,
-    slots: int = 4096,
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Slots,
+    v: Slots,
     *,
-    group: int = 1,
-    cached: bool = False,
-    quantized: bool = False,
-    paged: bool = False,
-    device: jax.Device | None = None,
-) -> Choice:
-    """What `implementation="auto"` takes for such arrays, and why nothing better.
+    q_start: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T N H"]:
+    """Compute causal grouped-query attention, softmax(q·kᵀ/√H)·v.
+
+    A query attends to the slots up to its own; query head n reads key/value head
+    n // (N / K).
 
     Args:
-      dtype: of the queries.
-      head_dim: H.
-      queries: T; few of them over a cache are decoding.
-      slots: S, or C of a page.
-      group: G, query heads to a key/value head.
-      cached: whether `q_start` is given.
-      quantized: whether keys and values are held in eight bits.
-      paged: whether they lie in pages.
-      device: where it would run; JAX's first device where not given.
-    """
-    asked = Asked(dtype, head_dim, queries, slots, group, cached, quantized, paged)
-    return choose(asked, device)
+      q: queries.
+      k: keys, `[B, K, S, H]` (heads before slots) or int8 `QuantizedSlots`.
+      v: values, like `k`.
+      q_start: slot of each row's first query; defaults to 0.
+      segment_ids: segments of packed rows (S = T); a query attends within its own.
+      implementation: `"auto"` selects the best one that works on JAX's first device
+        (`explain` says which, and why). `"xla"` is plain array operations, works
+        everywhere, and is the specification. `"mosaic_tpu"`, `"mosaic_gpu"` (Hopper)
+        and `"triton"` are Pallas kernels, `"cudnn"` is NVIDIA's. A named
+        implementation never falls back to another.
 
-
-def choose(asked: Asked, device: jax.Device | None = None) -> Choice:
-    """The best implementation that takes it, on a device or JAX's first one."""
-    device = device or jax.devices()[0]
-    platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
-    passed_over: list[tuple[Implementation, str]] = []
-    for name in _BY_PLATFORM.get(platform, ("xla",)):
-        reason = refusal(name, asked) or _unfit(name, asked, device)
-        if reason is None:
-            return Choice(name, tuple(passed_over))
-        passed_over.append((name, reason))
-    raise AssertionError("xla refuses nothing")
-
-
-def check(name: str, asked: Asked) -> None:
-    """Refuse an implementation that does not exist, or does not do what is asked.
+    Returns:
+      The output, in the dtype of `q`.
 
     Raises:
-      ValueError: with a sentence that says which.
+      ValueError: the implementation does not exist, or does not support the call.
+
+    Example:
+      >>> import jax
+      >>> from llama_jax.kernels import attention
+      >>> q = jax.random.normal(jax.random.key(0), (1, 5, 4, 16))  # B T N H
+      >>> k = v = jax.random.normal(jax.random.key(1), (1, 2, 5, 16))  # B K S H
+      >>> attention(q, k, v).shape
+      (1, 5, 4, 16)
     """
-    if name not in get_args(Implementation):
-        raise ValueError(
-            f"attention implementation {name!r} does not exist; choose from "
-            f"{', '.join(get_args(Implementation))}"
-        )
-    reason = refusal(name, asked)  # type: ignore[arg-type]
-    if reason is not None:
-        raise ValueError(
-            f"attention implementation {name!r} {reason}; name another, or 'auto'"
-        )
+    call = _call_of(q, k, q_start)
+    name = _resolve(implementation, call)
+    if name == "xla":
+        return reference.attention(q, k, v, q_start=q_start, segment_ids=segment_ids)
+    if call.decoding and segment_ids is None and name in ("mosaic_tpu", "triton"):
+        return _decode(_decoding_kernel(name), q, k, v, q_start)
+    k, v = dequantize_slots(k, q.dtype), dequantize_slots(v, q.dtype)
+    return _flash_kernel(name)(q, k, v, q_start=q_start, segment_ids=segment_ids)
 
 
-def refusal(name: Implementation, asked: Asked) -> str | None:
-    """Why an implementation does not do what is asked, on any device."""
-    dtype = jnp.dtype(asked.dtype)
-    dtypes = {
-        "mosaic_tpu": (jnp.bfloat16, jnp.float32),
-        "cudnn": (jnp.bfloat16, jnp.float16),
-        "mosaic_gpu": (jnp.bfloat16, jnp.float16),
-        "triton": (jnp.bfloat16, jnp.float16, jnp.float32),
-    }.get(name)
-    if dtypes is None:
-        return None
-    if dtype not in map(jnp.dtype, dtypes):
-        names = " or ".join(jnp.dtype(each).name for each in dtypes)
-        return f"computes in {names}, not in {dtype.name}"
-    step, most = {"mosaic_tpu": (8, 256), "cudnn": (8, 128)}.get(name, (16, 256))
-    if asked.head_dim % step or asked.head_dim > most:
-        return f"takes heads of up to {most} in steps of {step}, not {asked.head_dim}"
-    if name in ("cudnn", "mosaic_gpu") and asked.paged:
-        return "does not read pages"
-    if name in ("cudnn", "mosaic_gpu") and asked.quantized:
-        return "does not read eight-bit slots"
-    if name == "mosaic_tpu" and asked.decoding:
-        return _refusal_to_decode(asked)
-    return None
+def paged_attention(
+    q: Float[Array, "B T N H"],
+    k_pages: Pages,
+    v_pages: Pages,
+    page_table: Int[Array, "B M"],
+    *,
+    q_start: Int[Array, " B"],
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T N H"]:
+    """Compute `attention` over a paged cache, whose pages hold C slots in any order.
 
+    Args:
+      q: queries, few per row.
+      k_pages: pages of keys, `[P, K, C, H]` or int8 `QuantizedSlots`; shared by all
+        rows.
+      v_pages: pages of values, like `k_pages`.
+      page_table: pages of each row; slot s is in page `page_table[row, s // C]`.
+        Entries after a row's last slot are not used, but must be valid.
+      q_start: slot of each row's first query.
+      implementation: see `attention`; `"cudnn"` and `"mosaic_gpu"` do not support
+        paged caches.
 
-def _refusal_to_decode(asked: Asked) -> str | None:
-    """What the TPU's decoding kernels cannot do: they read the cache where it lies."""
-    rows = asked.queries * asked.group
-    if rows > MOST_ROWS:
-        return f"takes {MOST_ROWS} queries to a head's page, not {rows}"
-    step = 128 if asked.quantized or asked.head_dim % 128 else 8
-    if asked.slots % step:
-        what = "page" if asked.paged else "cache"
-        return f"reads a {what} of a multiple of {step} slots, not of {asked.slots}"
-    return None
+    Returns:
+      The output, in the dtype of `q`.
 
+    Raises:
+      ValueError: the implementation does not exist, or does not support the call.
 
-def _unfit(name: Implementation, asked: Asked, device: jax.Device) -> str | None:
-    """Why an implementation does not run on a device, or not well."""
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from llama_jax.kernels import paged_attention
+      >>> q = jax.random.normal(jax.random.key(0), (1, 1, 4, 16))  # B T N H
+      >>> pages = jax.random.normal(jax.random.key(1), (3, 2, 8, 16))  # P K C H
+      >>> table, last = jnp.array([[2, 0]]), jnp.array([11])
+      >>> paged_attention(q, pages, pages, table, q_start=last).shape
+      (1, 1, 4, 16)
+    """
+    call = _call_of(q, k_pages, q_start)._replace(paged=True)
+    name = _resolve(implementation, call)
+    run: Callable[..., Array] = reference.paged_attention
     if name == "mosaic_tpu":
-        if asked.quantized and asked.decoding and "v4" in device.device_kind:
-            # 11,200 bundles a block where reading it takes 1,793 cycles.
-            return "unpacks eight-bit slots slower than a v4 reads them"
-        return probe(device)
-    if name == "cudnn":
-        capability = getattr(device, "compute_capability", None) or "0.0"
-        if float(capability) < 8.0:
-            return f"needs compute capability 8.0 (Ampere), this GPU has {capability}"
-        if asked.decoding:
-            return "wants slots before heads, for which the cache would be copied"
-        if asked.queries % 2 or asked.slots % 2:
-            return "has no gradient for odd lengths"
-    return None
+        from llama_jax.kernels.tpu.paged import paged_attention as run
+    elif name == "triton":
+        from llama_jax.kernels.gpu.decode_triton import paged_attention as run
+    return run(q, k_pages, v_pages, page_table, q_start=q_start)
 
 
-@functools.cache
-def probe(device: jax.Device) -> str | None:
-    """Why a TPU's runtime refuses Pallas kernels, None where it takes them.
+def resolve(
+    implementation: Implementation,
+    q: Float[Array, "B T N H"],
+    k: Slots,
+    *,
+    q_start: Int[Array, " B"] | None = None,
+) -> Implementation:
+    """Return the name of the implementation that `attention` uses for these arguments.
 
-    A small one is compiled, once for each device, and never run. The first refusal is
-    a warning too, because the remedy is one command.
+    Raises:
+      ValueError: the implementation does not exist, or does not support the call.
     """
-    # In a thread of its own: what is being traced here must not reach into it.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        error = thread.submit(_compile_small, device).result()
-    if error is None:
-        return None
-    wanted = "libtpu==0.0.24" if jax.__version_info__ < (0, 8) else "--upgrade libtpu"
-    reason = (
-        f"libtpu {_version('libtpu')} refuses the kernels of jax {jax.__version__} "
-        f"({error})"
+    return _resolve(implementation, _call_of(q, k, q_start))
+
+
+def _call_of(q: Array, k: Slots | Pages, q_start: Array | None) -> AttentionCall:
+    return AttentionCall(
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        queries=q.shape[1],
+        slots=k.shape[2],
+        group=q.shape[2] // k.shape[1],
+        cached=q_start is not None,
+        quantized=isinstance(k, QuantizedSlots),
     )
-    warnings.warn(
-        f"attention falls back to XLA, which is slower: {reason}; to mend it run "
-        f"`pip install {wanted}` and restart",
-        stacklevel=2,
-    )
-    return reason
 
 
-def _compile_small(device: Any) -> str | None:
-    from llama_jax.kernels.tpu.flash import flash_attention
-
-    sharding = SingleDeviceSharding(device)
-    heads = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.bfloat16, sharding=sharding)
-    slots = jax.ShapeDtypeStruct((1, 1, 128, 128), jnp.bfloat16, sharding=sharding)
-    try:
-        jax.jit(flash_attention).lower(heads, slots, slots).compile()
-    except Exception as error:  # whatever the plugin raises
-        return " ".join(str(error).split())[:200]
-    return None
+def _resolve(implementation: Implementation, call: AttentionCall) -> Implementation:
+    if implementation == "auto":
+        return select(call).implementation
+    check(implementation, call)
+    return implementation
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "?"
+def _flash_kernel(name: Implementation) -> Callable[..., Array]:
+    """The function for many queries; imported on use, as Pallas imports slowly."""
+    if name == "mosaic_tpu":
+        from llama_jax.kernels.tpu import flash
+
+        return flash.flash_attention
+    if name == "mosaic_gpu":
+        from llama_jax.kernels.gpu import flash_mosaic
+
+        return flash_mosaic.flash_attention
+    if name == "triton":
+        from llama_jax.kernels.gpu import flash_triton
+
+        return flash_triton.flash_attention
+    from llama_jax.kernels.gpu import cudnn
+
+    return cudnn.cudnn_attention
+
+
+def _decoding_kernel(name: Implementation) -> Callable[..., Array]:
+    """The function for few queries over a cache."""
+    if name == "mosaic_tpu":
+        from llama_jax.kernels.tpu import decode
+
+        return decode.decode_attention
+    from llama_jax.kernels.gpu import decode_triton
+
+    return decode_triton.decode_attention
+
+
+# The decoding kernels have no backward pass; a gradient is the reference's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(
+    run: Callable[..., Array], q: Array, k: Slots, v: Slots, q_start: Array | None
+) -> Array:
+    return run(q, k, v, q_start=q_start)
+
+
+def _decode_forward(
+    run: Callable[..., Array], *inputs: Any
+) -> tuple[Array, tuple[Any, ...]]:
+    return _decode(run, *inputs), inputs
+
+
+def _decode_backward(
+    run: Callable[..., Array], inputs: tuple[Any, ...], d_out: Array
+) -> Any:
+    def attend(q: Array, k: Slots, v: Slots, q_start: Array) -> Array:
+        return reference.attention(q, k, v, q_start=q_start)
+
+    return jax.vjp(attend, *inputs)[1](d_out)
+
+
+_decode.defvjp(_decode_forward, _decode_backward)

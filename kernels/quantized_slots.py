@@ -1,4 +1,4 @@
-"""Keys and values in eight bits: half the bytes that decoding has to read."""
+"""Keys and values in int8: half the bytes that decoding reads."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,13 @@ from jaxtyping import Array, DTypeLike, Float, Int8
 
 
 class QuantizedSlots(NamedTuple):
-    """Keys or values as whole numbers, with a scale for every slot and head.
+    """Int8 keys or values with a scale per slot and head; `values · scales` is meant.
 
-    A number is `values · scales`. The leading axes are B K for a cache and P K for
-    pages.
+    The leading axes are B K for a cache and P K for pages.
+
+    Attributes:
+      values: integers from -127 to 127.
+      scales: float32 step sizes.
     """
 
     values: Int8[Array, "*K S H"]
@@ -18,14 +21,24 @@ class QuantizedSlots(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the numbers that are meant."""
+        """Shape of the dequantized array."""
         return self.values.shape
 
 
 def quantize_slots(slots: Float[Array, "*K S H"]) -> QuantizedSlots:
     """Round to 255 steps between ± the largest magnitude of each slot and head.
 
-    The scales are float32; a slot of zeros has the scale zero.
+    Args:
+      slots: keys or values.
+
+    Returns:
+      Int8 values with float32 scales; the scale of a slot of zeros is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from llama_jax.kernels import quantize_slots
+      >>> quantize_slots(jnp.array([[[[1.27, -0.5, 0.0]]]])).values
+      Array([[[[127, -50,   0]]]], dtype=int8)
     """
     slots = slots.astype(jnp.float32)
     scales = jnp.max(jnp.abs(slots), axis=-1) / 127
@@ -36,7 +49,7 @@ def quantize_slots(slots: Float[Array, "*K S H"]) -> QuantizedSlots:
 def dequantize_slots(
     slots: Float[Array, "*K S H"] | QuantizedSlots, dtype: DTypeLike
 ) -> Float[Array, "*K S H"]:
-    """The numbers themselves, in `dtype`; what is not quantized is only cast."""
+    """Return the values in `dtype`; arrays that are not quantized are only cast."""
     if isinstance(slots, QuantizedSlots):
         return (slots.values * slots.scales[..., None]).astype(dtype)
     return slots.astype(dtype)

@@ -1,9 +1,9 @@
-"""Ring attention: a sequence over many devices, each with its part of every row.
+"""Ring attention: causal attention with the sequence sharded over a mesh axis.
 
-The n devices of a mesh axis stand in a ring (arXiv:2310.01889). Keys and values travel
-around it, one device further at every step, while queries stay. A causal mask would
-leave the first device idle and the last with all the work; so the sequence is cut into
-2n chunks, and each device holds one from the front and one from the back:
+The n devices of the axis form a ring (arXiv:2310.01889). Keys and values move to the
+next device at every step, while queries stay. With a causal mask and a contiguous split
+the first device would be idle and the last would have all the work; so the sequence is
+cut into 2n chunks, and each device holds one from the front and one from the back:
 
     n = 4     device 0: chunks 0 7   1: 1 6   2: 2 5   3: 3 4        ("zigzag")
 
@@ -14,15 +14,14 @@ leave the first device idle and the last with all the work; so the sequence is c
     back  q       all    causal       all     ·        all    all
 
 At every step but the first each device does two chunks' worth of work without a mask:
-the back queries against the front keys, and one product more. Which, is a choice of
-operands, not of programs: all devices run the same one.
+the back queries against the front keys, and one more product. Which one is selected by
+its operands, not by control flow: all devices run the same program.
 
-* on each device: its q, k, v, the output so far and log Σ exp(scores), in float32;
-* on the wire: k and v (and in the backward pass their gradients, float32), and the
-  next ones are under way while those that are here are used.
+* per device: its q, k, v, the output so far and log Σ exp(scores), in float32;
+* communicated: k and v (and their float32 gradients in the backward pass); those of the
+  next step are sent while the current ones are used.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -30,17 +29,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llama_jax.kernels.blocks import Part, Passes, join, passes_of
+from llama_jax.kernels.differentiable import differentiable, output_dot_gradient
+from llama_jax.kernels.logsumexp import AxisName, Part, join
+from llama_jax.kernels.partial_attention import Passes, passes_of
 
 
-def zigzag_order(length: int, devices: int) -> np.ndarray:
-    """The places of a sequence in the order in which the ring's devices hold them.
+def zigzag_order(length: int, devices: int) -> Int[np.ndarray, " T"]:
+    """Return the sequence indices in the order in which the ring's devices hold them.
 
-    `x[:, zigzag_order(T, n)]`, split evenly over n devices, is what `ring_attention`
-    takes; `jnp.argsort` of it is the way back.
+    `x[:, zigzag_order(T, n)]`, split evenly over n devices, is the input of
+    `ring_attention`; indexing with its `jnp.argsort` restores the sequence.
+
+    Args:
+      length: T.
+      devices: n.
 
     Raises:
-      ValueError: the length cannot be cut into 2n chunks.
+      ValueError: the length is no multiple of 2n.
     """
     if length % (2 * devices):
         raise ValueError(
@@ -52,15 +57,19 @@ def zigzag_order(length: int, devices: int) -> np.ndarray:
     return np.concatenate([np.concatenate(pair) for pair in pairs])
 
 
-def in_order(x: Array, axis_name: Any, *, axis: int) -> Array:
-    """A device's part of a sequence, from that of its `zigzag_order`.
+def in_order(x: Array, axis_name: AxisName, *, axis: int) -> Array:
+    """Exchange chunks so that an array in `zigzag_order` is in sequence order.
 
-    Of its two chunks one has an even number: both go to where their numbers belong.
+    One of a device's two chunks has an even number: each is sent where its number
+    belongs.
 
     Args:
-      x: within `jax.shard_map`, any array of places.
-      axis_name: the mesh axis that the sequence is split over.
-      axis: of `x` that the places lie along.
+      x: within `jax.shard_map`, this device's part of an array.
+      axis_name: mesh axis that the sequence is sharded over.
+      axis: sequence axis of `x`.
+
+    Returns:
+      This device's part of the array in sequence order.
     """
     devices = jax.lax.axis_size(axis_name)
     ranks = range(devices)
@@ -83,148 +92,163 @@ def ring_attention(
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     *,
-    axis_name: str,
+    axis_name: AxisName,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: Literal["xla", "mosaic_tpu"] = "xla",
-    interpret: Any = False,
+    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention over a mesh axis, within `jax.shard_map`.
+    """Compute causal attention over a mesh axis, within `jax.shard_map`.
 
     Args:
       q: this device's queries: two chunks, in the order of `zigzag_order`.
       k: its keys.
       v: its values.
-      axis_name: the mesh axis that the sequence is split over.
-      segment_ids: of its places; a query sees its own segment only.
-      implementation: of the work on each device.
-      interpret: run a kernel without its device, slowly.
+      axis_name: mesh axis that the sequence is sharded over.
+      segment_ids: segments of its tokens; a query attends within its own.
+      implementation: implementation of the work on each device.
+      interpret: run the kernel in interpret mode, on any device.
+
+    Returns:
+      This device's part of the output.
     """
-    passes = passes_of(implementation, interpret=interpret)
+    settings = axis_name, passes_of(implementation, interpret=interpret)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    out = _attend(q.swapaxes(1, 2), k, v, segment_ids, axis_name, passes)
+    out = _attend(settings, q.swapaxes(1, 2), k, v, None, segment_ids)
     return out.swapaxes(1, 2)
 
 
-def _next(tree: Any, axis: str) -> Any:
-    """What the device before this one had."""
+def _shift(tree: Any, axis: AxisName) -> Any:
+    """The arrays of the previous device of the ring."""
     devices = jax.lax.axis_size(axis)
     ring = [(d, (d + 1) % devices) for d in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, ring), tree)
 
 
-def _halves(x: Array, axis: int) -> tuple[Array, Array]:
-    front, back = jnp.split(x, 2, axis=axis)
+def _halves(tree: Any, axis: int) -> tuple[Any, Any]:
+    """Front and back chunk of every array."""
+    front, back = (
+        jax.tree.map(lambda x, half=half: jnp.split(x, 2, axis)[half], tree)
+        for half in (0, 1)
+    )
     return front, back
 
 
-def _is_earlier(step: Array, axis: str) -> Array:
-    """Whether the keys that are here at a step are of a device before this one."""
-    return step <= jax.lax.axis_index(axis)
+def _select(condition: Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
-def _ids(q_ids: Array | None, kv_ids: Array | None) -> Any:
-    return None if q_ids is None else (q_ids, kv_ids)
+def _pairs(
+    axis: AxisName,
+    step: Array,
+    queries: tuple[Any, ...],
+    arriving: tuple[Any, Any, Any],
+) -> Any:
+    """The two products of a step: back queries with front keys, and a selected one.
 
+    Args:
+      axis: the ring's mesh axis.
+      step: from 1 on.
+      queries: front and back queries, each (ids, ...).
+      arriving: k, v and segment ids of another device.
 
-def _chosen(earlier: Array, front: Any, back: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(earlier, a, b), front, back)
+    Returns:
+      Whether that device is an earlier one; then, for both products, the queries and
+      (k, v, ids) as `Passes` take them.
+    """
+    earlier = step <= jax.lax.axis_index(axis)
+    (k_front, k_back), (v_front, v_back) = (_halves(x, 2) for x in arriving[:2])
+    j_front, j_back = _halves(arriving[2], 1)
+    front, back = queries
+    all_seen = jnp.full((k_front.shape[0],), k_front.shape[2], jnp.int32)
 
+    def operands(queries: Any, k: Array, v: Array, kv_ids: Any) -> Any:
+        q_ids, *rest = queries
+        ids = None if q_ids is None else (q_ids, kv_ids)
+        return rest, (k, v, all_seen, ids)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Any, k: Any, v: Any, ids: Any, axis: str, passes: Passes) -> Array:
-    return _forward(q, k, v, ids, axis, passes)[0]
+    selected = _select(
+        earlier, (front, k_front, v_front, j_front), (back, k_back, v_back, j_back)
+    )
+    return earlier, operands(back, k_front, v_front, j_front), operands(*selected)
 
 
 def _forward(
-    q: Any, k: Any, v: Any, ids: Any, axis: str, passes: Passes
-) -> tuple[Array, Any]:
-    rows, _, length, _ = q.shape
-    all_seen = jnp.full((rows,), length // 2, jnp.int32)
-    q_front, q_back = _halves(q, 2)
-    i_front, i_back = (None, None) if ids is None else _halves(ids, 1)
+    settings: tuple[AxisName, Passes],
+    q: Array,
+    k: Array,
+    v: Array,
+    _: None,
+    ids: Array | None,
+) -> tuple[Array, Array]:
+    axis, passes = settings
+    queries = tuple(zip(_halves(ids, 1), _halves(q, 2), strict=True))
 
     def fold(carry: Any, step: Array) -> Any:
-        (front, back), travelling = carry
-        k, v, kv_ids = travelling
-        coming = _next(travelling, axis)
-        earlier = _is_earlier(step, axis)
-        (k_front, k_back), (v_front, v_back) = _halves(k, 2), _halves(v, 2)
-        j_front, j_back = (None, None) if kv_ids is None else _halves(kv_ids, 1)
-        back = join(back, passes.forward(
-            q_back, k_front, v_front, all_seen, _ids(i_back, j_front)
-        ))  # fmt: skip
-        some_q, some_k, some_v, some_i, some_j = _chosen(
-            earlier,
-            (q_front, k_front, v_front, i_front, j_front),
-            (q_back, k_back, v_back, i_back, j_back),
-        )
-        found = passes.forward(some_q, some_k, some_v, all_seen, _ids(some_i, some_j))
-        into: Part = _chosen(earlier, front, back)
-        joined = join(into, found)
-        front = _chosen(earlier, joined, front)
-        back = _chosen(earlier, back, joined)
-        return ((front, back), coming), None
+        (front, back), arriving = carry
+        following = _shift(arriving, axis)
+        earlier, fixed, selected = _pairs(axis, step, queries, arriving)
+        back = join(back, passes.forward(*fixed[0], *fixed[1]))
+        other = passes.forward(*selected[0], *selected[1])
+        joined: Part = join(_select(earlier, front, back), other)
+        front = _select(earlier, joined, front)
+        back = _select(earlier, back, joined)
+        return ((front, back), following), None
 
-    out, lse = passes.forward(q, k, v, None, _ids(ids, ids))
-    halves = tuple(zip(_halves(out, 2), _halves(lse, 2), strict=True))
+    part = passes.forward(q, k, v, None, None if ids is None else (ids, ids))
     steps = jnp.arange(1, jax.lax.axis_size(axis))
-    # The last step's keys are sent on for nothing: n - 1 steps share one program.
-    (halves, _), _ = jax.lax.scan(fold, (halves, _next((k, v, ids), axis)), steps)
-    (out, lse) = (jnp.concatenate(both, axis=2) for both in zip(*halves, strict=True))
-    out = out.astype(q.dtype)
-    return out, (q, k, v, ids, out, lse)
+    # The last step sends its keys on for nothing: n - 1 steps share one program.
+    carry = _halves(part, 2), _shift((k, v, ids), axis)
+    (halves, _), _ = jax.lax.scan(fold, carry, steps)
+    out, lse = (jnp.concatenate(both, axis=2) for both in zip(*halves, strict=True))
+    return out.astype(q.dtype), lse
 
 
-def _backward(axis: str, passes: Passes, kept: Any, d_out: Array) -> Any:
-    q, k, v, ids, out, lse = kept
-    rows, _, length, _ = q.shape
-    half = length // 2
-    all_seen = jnp.full((rows,), half, jnp.int32)
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    queries = (q, lse, delta, d_out)
-    q_front, q_back = zip(*(_halves(x, 2) for x in queries), strict=True)
-    i_front, i_back = (None, None) if ids is None else _halves(ids, 1)
+def _backward(
+    settings: tuple[AxisName, Passes],
+    q: Array,
+    k: Array,
+    v: Array,
+    _: None,
+    ids: Array | None,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+) -> tuple[Array, Array, Array]:
+    axis, passes = settings
+    delta = output_dot_gradient(out, d_out)
+    rows = _halves((q, lse, delta, d_out), 2)
+    queries = tuple((i, *half) for i, half in zip(_halves(ids, 1), rows, strict=True))
 
-    def grads(queries: Any, k: Any, v: Any, ids: Any) -> Any:
-        q, lse, delta, do = queries
-        return passes.backward(q, k, v, all_seen, ids, lse, delta, do)
+    def grads(queries: Any, slots: Any) -> Any:
+        q, *rest = queries
+        return passes.backward(q, *slots, *rest)
 
-    def put(front: Any, back: Any) -> Array:
+    def concatenate(front: Array, back: Array) -> Array:
         return jnp.concatenate([front, back], axis=2)
 
     def fold(carry: Any, step: Array) -> Any:
         dq, arriving, sums = carry
-        k, v, kv_ids = arriving
-        dk, dv = _next(sums, axis)
-        coming = _next(arriving, axis)
-        earlier = _is_earlier(step, axis)
-        (k_front, k_back), (v_front, v_back) = _halves(k, 2), _halves(v, 2)
-        j_front, j_back = (None, None) if kv_ids is None else _halves(kv_ids, 1)
-        dq_back, dk_front, dv_front = grads(
-            q_back, k_front, v_front, _ids(i_back, j_front)
-        )
-        some_q, some_k, some_v, some_i, some_j = _chosen(
-            earlier,
-            (q_front, k_front, v_front, i_front, j_front),
-            (q_back, k_back, v_back, i_back, j_back),
-        )
-        more = grads(some_q, some_k, some_v, _ids(some_i, some_j))
+        dk, dv = _shift(sums, axis)
+        following = _shift(arriving, axis)
+        earlier, fixed, selected = _pairs(axis, step, queries, arriving)
+        dq_back, dk_front, dv_front = grads(*fixed)
+        other = grads(*selected)
         on_front, on_back = (
-            jax.tree.map(lambda x, here=here: jnp.where(here, x, 0.0), more)
-            for here in (earlier, ~earlier)
+            jax.tree.map(lambda x, mask=mask: jnp.where(mask, x, 0.0), other)
+            for mask in (earlier, ~earlier)
         )
-        dq = dq + put(on_front[0], dq_back + on_back[0])
-        dk = dk + put(dk_front + on_front[1], on_back[1])
-        dv = dv + put(dv_front + on_front[2], on_back[2])
-        return (dq, coming, (dk, dv)), None
+        dq = dq + concatenate(on_front[0], dq_back + on_back[0])
+        dk = dk + concatenate(dk_front + on_front[1], on_back[1])
+        dv = dv + concatenate(dv_front + on_front[2], on_back[2])
+        return (dq, following, (dk, dv)), None
 
-    dq, dk, dv = passes.backward(q, k, v, None, _ids(ids, ids), lse, delta, d_out)
+    both = None if ids is None else (ids, ids)
+    dq, dk, dv = passes.backward(q, k, v, None, both, lse, delta, d_out)
     steps = jnp.arange(1, jax.lax.axis_size(axis))
-    carry = dq, _next((k, v, ids), axis), (dk, dv)
+    carry = dq, _shift((k, v, ids), axis), (dk, dv)
     (dq, _, sums), _ = jax.lax.scan(fold, carry, steps)
-    dk, dv = _next(sums, axis)  # once more, and they are home
-    no_derivative = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
-    return *(x.astype(q.dtype) for x in (dq, dk, dv)), no_derivative
+    dk, dv = _shift(sums, axis)  # back on their own device
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_attend = differentiable(_forward, _backward)

@@ -1,16 +1,18 @@
-"""Unembedding and cross-entropy in one, a few tokens at a time.
+"""Unembedding and cross-entropy in chunks of tokens.
 
-The logits of a whole batch are the largest array of a training step: `[B, T, V]` in
-float32, and once more for their gradient. Here only those of a chunk of each row exist
-at any time, forward and backward; the backward pass computes them again.
+The logits of a batch are the largest array of a training step: `[B, T, V]` in float32,
+and as much again for their gradient. Here only the logits of one chunk of each row
+exist at a time; the backward pass recomputes them.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from llama_jax.kernels.logsumexp import AxisName, logsumexp_over_axis
+from llama_jax.kernels.precision import matmul_precision
 
 
 def token_losses(
@@ -19,97 +21,116 @@ def token_losses(
     targets: Int[Array, "B T"],
     *,
     chunk: int = 256,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "B T"]:
-    """-log softmax(x · head) of each target, in nats, float32.
+    """Compute the cross-entropy of each target, -log softmax(x · head), in nats.
 
-    Sums are float32 whatever the dtype of `x`. At most `[B, chunk, V]` logits exist at
-    a time.
+    At most `[B, chunk, V]` logits exist at a time. Sums are float32 for any dtype.
 
     Args:
-      x: what the transformer gives, behind its last norm.
-      head: the unembedding, or a transposed embedding.
-      targets: the token that follows each; any id in `range(V)` where the loss is not
-        looked at.
+      x: output of the transformer after its final norm.
+      head: unembedding matrix, or a transposed embedding.
+      targets: next token of each token; where the loss is not used, any id in
+        `range(V)`.
       chunk: tokens of each row that are computed together.
-      axis_name: within `jax.shard_map`, the mesh axis that V is cut over: the head is
-        then this device's part of it; ids, losses and `x` are of the whole.
+      axis_name: within `jax.shard_map`, the mesh axis that V is sharded over: `head` is
+        this device's part, everything else is replicated.
+
+    Returns:
+      The float32 loss of each target.
 
     Raises:
       ValueError: `chunk` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from llama_jax.kernels import token_losses
+      >>> x, head = jnp.zeros((1, 3, 8)), jnp.ones((8, 100))
+      >>> token_losses(x, head, jnp.array([[5, 0, 99]]))  # log 100 each
+      Array([[4.6051702, 4.6051702, 4.6051702]], dtype=float32)
     """
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; it must be at least 1")
+        raise ValueError(f"chunk must be positive, got {chunk}")
     size = min(chunk, max(x.shape[1], 1))
     return _losses(size, axis_name, x, head, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _losses(chunk: int, axis: Any, x: Array, head: Array, targets: Array) -> Array:
+def _losses(
+    chunk: int, axis: AxisName | None, x: Array, head: Array, targets: Array
+) -> Array:
     return _forward(chunk, axis, x, head, targets)[0]
 
 
 def _forward(
-    chunk: int, axis: Any, x: Array, head: Array, targets: Array
+    chunk: int, axis: AxisName | None, x: Array, head: Array, targets: Array
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
     targets = targets - _first_id(head, axis)
 
-    def one(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        rows, wanted = part
+    def of_chunk(
+        _: None, part: tuple[Array, Array]
+    ) -> tuple[None, tuple[Array, Array]]:
+        rows, target = part
         logits = _logits(rows, head)
-        total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.sum(jnp.where(_is(wanted, logits), logits, 0.0), axis=-1)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        score = jnp.sum(jnp.where(_is_target(target, logits), logits, 0.0), axis=-1)
         if axis is not None:
-            most = jax.lax.pmax(total, axis)
-            total = most + jnp.log(jax.lax.psum(jnp.exp(total - most), axis))
-            chosen = jax.lax.psum(chosen, axis)
-        return None, (total - chosen, total)
+            lse = logsumexp_over_axis(lse, axis)
+            score = jax.lax.psum(score, axis)
+        return None, (lse - score, lse)
 
-    _, (losses, totals) = jax.lax.scan(
-        one, None, (_cut(x, chunk), _cut(targets, chunk))
+    _, (losses, lses) = jax.lax.scan(
+        of_chunk, None, (_cut(x, chunk), _cut(targets, chunk))
     )
-    losses, totals = (_joined(parts, targets.shape) for parts in (losses, totals))
-    return losses, (x, head, targets, totals)
+    losses, lses = (_joined(parts, targets.shape) for parts in (losses, lses))
+    return losses, (x, head, targets, lses)
 
 
 def _backward(
-    chunk: int, axis: Any, kept: tuple[Array, Array, Array, Array], given: Array
+    chunk: int,
+    axis: AxisName | None,
+    residuals: tuple[Array, Array, Array, Array],
+    d_losses: Array,
 ) -> tuple[Array, Array, None]:
-    x, head, targets, totals = kept
+    x, head, targets, lses = residuals
     if axis is not None:
-        # `shard_map` gives each device of the axis its part of what comes back, and
-        # adds up what they say of `x`.
-        given = jax.lax.psum(given, axis)
+        # `shard_map` gives each device of the axis its share of the cotangent, and adds
+        # up their gradients of `x`.
+        d_losses = jax.lax.psum(d_losses, axis)
 
-    def one(
-        of_head: Array, part: tuple[Array, Array, Array, Array]
+    def of_chunk(
+        d_head: Array, part: tuple[Array, Array, Array, Array]
     ) -> tuple[Array, Array]:
-        rows, wanted, total, weight = part
-        of_logits = jnp.exp(_logits(rows, head) - total[..., None])
-        of_logits -= _is(wanted, of_logits).astype(jnp.float32)
-        of_logits = (of_logits * weight[..., None]).astype(rows.dtype)
-        of_rows = _product("RV,DV->RD", of_logits, head).astype(rows.dtype)
-        return of_head + _product("RD,RV->DV", rows, of_logits), of_rows
+        rows, target, lse, d_loss = part
+        d_logits = jnp.exp(_logits(rows, head) - lse[..., None])
+        d_logits -= _is_target(target, d_logits).astype(jnp.float32)
+        d_logits = (d_logits * d_loss[..., None]).astype(rows.dtype)
+        d_rows = _product("RV,DV->RD", d_logits, head).astype(rows.dtype)
+        return d_head + _product("RD,RV->DV", rows, d_logits), d_rows
 
-    # Behind the end there is no weight, so that what lies there adds nothing.
-    rows, wanted = _cut(x, chunk), _cut(targets, chunk)
-    parts = rows, wanted, _cut(totals, chunk), _cut(given, chunk)
-    of_head, of_x = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), parts)
-    return _joined(of_x, x.shape), of_head.astype(head.dtype), None
+    # The padding of the last chunk has d_loss 0, so it adds nothing.
+    parts = (
+        _cut(x, chunk),
+        _cut(targets, chunk),
+        _cut(lses, chunk),
+        _cut(d_losses, chunk),
+    )
+    d_head, d_x = jax.lax.scan(of_chunk, jnp.zeros(head.shape, jnp.float32), parts)
+    return _joined(d_x, x.shape), d_head.astype(head.dtype), None
 
 
 _losses.defvjp(_forward, _backward)
 
 
-def _first_id(head: Array, axis: Any) -> Array | int:
+def _first_id(head: Array, axis: AxisName | None) -> Array | int:
     """The id of the first column of this device's part of the head."""
     return 0 if axis is None else jax.lax.axis_index(axis) * head.shape[1]
 
 
-def _is(wanted: Array, logits: Array) -> Array:
-    """Which logit is the wanted one's, if any is."""
+def _is_target(target: Array, logits: Array) -> Array:
+    """True at the logit of each row's target, if this device has it."""
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return ids == wanted[..., None]
+    return ids == target[..., None]
 
 
 def _logits(rows: Array, head: Array) -> Array:
@@ -117,21 +138,20 @@ def _logits(rows: Array, head: Array) -> Array:
 
 
 def _product(axes: str, a: Array, b: Array) -> Array:
-    """In the dtype of the activations, summed in float32; float32 means float32."""
-    exact = a.dtype == jnp.float32
+    """A product in the dtype of the activations, accumulated in float32."""
     return jnp.einsum(
         axes,
         a,
         b.astype(a.dtype),
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        precision=matmul_precision(a.dtype),
         preferred_element_type=jnp.float32,
     )
 
 
 def _cut(array: Array, chunk: int) -> Array:
-    """`[B, T, ...]` to `[T / chunk, B · chunk, ...]`, filled up with zeros.
+    """`[B, T, ...]` to `[T / chunk, B · chunk, ...]`, padded with zeros.
 
-    One axis of rows: XLA:CPU refuses some products in bfloat16 that sum over two.
+    The rows are one axis: XLA:CPU rejects some bfloat16 products that sum over two.
     """
     batch, length = array.shape[:2]
     pad = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2)
@@ -140,7 +160,7 @@ def _cut(array: Array, chunk: int) -> Array:
 
 
 def _joined(parts: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_cut`, to the B and the T that `shape` begins with."""
+    """The inverse of `_cut`, to the B and T with which `shape` begins."""
     batch, length = shape[:2]
     joined = parts.reshape(parts.shape[0], batch, -1, *parts.shape[2:]).swapaxes(0, 1)
     return joined.reshape(batch, -1, *parts.shape[2:])[:, :length]
@@ -151,7 +171,7 @@ def greedy_tokens(
     head: Float[Array, "D V"],
     *,
     chunk: int = 256,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
 ) -> Int[Array, "B T"]:
     """Compute the likeliest token after each token, argmax(x · head), in chunks.
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from llama_jax.errors import ConfigError
-from llama_jax.kernels.dispatch import Implementation
+from llama_jax.kernels import Implementation
 
 DType = Literal["float32", "bfloat16", "float16"]
 CacheDType = Literal["int8"]

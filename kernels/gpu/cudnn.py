@@ -1,16 +1,15 @@
 """Attention by NVIDIA's cuDNN, through `jax.nn.dot_product_attention`.
 
-What runs where is cuDNN's: one fused kernel that keeps a block of queries, its scores
-and its sums on the chip, forward and backward, for Ampere and later. This file only
-says in cuDNN's words what a query may see:
+cuDNN has fused kernels, forward and backward, for Ampere and later. This module
+translates what a query may attend to:
 
-    queries and slots alike, no q_start   its causal mask, built in; no mask in memory
-    one query a row, over a cache         lengths of the rows' keys; no mask in memory
+    as many queries as slots, no q_start  cuDNN's causal mask; no mask in memory
+    one query per row, over a cache       key lengths of the rows; no mask in memory
     several, over a cache; packed rows    a mask `[B, 1, T, S]` in memory, in q's dtype
 
-cuDNN's causal mask begins at slot 0 for all rows, so that it cannot say `q_start`. It
-takes slots before heads: XLA transposes the keys and values, which copies them. For
-training and prefill that is little, for decoding it is as much as the attention.
+cuDNN's causal mask begins at slot 0 in all rows, so it cannot express `q_start`. It
+takes slots before heads: XLA transposes, and so copies, the keys and values. That is
+little for training and prefill, but as much as the attention itself for decoding.
 """
 
 import jax
@@ -29,32 +28,32 @@ def cudnn_attention(
     q_start: Int[Array, " B"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`kernels.attention` by cuDNN, differentiable; never anything else's.
+    """Compute `kernels.attention` by cuDNN, differentiable, without any fallback.
 
-    Slots behind a row's last query must hold finite numbers.
+    Slots after a row's last query must be finite.
 
     Args:
       q: queries, bfloat16 or float16.
       k: keys, cast to q's dtype.
-      v: values, likewise.
-      q_start: slot of each row's first query; 0 where not given.
-      segment_ids: for packed rows (S = T).
+      v: values, cast to q's dtype.
+      q_start: slot of each row's first query; defaults to 0.
+      segment_ids: segments of packed rows (S = T).
 
     Raises:
-      ValueError: slots of eight bits, float32, or a head that cuDNN cannot hold.
-      RuntimeError: there is no cuDNN.
-      NotImplementedError: this cuDNN or GPU cannot do what is asked, such as a gradient
-        for odd T or S.
+      ValueError: int8 slots, or a dtype or head_dim that cuDNN does not support.
+      RuntimeError: cuDNN is not installed.
+      NotImplementedError: this cuDNN or GPU does not support the call, such as a
+        gradient for odd T or S.
     """
     if isinstance(k, QuantizedSlots) or isinstance(v, QuantizedSlots):
-        raise ValueError("cuDNN reads no slots of eight bits; dequantize them first")
+        raise ValueError("cuDNN does not support int8 slots; dequantize them first")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"cuDNN attends in bfloat16 or float16, not in {q.dtype}")
+        raise ValueError(f"cuDNN requires bfloat16 or float16, not {q.dtype}")
     queries, width, slots = q.shape[1], q.shape[3], k.shape[2]
     if width % 8 or width > 256:
         raise ValueError(
-            f"head_dim is {width}; cuDNN takes multiples of 8, up to 128, or 256 on "
-            "Hopper and later"
+            "head_dim must be a multiple of 8, at most 128 (256 on Hopper and later) "
+            f"for cuDNN, got {width}"
         )
     lengths = mask = None
     causal = q_start is None and queries == slots

@@ -2,23 +2,23 @@
 
     grid (splits, K · row blocks, B)
 
-      a row's cache  ├── split 0 ──┼── split 1 ──┼── split 2 ──┤ behind: never read
+      a row's cache  ├── split 0 ──┼── split 1 ──┼── split 2 ──┤ after: never read
                       one program    one program    one program
-                           └───── partial outputs and logsumexps ─────┘
+                           └──── partial outputs and log-sum-exps ────┘
                                       │  a small sum, by XLA
                                     output
 
-    registers     the queries of one key/value head, T · N / K of them (16 at least),
-                  their sum of values, largest score and sum of weights, float32
-    shared memory blocks of keys and values, fetched ahead by Triton
-    HBM           the cache as it is, dense, in pages or in eight bits
+    registers     the T · N / K queries (at least 16) of one key/value head, and their
+                  weighted sum of values, largest score and sum of weights, float32
+    shared memory blocks of keys and values, prefetched by Triton
+    HBM           the cache in place: dense or paged, floating point or int8
 
-One row of queries does little arithmetic, so that the bytes of the cache decide. They
-are read once for all heads of a group, and by many programs at a time: every row's
-valid slots are cut into as many parts, however long it is. Eight-bit numbers become
-wider in registers; their scales are multiplied into scores and weights.
+A few queries do little arithmetic, so decoding is bound by reading the cache. It is
+read once for all heads of a group, and by many programs at once: the valid slots of
+every row are cut into the same number of splits, whatever their length. Int8 values are
+widened in registers; their scales are multiplied into scores and weights.
 
-A dense cache is read as a paged one whose row b lies in page b.
+A dense cache is a paged one whose row b is page b.
 """
 
 import functools
@@ -30,17 +30,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from llama_jax.kernels.gpu.flash_triton import LEAST
-from llama_jax.kernels.gpu.flash_triton_backward import (
+from llama_jax.kernels.gpu.triton_tiles import (
+    LEAST,
     LOG2_E,
-    product,
+    OnlineSoftmax,
     row_spec,
     scores,
 )
 from llama_jax.kernels.quantized_slots import QuantizedSlots
 from llama_jax.kernels.reference import Pages, Slots
 
-PROGRAMS = 264  # that there should be at least: two for each processor of an H100
+MIN_PROGRAMS = 264  # two per multiprocessor of an H100
 
 
 def decode_attention(
@@ -53,27 +53,30 @@ def decode_attention(
     splits: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`kernels.attention` over a cache, reading each row's valid slots only.
+    """Compute `kernels.attention` over a cache, reading only the valid slots of a row.
 
-    What a row gives depends on its own length alone, not on its neighbours', and two
-    runs are equal bit for bit. Not differentiable.
+    Deterministic; the output of a row does not depend on other rows. Not
+    differentiable.
 
     Args:
-      q: queries, one or a few of each row.
-      k: keys, or `QuantizedSlots`; cast to q's dtype in registers.
-      v: values, likewise.
+      q: queries, one or a few per row.
+      k: keys, floating point or int8; cast to q's dtype in registers.
+      v: values, like `k`.
       q_start: slot of each row's first query.
       block_kv: slots of a step, a power of two ≥ 16.
-      splits: parts that a row is cut into; chosen where not given.
-      interpret: run by XLA, on any device.
+      splits: programs that share a row; has a default.
+      interpret: run in interpret mode, on any device.
 
     Raises:
-      ValueError: shapes that do not fit each other, or a block that is no power of two.
+      ValueError: shapes that do not match, or a block that is no power of two.
     """
-    own = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+    row_as_page = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
     if q.shape[0] != k.shape[0]:
-        raise ValueError(f"{q.shape[0]} rows of queries, {k.shape[0]} of keys")
-    return _attend(q, k, v, own, q_start, block_kv, splits, interpret)
+        raise ValueError(
+            f"queries and keys must have the same number of rows, got {q.shape[0]} "
+            f"and {k.shape[0]}"
+        )
+    return _attend(q, k, v, row_as_page, q_start, block_kv, splits, interpret)
 
 
 def paged_attention(
@@ -87,21 +90,21 @@ def paged_attention(
     splits: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`decode_attention` over pages, which are read where they lie.
+    """Compute `kernels.paged_attention`, reading pages in place.
 
     Args:
-      q: queries, one or a few of each row.
-      k_pages: pages of any number of slots, or `QuantizedSlots`.
-      v_pages: likewise.
-      page_table: slot s of a row is in page `page_table[row, s // C]`; entries behind
-        a row's last slot are not looked at.
+      q: queries, one or a few per row.
+      k_pages: pages of keys, of any number of slots, floating point or int8.
+      v_pages: pages of values, like `k_pages`.
+      page_table: slot s of a row is in page `page_table[row, s // C]`; entries after a
+        row's last slot are not used.
       q_start: slot of each row's first query.
-      block_kv: slots of a step, from as many pages as they lie in.
-      splits: as of `decode_attention`.
-      interpret: likewise.
+      block_kv: slots of a step, which may span pages.
+      splits: see `decode_attention`.
+      interpret: run in interpret mode, on any device.
 
     Raises:
-      ValueError: as `decode_attention`.
+      ValueError: see `decode_attention`.
     """
     return _attend(
         q, k_pages, v_pages, page_table, q_start, block_kv, splits, interpret
@@ -122,29 +125,31 @@ def _attend(
     groups, page, depth = k.shape[1:]
     if k.shape != v.shape or depth != width or heads % groups:
         raise ValueError(
-            f"keys {k.shape} and values {v.shape} do not fit queries {q.shape}"
+            f"keys {k.shape} and values {v.shape} do not match queries {q.shape}"
         )
     if block_kv < 16 or block_kv & (block_kv - 1):
-        raise ValueError(f"block_kv is {block_kv}; write a power of two, 16 or more")
+        raise ValueError(
+            f"block_kv must be a power of two, at least 16, got {block_kv}"
+        )
     group, slots = heads // groups, table.shape[1] * page
     rows = queries * group  # of one key/value head
     block = min(64, max(16, pl.next_power_of_2(rows)))
     parts = pl.cdiv(rows, block)
     if splits is None:
-        splits = pl.cdiv(PROGRAMS, batch * groups * parts)
+        splits = pl.cdiv(MIN_PROGRAMS, batch * groups * parts)
         splits = max(1, min(splits, slots // (2 * block_kv)))
     wide = pl.next_power_of_2(width)
     grouped = q.reshape(batch, queries, groups, group, width).swapaxes(1, 2)
     grouped = grouped.reshape(batch, groups, rows, width)
 
-    def place(s: Array, j: Array, b: Array) -> tuple[Array, ...]:
+    def out_index(s: Array, j: Array, b: Array) -> tuple[Array, ...]:
         return b, jax.lax.div(j, parts), s, jax.lax.rem(j, parts)
 
-    def of_queries(s: Array, j: Array, b: Array) -> tuple[Any, ...]:
+    def q_index(s: Array, j: Array, b: Array) -> tuple[Any, ...]:
         return b, jax.lax.div(j, parts), jax.lax.rem(j, parts), 0
 
     cached = k, v
-    partial, logsumexps = pl.pallas_call(
+    partial, lse = pl.pallas_call(
         functools.partial(
             _kernel,
             **{"queries": queries, "rows": rows, "slots": slots, "page": page},
@@ -154,14 +159,14 @@ def _attend(
         in_specs=[
             row_spec(q_start, row=lambda s, j, b: b),
             row_spec(table, table.shape[1], row=lambda s, j, b: b),
-            pl.BlockSpec((None, None, block, wide), of_queries),
+            pl.BlockSpec((None, None, block, wide), q_index),
             *jax.tree.map(_all_of, cached),
         ],
         out_specs=[
             pl.BlockSpec(
-                (None, None, None, block, wide), lambda *ids: (*place(*ids), 0)
+                (None, None, None, block, wide), lambda *ids: (*out_index(*ids), 0)
             ),
-            pl.BlockSpec((None, None, None, block), place),
+            pl.BlockSpec((None, None, None, block), out_index),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((batch, groups, splits, rows, width), jnp.float32),
@@ -171,14 +176,14 @@ def _attend(
         interpret=interpret,
         name="decode_attention",
     )(q_start, table, grouped, *cached)
-    weights = jax.nn.softmax(logsumexps, axis=2)
+    weights = jax.nn.softmax(lse, axis=2)
     out = jnp.sum(partial * weights[..., None], axis=2).astype(q.dtype)
     out = out.reshape(batch, groups, queries, group, width).swapaxes(1, 2)
     return out.reshape(q.shape)
 
 
 def _all_of(array: Array) -> pl.BlockSpec:
-    """The whole array, of which only what is loaded is ever read."""
+    """The whole array in HBM; only loaded parts of it are read."""
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
 
@@ -189,7 +194,7 @@ def _kernel(
     k_ref: Any,
     v_ref: Any,
     out_ref: Any,
-    logsumexp_ref: Any,
+    lse_ref: Any,
     *,
     queries: int,
     rows: int,
@@ -204,16 +209,16 @@ def _kernel(
     head = jax.lax.div(pl.program_id(1), parts)
     block, wide = q_ref.shape
     row = jax.lax.rem(pl.program_id(1), parts) * block + jnp.arange(block)
-    number = jnp.arange(wide)
-    inside = (row < rows)[:, None] & (number < width)
+    column = jnp.arange(wide)[None]
+    inside = (row < rows)[:, None] & (column < width)
     q = plgpu.load(q_ref, mask=inside, other=0)
     start = start_ref[()]
-    query = start + row // (rows // queries)  # its slot
+    query_slot = start + row // (rows // queries)
     limit = jnp.minimum(start + queries, slots)
-    each = pl.cdiv(pl.cdiv(limit, block_kv), splits)
+    steps = pl.cdiv(pl.cdiv(limit, block_kv), splits)
 
     def load(ref: Any, first: Array) -> tuple[Array, Array | None]:
-        """A block of slots, zeros behind the row's last; its scales, if it has any."""
+        """A block of slots, zeros after the row's last; and scales of int8 slots."""
         slot = first + jnp.arange(block_kv)
         valid = slot < limit
         if table_ref.shape[0] == 1:
@@ -221,17 +226,16 @@ def _kernel(
         else:
             pages = plgpu.load(table_ref.at[slot // page], mask=valid, other=0)
             offset = slot % page
-        mask = valid[:, None] & (number < width)
+        mask = valid[:, None] & (column < width)
         values = ref.values if isinstance(ref, QuantizedSlots) else ref
-        at: Any = values.at[pages[:, None], head, offset[:, None], number[None, :]]
-        numbers = plgpu.load(at, mask=mask, other=0).astype(q.dtype)
+        at: Any = values.at[pages[:, None], head, offset[:, None], column]
+        loaded = plgpu.load(at, mask=mask, other=0).astype(q.dtype)
         if values is ref:
-            return numbers, None
+            return loaded, None
         scales = ref.scales.at[pages, head, offset]
-        return numbers, plgpu.load(scales, mask=valid, other=0)
+        return loaded, plgpu.load(scales, mask=valid, other=0)
 
-    def step(at: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        total, largest, weight = sums
+    def step(at: Array, softmax: OnlineSoftmax) -> OnlineSoftmax:
         first = at * block_kv
         k, k_scale = load(k_ref, first)
         v, v_scale = load(v_ref, first)
@@ -239,26 +243,14 @@ def _kernel(
         if k_scale is not None:
             s *= k_scale[None, :]
         slot = first + jnp.arange(block_kv)
-        s = jnp.where(slot[None, :] <= query[:, None], s, -jnp.inf)
-        larger = jnp.maximum(largest, jnp.max(s, axis=1))
-        shrink = jnp.exp2(largest - larger)
-        p = jnp.exp2(s - larger[:, None])
-        weight = weight * shrink + jnp.sum(p, axis=1)
-        if v_scale is not None:
-            p *= v_scale[None, :]
-        total = total * shrink[:, None] + product(p.astype(q.dtype), v, (1, 0))
-        return total, larger, weight
+        s = jnp.where(slot[None, :] <= query_slot[:, None], s, -jnp.inf)
+        return softmax.add(s, v, v_scale)
 
-    sums: tuple[Array, ...] = (
-        jnp.zeros((block, wide), jnp.float32),
-        jnp.full((block,), LEAST, jnp.float32),
-        jnp.zeros((block,), jnp.float32),
-    )
-    end = jnp.minimum((split + 1) * each, pl.cdiv(limit, block_kv))
-    sums = jax.lax.fori_loop(split * each, end, step, sums)
-    total, largest, weight = sums
-    empty = weight == 0  # nothing in this part that the query sees
-    weight = jnp.where(empty, 1, weight)
-    plgpu.store(out_ref, total / weight[:, None], mask=inside)
-    natural = jnp.where(empty, LEAST, (largest + jnp.log2(weight)) / LOG2_E)
-    plgpu.store(logsumexp_ref, natural, mask=row < rows)
+    end = jnp.minimum((split + 1) * steps, pl.cdiv(limit, block_kv))
+    softmax = OnlineSoftmax.empty(block, wide)
+    softmax = jax.lax.fori_loop(split * steps, end, step, softmax)
+    empty = softmax.weight == 0  # the query sees nothing of this split
+    weight = jnp.where(empty, 1, softmax.weight)
+    plgpu.store(out_ref, softmax.total / weight[:, None], mask=inside)
+    natural = jnp.where(empty, LEAST, (softmax.largest + jnp.log2(weight)) / LOG2_E)
+    plgpu.store(lse_ref, natural, mask=row < rows)

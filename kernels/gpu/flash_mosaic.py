@@ -2,26 +2,26 @@
 
     grid (N, T / (2 · block_q), B); a program is three warpgroups of 128 threads
 
-      fetcher (40 registers a thread)      TMA: block after block of k and of v into a
-                                           ring of `depth` places, as they come free
+      producer (40 registers per thread)   TMA: blocks of k and of v into a ring of
+                                           `depth` buffers, as they become free
       workers 0 and 1 (232 registers)      each has block_q queries of one head:
           tensor cores  q · kᵀ   │ softmax │  + p · v  │ q · kᵀ  │ softmax ...
           worker 1        ...    │ q · kᵀ  │  softmax  │ + p · v │ ...
-      one multiplies while the other takes exponentials: they meet after every half.
+      one multiplies while the other takes exponentials: they synchronize every half.
 
-    registers     the sum of values [block_q, H], scores and weights [block_q,
+    registers     the weighted sum of values [block_q, H], scores and weights [block_q,
                   block_kv], the largest score and sum of weights of each query
-    shared memory q of both workers (their output goes out through the same place),
-                  the ring of k and v, swizzled as wgmma wants them
-    HBM           q, k, v as they are, the output, each query's logsumexp
+    shared memory q of both workers (reused for their output), the ring of k and v,
+                  swizzled for wgmma
+    HBM           q, k, v in place, the output, each query's log-sum-exp
 
-Blocks behind the last query of a program are not fetched, those before the first slot
-of its segments neither; only blocks that cross the diagonal are masked. Head n reads
-the keys of head n // (N / K). What lies behind an array's end comes as zeros, and is
-not written: no array is padded but the logsumexp.
+Blocks after the last query of a program are not fetched, nor those before the first
+slot of its segments; only blocks that cross the diagonal are masked. Head n reads the
+keys of head n // (N / K). TMA reads zeros after an array's end and does not write
+there: no array is padded but the log-sum-exp.
 
-The backward pass is that of `flash_triton`, fed from the logsumexp that is kept here.
-Tiles are chosen from registers and shared memory on paper; no device has timed them.
+The backward pass is that of `flash_triton`, from this kernel's log-sum-exp.
+Tile sizes follow from registers and shared memory; no device has timed them.
 
 Ideas: Shah and others, FlashAttention-3 (arXiv:2407.08608), section 3.1.
 """
@@ -36,23 +36,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels import compat
-from llama_jax.kernels.gpu import flash_triton
-from llama_jax.kernels.gpu.flash_triton import LEAST
-from llama_jax.kernels.gpu.flash_triton_backward import (
-    LOG2_E,
-    Tiles,
-    edges,
-    product,
-    whole,
-)
+from llama_jax.kernels.differentiable import differentiable
+from llama_jax.kernels.gpu import flash_triton, flash_triton_backward
+from llama_jax.kernels.gpu.triton_tiles import LEAST, LOG2_E, Tiles, edges, whole
+from llama_jax.kernels.precision import product
 
 ACCUMULATOR = plgpu.WGMMAAccumulatorRef
 WORKERS = 2
-FETCHER = WORKERS
+PRODUCER = WORKERS
 
 
 class Blocks(NamedTuple):
-    """Queries of a worker, slots of a step, and steps that are fetched ahead."""
+    """Queries of a worker, slots of a step, and number of prefetched steps."""
 
     q: int
     kv: int
@@ -71,97 +66,52 @@ def flash_attention(
     depth: int = 2,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`kernels.attention` for an H100 or H200 (compute capability 9.0), differentiable.
+    """Compute `kernels.attention` on Hopper (compute capability 9.0), differentiable.
 
-    Slots behind a row's last query must hold finite numbers: they are multiplied by
-    weights of zero where they share a block with others.
+    Slots after a row's last query must be finite: in a block that is partly visible
+    they are multiplied by zero weights.
 
     Args:
       q: queries, bfloat16 or float16.
       k: keys, of the same dtype.
-      v: values, likewise.
-      q_start: slot of each row's first query; 0 where not given.
-      segment_ids: for packed rows (S = T); a segment need not be in one piece.
+      v: values, of the same dtype.
+      q_start: slot of each row's first query; defaults to 0.
+      segment_ids: segments of packed rows (S = T), which need not be contiguous.
       block_q: queries of each of the two workers, a multiple of 64.
       block_kv: slots of a step, a multiple of 64.
-      depth: steps that are fetched ahead, at least 2.
+      depth: number of prefetched steps, at least 2.
       interpret: simulate warpgroups, copies and barriers, on any device.
 
     Raises:
-      ValueError: another dtype, a head that is not a multiple of 16 wide, blocks that
-        the tensor cores cannot take, or shapes that do not fit each other.
+      ValueError: a dtype, head_dim or blocks that the tensor cores do not support, or
+        shapes that do not match.
     """
     flash_triton.check(q, k, v, segment_ids)
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: Hopper's kernel takes bfloat16 "
-            "or float16, the same for all three"
+            "q, k and v must all be bfloat16 or all float16, got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}"
         )
     if q.shape[3] % 16:
-        raise ValueError(f"head_dim is {q.shape[3]}; it must be a multiple of 16")
+        raise ValueError(f"head_dim must be a multiple of 16, got {q.shape[3]}")
     if block_q % 64 or block_kv % 64 or depth < 2:
         raise ValueError(
-            f"blocks of {block_q} queries and {block_kv} slots, {depth} deep: write "
-            "multiples of 64, at least 2 deep"
+            "block_q and block_kv must be multiples of 64 and depth at least 2, got "
+            f"{block_q}, {block_kv} and {depth}"
         )
     blocks = Blocks(block_q, block_kv, depth)
-    return _attend(blocks, interpret, q, k, v, q_start, segment_ids)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    blocks: Blocks,
-    interpret: bool,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_start: Array | None,
-    segment_ids: Array | None,
-) -> Array:
-    return _forward(blocks, interpret, q, k, v, q_start, segment_ids)[0]
-
-
-_Kept = tuple[Array, Array, Array, Array | None, Array | None, Array, Array]
-
-
-def _attend_forward(
-    blocks: Blocks,
-    interpret: bool,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_start: Array | None,
-    segment_ids: Array | None,
-) -> tuple[Array, _Kept]:
-    out, logsumexp = _forward(blocks, interpret, q, k, v, q_start, segment_ids)
-    return out, (q, k, v, q_start, segment_ids, out, logsumexp)
-
-
-def _attend_backward(
-    blocks: Blocks, interpret: bool, kept: _Kept, given: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, q_start, segment_ids, out, logsumexp = kept
-    gradients = flash_triton.gradients(
-        *(q, k, v, out, logsumexp, given),
-        q_start=q_start,
-        segment_ids=segment_ids,
-        interpret=interpret,
-    )
-    return *gradients, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return _attend((blocks, interpret), q, k, v, q_start, segment_ids)
 
 
 def _forward(
-    blocks: Blocks,
-    interpret: bool,
+    settings: tuple[Blocks, bool],
     q: Array,
     k: Array,
     v: Array,
     q_start: Array | None,
     segment_ids: Array | None,
 ) -> tuple[Array, Array]:
+    blocks, interpret = settings
     batch, queries, heads, width = q.shape
     tile = WORKERS * blocks.q
     tiles = pl.cdiv(queries, tile)
@@ -169,9 +119,7 @@ def _forward(
         q_start = jnp.zeros((batch,), jnp.int32)
     first, ids = jnp.zeros((batch, tiles), jnp.int32), None
     if segment_ids is not None:
-        limits = edges(segment_ids, Tiles(tile, blocks.kv, 0, 0))
-        assert limits is not None
-        first = limits.first_kv
+        first = edges(segment_ids, Tiles(tile, blocks.kv, 0, 0)).first_kv
         pad = whole(queries, max(tile, blocks.kv)) - queries
         ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, pad)))
 
@@ -203,7 +151,7 @@ def _forward(
             collective_axes="warpgroup",
         )
 
-    out, logsumexp = compat.mosaic_gpu_kernel(
+    out, lse = compat.mosaic_gpu_kernel(
         program,
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -216,7 +164,17 @@ def _forward(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, k, v, q_start, first, *([] if ids is None else [ids]))
-    return out, logsumexp[..., :queries]
+    return out, lse[..., :queries]
+
+
+def _backward(
+    settings: tuple[Blocks, bool], q: Array, k: Array, *residuals: Any
+) -> tuple[Array, Array, Array]:
+    tiles = flash_triton.blocks_for(q, k.shape[2]).backward
+    return flash_triton_backward.backward(tiles, settings[1], q, k, *residuals)
+
+
+_attend = differentiable(_forward, _backward)
 
 
 def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
@@ -233,20 +191,20 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
     first = first_ref[row, tile]  # block of slots
 
     def steps(begin: Any, number: int) -> Any:
-        """Of the queries from `begin` on: how many blocks from `first` they see."""
+        """Number of blocks from `first` on that some queries see."""
         end = jnp.minimum(start + jnp.minimum(begin + number, queries), slots)
         return jax.lax.div(end + (blocks.kv - 1), blocks.kv) - first
 
-    of_program = steps(tile * (WORKERS * blocks.q), WORKERS * blocks.q)
+    steps_of_program = steps(tile * (WORKERS * blocks.q), WORKERS * blocks.q)
 
-    @pl.when(me == FETCHER)
+    @pl.when(me == PRODUCER)
     def _fetch() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        of_head = jax.lax.div(head, group)
+        kv_head = jax.lax.div(head, group)
 
-        @pl.loop(0, of_program)
+        @pl.loop(0, steps_of_program)
         def _one(step: Any) -> None:
-            place = jax.lax.rem(step, blocks.depth)
+            buffer = jax.lax.rem(step, blocks.depth)
             block = pl.ds((first + step) * blocks.kv, blocks.kv)
             for source, ring, here, free in (
                 (k_ref, k_smem, k_here, k_free),
@@ -255,10 +213,10 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
 
                 @pl.when(step >= blocks.depth)
                 def _wait(free: Any = free) -> None:
-                    plgpu.barrier_wait(free.at[place])
+                    plgpu.barrier_wait(free.at[buffer])
 
                 plgpu.copy_gmem_to_smem(
-                    source.at[row, of_head, block], ring.at[place], here.at[place]
+                    source.at[row, kv_head, block], ring.at[buffer], here.at[buffer]
                 )
 
     @pl.when(me < WORKERS)
@@ -273,25 +231,25 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
         if ids_ref is not None:
             ids = compat.load_vector(ids_ref.at[row, mine], along="rows")
 
-        def meet() -> None:
+        def synchronize() -> None:
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
         def step(masked: bool, at: Any, sums: Any) -> Any:
             total, largest, weight = sums
-            place = jax.lax.rem(at, blocks.depth)
+            buffer = jax.lax.rem(at, blocks.depth)
             slot = (first + at) * blocks.kv
 
             def multiply(s_ref: Any) -> Any:
-                keys = compat.transposed(k_smem.at[place])
+                keys = compat.transposed(k_smem.at[buffer])
                 plgpu.wgmma(s_ref, q_mine, keys)
-                meet()  # the other's turn at the tensor cores
+                synchronize()  # the other worker may use the tensor cores
                 return s_ref[...]
 
-            plgpu.barrier_wait(k_here.at[place])
+            plgpu.barrier_wait(k_here.at[buffer])
             shape = (blocks.q, blocks.kv)
             s = pl.run_scoped(multiply, ACCUMULATOR(shape, jnp.float32))
-            plgpu.barrier_arrive(k_free.at[place])
+            plgpu.barrier_arrive(k_free.at[buffer])
             s *= LOG2_E * width**-0.5
             if masked:
                 layout = plgpu.Layout.WGMMA
@@ -299,10 +257,10 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
                 of_kv = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
                 mask = of_kv + slot <= of_q + (start + begin)
                 if ids_ref is not None:
-                    of_slots = compat.load_vector(
+                    slot_ids = compat.load_vector(
                         ids_ref.at[row, pl.ds(slot, blocks.kv)], along="columns"
                     )
-                    mask &= _wide(ids, shape, 0) == _wide(of_slots, shape, 1)
+                    mask &= _wide(ids, shape, 0) == _wide(slot_ids, shape, 1)
                 s = jnp.where(mask, s, -jnp.inf)
             larger = jnp.maximum(largest, s.max(axis=1))
             shrink = jnp.exp2(largest - larger)
@@ -310,46 +268,46 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
             total *= _wide(shrink, total.shape, 0)
             weight = weight * shrink + p.sum(axis=1)
             p = p.astype(q_ref.dtype)
-            # All of the softmax is to be over before the tensor cores are asked for.
+            # The softmax is finished before the tensor cores are requested.
             total, larger, weight, p = jax.lax.optimization_barrier(
                 (total, larger, weight, p)
             )
-            plgpu.barrier_wait(v_here.at[place])
-            meet()
+            plgpu.barrier_wait(v_here.at[buffer])
+            synchronize()
 
             def add(total_ref: Any) -> None:
-                plgpu.wgmma(total_ref, p, v_smem.at[place])
+                plgpu.wgmma(total_ref, p, v_smem.at[buffer])
 
-            if interpret:  # which knows no wgmma from registers
-                total += product(p, v_smem[place], (1, 0))
-                plgpu.commit_smem()  # a plain read, before the place is filled again
+            if interpret:  # does not support wgmma from registers
+                total += product(p, v_smem[buffer], 1, 0)
+                plgpu.commit_smem()  # a plain read, before the buffer is filled again
             else:
                 total = pl.run_state(add)(ACCUMULATOR.init(total))
-            plgpu.barrier_arrive(v_free.at[place])
+            plgpu.barrier_arrive(v_free.at[buffer])
             return total, larger, weight
 
         def skip(at: Any, _: None) -> None:
-            """What only the other worker looks at comes free, and it is met twice."""
-            place = jax.lax.rem(at, blocks.depth)
-            plgpu.barrier_arrive(k_free.at[place])
-            plgpu.barrier_arrive(v_free.at[place])
-            meet()
-            meet()
+            """Free a block that only the other worker uses, and synchronize twice."""
+            buffer = jax.lax.rem(at, blocks.depth)
+            plgpu.barrier_arrive(k_free.at[buffer])
+            plgpu.barrier_arrive(v_free.at[buffer])
+            synchronize()
+            synchronize()
 
-        own = jnp.where(begin < queries, steps(begin, blocks.q), 0)
-        # Up to here the first query sees all of every block.
+        steps_here = jnp.where(begin < queries, steps(begin, blocks.q), 0)
+        # Before this block the first query sees all slots.
         full = jax.lax.div(start + begin + 1, blocks.kv)
-        full = jnp.minimum(jnp.minimum(full, own), 0 if packed else own)
+        full = jnp.minimum(jnp.minimum(full, steps_here), 0 if packed else steps_here)
         sums = (
             _registers(0.0, (blocks.q, width)),
             _registers(LEAST, (blocks.q,)),
             _registers(0.0, (blocks.q,)),
         )
-        pl.when(me == 1)(meet)  # half a step behind
+        pl.when(me == 1)(synchronize)  # half a step later
         sums = jax.lax.fori_loop(0, full, functools.partial(step, False), sums)
-        sums = jax.lax.fori_loop(full, own, functools.partial(step, True), sums)
-        jax.lax.fori_loop(own, of_program, skip, None)
-        pl.when(me == 0)(meet)
+        sums = jax.lax.fori_loop(full, steps_here, functools.partial(step, True), sums)
+        jax.lax.fori_loop(steps_here, steps_of_program, skip, None)
+        pl.when(me == 0)(synchronize)
         total, largest, weight = sums
         q_mine[...] = (total / _wide(weight, total.shape, 0)).astype(q_ref.dtype)
         sums_smem.at[me][...] = largest / LOG2_E + jnp.log(weight)

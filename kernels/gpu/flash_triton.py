@@ -1,24 +1,23 @@
 """Flash attention for NVIDIA GPUs from Ampere on: Pallas, lowered to Triton.
 
-    grid (T / block_q, N, B): one program makes one block of one head's queries
+    grid (T / block_q, N, B): a program computes a block of queries of one head
 
            slots →   block_kv
         ┌────────┬────────┬────────┬────────┐
-      q │  full  │  full  │ masked │  ────  │   blocks behind the last query are
-        └────────┴────────┴────────┴────────┘   never read; only those that cross
-                                                the diagonal are masked
-    registers     a block of queries, its sum of values [block_q, H], the largest
-                  score and the sum of weights of each query, all float32
-    shared memory a block of keys and one of values, fetched ahead by Triton
-    HBM           q, k, v as they are; the output and each query's logsumexp
+      q │  full  │  full  │ masked │  ────  │   blocks after the last query are not
+        └────────┴────────┴────────┴────────┘   read; only those that cross the
+                                                diagonal are masked
+    registers     a block of queries, and their weighted sum of values [block_q, H],
+                  largest score and sum of weights, all float32
+    shared memory a block of keys and one of values, prefetched by Triton
+    HBM           q, k, v in place; the output and each query's log-sum-exp
 
-Head n reads the keys of head n // (N / K) where they lie: nothing is repeated. Triton
-wants powers of two, so that 80 and 96 numbers of a head become 128 by masked loads, and
-so does the last block of queries or slots; no array is padded. Packed rows begin at the
-first block in which one of their segments begins. Programs with the most blocks start
-first.
+Head n reads the keys of head n // (N / K) in place: nothing is repeated. Triton needs
+powers of two, so heads of 80 and 96 become 128 by masked loads, and so do the last
+blocks of queries and slots; no array is padded. Packed rows begin at the first block in
+which one of their segments begins. Programs with the most blocks start first.
 
-Tiles are chosen from shared memory and registers on paper; no device has timed them.
+Tile sizes follow from shared memory and registers; no device has timed them.
 """
 
 import functools
@@ -30,25 +29,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from llama_jax.kernels.differentiable import differentiable
 from llama_jax.kernels.gpu import flash_triton_backward
-from llama_jax.kernels.gpu.flash_triton_backward import (
+from llama_jax.kernels.gpu.triton_tiles import (
     LOG2_E,
     Edges,
+    OnlineSoftmax,
+    Sizes,
     Tiles,
-    block_of,
-    edges,
-    load_block,
-    product,
-    row_spec,
-    scores,
+    compiler_params,
+    fold_slots,
+    query_block,
+    row_inputs,
     whole,
 )
 
-LEAST = -1e30  # as large as no score is negative, and finite: no NaN by subtraction
-
 
 class Blocks(NamedTuple):
-    """How much of the queries and slots one program holds, forward and backward."""
+    """Tile sizes of the forward and the backward pass."""
 
     forward: Tiles
     backward: Tiles
@@ -65,116 +63,73 @@ def flash_attention(
     block_kv: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`kernels.attention` for a GPU, without scores in memory, differentiable.
+    """Compute `kernels.attention` on a GPU, differentiable, without scores in memory.
 
-    The backward pass computes the weights again from the logsumexp of each query; it
-    adds in one order, so that two runs are equal bit for bit. Slots behind the last
-    query of a row are not read, whatever they hold.
+    The backward pass recomputes the weights from the log-sum-exp of each query, and is
+    deterministic. Slots after the last query of a row are not read.
 
     Args:
       q: queries.
-      k: keys; cast to q's dtype block by block.
-      v: values, likewise.
-      q_start: slot of each row's first query; 0 where not given.
-      segment_ids: for packed rows (S = T); any numbers, a segment need not be in one
-        piece.
-      block_q: queries of a program, a power of two ≥ 16; chosen where not given.
-      block_kv: slots of a step, likewise.
-      interpret: run by XLA, on any device.
+      k: keys, cast to q's dtype block by block.
+      v: values, like `k`.
+      q_start: slot of each row's first query; defaults to 0.
+      segment_ids: segments of packed rows (S = T), which need not be contiguous.
+      block_q: queries of a program, a power of two ≥ 16; has a default.
+      block_kv: slots of a step, a power of two ≥ 16; has a default.
+      interpret: run in interpret mode, on any device.
 
     Raises:
-      ValueError: shapes that do not fit each other, heads wider than 256, or blocks
-        that are no power of two.
+      ValueError: shapes that do not match, heads wider than 256, or blocks that are no
+        power of two.
     """
     check(q, k, v, segment_ids)
-    blocks = _blocks(q, k.shape[2], block_q, block_kv)
-    return _attend(blocks, interpret, q, k, v, q_start, segment_ids)
-
-
-def attention_and_logsumexp(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    *,
-    q_start: Int[Array, " B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """`flash_attention`, not differentiable, and the logsumexp of each query's scores.
-
-    Raises:
-      ValueError: as `flash_attention`.
-    """
-    check(q, k, v, segment_ids)
-    tiles = _blocks(q, k.shape[2], None, None).forward
-    return _forward(tiles, interpret, q, k, v, q_start, segment_ids)
-
-
-def gradients(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    out: Float[Array, "B T N H"],
-    logsumexp: Float[Array, "B N T"],
-    given: Float[Array, "B T N H"],
-    *,
-    q_start: Int[Array, " B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """Gradients of q, k and v from what any forward pass has kept.
-
-    Args:
-      q: queries, as the keys and values those of the forward pass.
-      k: keys.
-      v: values.
-      out: what attention gave.
-      logsumexp: of each query's scores, natural.
-      given: gradient of `out`.
-      q_start: as of `flash_attention`.
-      segment_ids: likewise.
-      interpret: likewise.
-    """
-    tiles = _blocks(q, k.shape[2], None, None).backward
-    return flash_triton_backward.backward(
-        tiles, interpret, q, k, v, q_start, segment_ids, out, logsumexp, given
-    )
+    blocks = blocks_for(q, k.shape[2], block_q, block_kv)
+    return _attend((blocks, interpret), q, k, v, q_start, segment_ids)
 
 
 def check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
-    """Refuse shapes that fit no flash attention, ours or Hopper's."""
+    """Check that the shapes are those of flash attention.
+
+    Raises:
+      ValueError: they are not.
+    """
     batch, queries, heads, width = q.shape
     groups, slots = k.shape[1:3]
     if k.shape != (batch, groups, slots, width) or v.shape != k.shape:
         raise ValueError(
-            f"keys {k.shape} and values {v.shape} do not fit queries {q.shape}"
+            f"keys {k.shape} and values {v.shape} do not match queries {q.shape}"
         )
     if heads % groups:
-        raise ValueError(f"{heads} query heads are no multiple of {groups} of keys")
+        raise ValueError(
+            f"the number of query heads, {heads}, must be a multiple of that of "
+            f"key/value heads, {groups}"
+        )
     if width > 256:
-        raise ValueError(f"head_dim is {width}; the kernel holds at most 256")
+        raise ValueError(f"head_dim must be at most 256, got {width}")
     if segment_ids is not None and slots != queries:
         raise ValueError(
             f"packed rows attend to themselves, but there are {slots} slots for "
-            f"{queries} queries; leave segment_ids out with a cache"
+            f"{queries} queries; leave out segment_ids with a cache"
         )
 
 
-def _blocks(q: Array, slots: int, block_q: int | None, block_kv: int | None) -> Blocks:
-    """Those asked for, or what fits 99 kB of shared memory with one block ahead."""
+def blocks_for(
+    q: Array, slots: int, block_q: int | None = None, block_kv: int | None = None
+) -> Blocks:
+    """The given tile sizes, or those that fit 99 kB of shared memory twice."""
     for name, size in (("block_q", block_q), ("block_kv", block_kv)):
         if size is not None and (size < 16 or size & (size - 1)):
-            raise ValueError(f"{name} is {size}; write a power of two, 16 or more")
+            raise ValueError(f"{name} must be a power of two, at least 16, got {size}")
     wide = pl.next_power_of_2(q.shape[3]) > 64
-    small = (1 + (q.dtype == jnp.float32)) * (1 + (q.shape[3] > 128))
+    divisor = (1 + (q.dtype == jnp.float32)) * (1 + (q.shape[3] > 128))
     whole_q, whole_kv = (
         max(16, pl.next_power_of_2(size)) for size in (q.shape[1], slots)
     )
 
     def tiles(rows: int, columns: int, warps: int) -> Tiles:
         return Tiles(
-            q=block_q or min(whole_q, rows // small),
-            kv=block_kv or min(whole_kv, columns // small),
+            q=block_q or min(whole_q, rows // divisor),
+            kv=block_kv or min(whole_kv, columns // divisor),
             warps=warps,
             stages=2,
         )
@@ -182,82 +137,31 @@ def _blocks(q: Array, slots: int, block_q: int | None, block_kv: int | None) -> 
     return Blocks(tiles(128, 64, 8 if wide else 4), tiles(64, 64, 8 if wide else 4))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    blocks: Blocks,
-    interpret: bool,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_start: Array | None,
-    segment_ids: Array | None,
-) -> Array:
-    return _forward(blocks.forward, interpret, q, k, v, q_start, segment_ids)[0]
-
-
-_Kept = tuple[Array, Array, Array, Array | None, Array | None, Array, Array]
-
-
-def _attend_forward(
-    blocks: Blocks,
-    interpret: bool,
-    q: Array,
-    k: Array,
-    v: Array,
-    q_start: Array | None,
-    segment_ids: Array | None,
-) -> tuple[Array, _Kept]:
-    out, logsumexp = _forward(blocks.forward, interpret, q, k, v, q_start, segment_ids)
-    return out, (q, k, v, q_start, segment_ids, out, logsumexp)
-
-
-def _attend_backward(
-    blocks: Blocks, interpret: bool, kept: _Kept, given: Array
-) -> tuple[Array, Array, Array, None, None]:
-    gradient = flash_triton_backward.backward(blocks.backward, interpret, *kept, given)
-    return *gradient, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
 def _forward(
-    tiles: Tiles,
-    interpret: bool,
+    settings: tuple[Blocks, bool],
     q: Array,
     k: Array,
     v: Array,
     q_start: Array | None,
     segment_ids: Array | None,
 ) -> tuple[Array, Array]:
+    tiles, interpret = settings[0].forward, settings[1]
     batch, queries, heads, width = q.shape
     slots, group = k.shape[2], heads // k.shape[1]
     blocks = pl.cdiv(queries, tiles.q)
     wide = pl.next_power_of_2(width)
-
-    def of_queries(i: Array, n: Array, b: Array) -> tuple[Array, Array, Array, int]:
-        return b, blocks - 1 - i, n, 0
-
-    queries_spec = pl.BlockSpec((None, tiles.q, None, wide), of_queries)
+    queries_spec = pl.BlockSpec(
+        (None, tiles.q, None, wide), lambda i, n, b: (b, blocks - 1 - i, n, 0)
+    )
     slots_spec = pl.BlockSpec(
         (None, None, whole(slots, tiles.kv), wide),
         lambda i, n, b: (b, jax.lax.div(n, group), 0, 0),
     )
-    of_row = functools.partial(row_spec, row=lambda i, n, b: b)
-    limits = edges(segment_ids, tiles)
-    kernel = functools.partial(_kernel, tiles=tiles, queries=queries, slots=slots)
-    kernel = functools.partial(kernel, width=width)
-    out, logsumexp = pl.pallas_call(
-        kernel,
+    rows, row_specs = row_inputs(q_start, segment_ids, tiles)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, tiles=tiles, sizes=Sizes(queries, slots, width)),
         grid=(blocks, heads, batch),
-        in_specs=[
-            of_row(q_start),
-            of_row(segment_ids, whole(queries, max(tiles.q, tiles.kv))),
-            jax.tree.map(lambda edge: of_row(edge, edge.shape[1]), limits),
-            queries_spec,
-            slots_spec,
-            slots_spec,
-        ],
+        in_specs=[*row_specs, queries_spec, slots_spec, slots_spec],
         out_specs=[
             queries_spec,
             pl.BlockSpec((None, None, tiles.q), lambda i, n, b: (b, n, blocks - 1 - i)),
@@ -266,13 +170,11 @@ def _forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiles.warps, num_stages=tiles.stages
-        ),
+        compiler_params=compiler_params(tiles),
         interpret=interpret,
         name="flash_attention",
-    )(q_start, segment_ids, limits, q, k, v)
-    return out, logsumexp
+    )(*rows, q, k, v)
+    return out, lse
 
 
 def _kernel(
@@ -283,60 +185,30 @@ def _kernel(
     k_ref: Any,
     v_ref: Any,
     out_ref: Any,
-    logsumexp_ref: Any,
+    lse_ref: Any,
     *,
     tiles: Tiles,
-    queries: int,
-    slots: int,
-    width: int,
+    sizes: Sizes,
 ) -> None:
-    block = pl.num_programs(0) - 1 - pl.program_id(0)
-    wide = q_ref.shape[-1]
-    row = block * tiles.q + jnp.arange(tiles.q)
-    numbers = jnp.arange(wide) < width
-    inside = (row < queries)[:, None] & numbers
-    q = plgpu.load(q_ref, mask=inside, other=0)
-    start = 0 if start_ref is None else start_ref[()]
-    last = jnp.minimum((block + 1) * tiles.q, queries) + start  # one behind, of block
-    limit = jnp.minimum(start + queries, slots)  # one behind the row's last
-    ids: Any = None
-    if ids_ref is not None:
-        ids = block_of(ids_ref, block * tiles.q, tiles.q, queries)
+    block = query_block(start_ref, ids_ref, q_ref, tiles, sizes)
 
-    def step(masked: bool, at: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        total, largest, weight = sums
-        first = at * tiles.kv
-        k = load_block(k_ref, first, tiles.kv, limit, numbers, q.dtype)
-        v = load_block(v_ref, first, tiles.kv, limit, numbers, q.dtype)
-        s = scores(q, k, width)
-        if masked:
-            slot = first + jnp.arange(tiles.kv)
-            mask = slot[None, :] <= (start + row)[:, None]
-            if ids_ref is not None:
-                of_slots = block_of(ids_ref, first, tiles.kv, queries)
-                mask &= ids[:, None] == of_slots[None, :]
-            s = jnp.where(mask, s, -jnp.inf)
-        larger = jnp.maximum(largest, jnp.max(s, axis=1))
-        shrink = jnp.exp2(largest - larger)
-        p = jnp.exp2(s - larger[:, None])
-        total = total * shrink[:, None] + product(p.astype(q.dtype), v, (1, 0))
-        return total, larger, weight * shrink + jnp.sum(p, axis=1)
+    def step(s: Array, k: Array, v: Array, softmax: OnlineSoftmax) -> OnlineSoftmax:
+        return softmax.add(s, v)
 
-    sums: tuple[Array, ...] = (
-        jnp.zeros((tiles.q, wide), jnp.float32),
-        jnp.full((tiles.q,), LEAST, jnp.float32),
-        jnp.zeros((tiles.q,), jnp.float32),
-    )
-    end = pl.cdiv(jnp.minimum(last, slots), tiles.kv)
-    if edge_refs is None:
-        # Blocks that the block's first query sees all of need no mask.
-        full = jnp.minimum((start + block * tiles.q + 1) // tiles.kv, end)
-        sums = jax.lax.fori_loop(0, full, functools.partial(step, False), sums)
-    else:
-        full = edge_refs.first_kv[block]
-    sums = jax.lax.fori_loop(full, end, functools.partial(step, True), sums)
-    total, largest, weight = sums
-    out = (total / weight[:, None]).astype(out_ref.dtype)
-    plgpu.store(out_ref, out, mask=inside)
-    natural = (largest + jnp.log2(weight)) / LOG2_E
-    plgpu.store(logsumexp_ref, natural, mask=row < queries)
+    softmax = OnlineSoftmax.empty(*q_ref.shape)
+    slots = ids_ref, edge_refs, k_ref, v_ref
+    softmax = fold_slots(step, softmax, block, *slots, tiles, sizes)
+    out = (softmax.total / softmax.weight[:, None]).astype(out_ref.dtype)
+    plgpu.store(out_ref, out, mask=block.inside)
+    natural = (softmax.largest + jnp.log2(softmax.weight)) / LOG2_E
+    plgpu.store(lse_ref, natural, mask=block.row < sizes.queries)
+
+
+def _backward(
+    settings: tuple[Blocks, bool], *residuals: Any
+) -> tuple[Array, Array, Array]:
+    blocks, interpret = settings
+    return flash_triton_backward.backward(blocks.backward, interpret, *residuals)
+
+
+_attend = differentiable(_forward, _backward)

@@ -1,136 +1,46 @@
-"""The backward pass of `flash_triton`, and what both passes share.
+"""The backward pass of `flash_triton`.
 
-Two kernels, each of which makes the weights P anew from q, k and the logsumexp:
+Two kernels, both of which recompute the weights P from q, k and the log-sum-exp:
 
-    of queries, grid (T / block_q, N, B)      loops over the slots that they see
+    for queries, grid (T / block_q, N, B)     loops over the slots that they see
         registers      dq [block_q, H]; q, the gradient of the output, P, dS
-    of slots,   grid (S / block_kv, K, B)     loops over the group's N / K heads and
+    for slots,   grid (S / block_kv, K, B)    loops over the group's N / K heads and
         registers      dk, dv [block_kv, H]   the queries that see them; k, v, P, dS
-    shared memory      the block that the loop is at
-    HBM                all arrays as they are; Δ = Σ_H out · d(out), by XLA
+    shared memory      the current block of the loop
+    HBM                all arrays in place; Δ = Σ_H out · d(out), by XLA
 
-Every sum is one program's, in one order: no atomic additions, and the same bits each
-time. The heads of a group are summed in registers, so that dk and dv are never made
-per query head.
+Every sum is computed by one program, in a fixed order: no atomic additions, so results
+are deterministic. The heads of a group are summed in registers, so that dk and dv never
+exist per query head.
 
 Equations: Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, DTypeLike, Int
+from jaxtyping import Array
 
-LOG2_E = math.log2(math.e)
-
-
-class Tiles(NamedTuple):
-    """Queries and slots of a block, and what Triton is told."""
-
-    q: int
-    kv: int
-    warps: int
-    stages: int
-
-
-class Edges(NamedTuple):
-    """Where the segments of packed rows let a loop over blocks begin or end."""
-
-    first_kv: Int[Array, "B Q"]  # by block of queries, the first block of slots
-    last_q: Int[Array, "B C"]  # by block of slots, one behind the last of queries
-
-
-def edges(segment_ids: Array | None, tiles: Tiles) -> Edges | None:
-    """Blocks outside of which nothing is of the same segment, for any numbering."""
-    if segment_ids is None:
-        return None
-    first = jax.vmap(_first_of_segment)(segment_ids)
-    last = segment_ids.shape[1] - jax.vmap(_first_of_segment)(segment_ids[:, ::-1])
-    return Edges(
-        first_kv=_by_block(first, tiles.q, jnp.min, segment_ids.shape[1]) // tiles.kv,
-        last_q=pl.cdiv(_by_block(last[:, ::-1], tiles.kv, jnp.max, 0), tiles.q),
-    )
-
-
-def _first_of_segment(ids: Array) -> Array:
-    """The index at which each element's number occurs first."""
-    order = jnp.argsort(ids, stable=True)
-    place = jnp.arange(ids.size)
-    new = jnp.concatenate([jnp.array([True]), jnp.diff(ids[order]) != 0])
-    start = jax.lax.cummax(jnp.where(new, place, 0))
-    return jnp.zeros_like(place).at[order].set(order[start])
-
-
-def _by_block(
-    of_token: Array, size: int, reduce: Callable[..., Array], neutral: int
-) -> Array:
-    batch, length = of_token.shape
-    pad = ((0, 0), (0, -length % size))
-    padded = jnp.pad(of_token, pad, constant_values=neutral)
-    return reduce(padded.reshape(batch, -1, size), axis=2).astype(jnp.int32)
-
-
-def whole(size: int, block: int) -> int:
-    """`size`, rounded up to blocks: what a reference must span to be cut into them."""
-    return pl.cdiv(size, block) * block
-
-
-def row_spec(
-    array: Array | None, size: int | None = None, *, row: Callable[..., Any]
-) -> pl.BlockSpec | None:
-    """One row's number, or its first `size`; nothing of nothing."""
-    if array is None:
-        return None
-    if size is None:
-        return pl.BlockSpec((None,), lambda *ids: (row(*ids),))
-    return pl.BlockSpec((None, size), lambda *ids: (row(*ids), 0))
-
-
-def product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """Over one axis of each, summed in float32; float32 means float32, not TF32."""
-    exact = a.dtype == jnp.float32
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def scores(q: Array, k: Array, width: int) -> Array:
-    """In units of which `exp2` gives weights."""
-    return product(q, k, (1, 1)) * (LOG2_E * width**-0.5)
-
-
-def load_block(
-    ref: Any,
-    first: Array,
-    size: int,
-    limit: Array | int,
-    numbers: Array,
-    dtype: DTypeLike,
-    *head: Array,
-) -> Array:
-    """Rows from `first` on; zeros from `limit` on, and behind a head's width."""
-    row = first + jnp.arange(size)
-    mask = (row < limit)[:, None] & numbers
-    place = ref.at[(pl.ds(first, size), *head, slice(None))]
-    return plgpu.load(place, mask=mask, other=0).astype(dtype)
-
-
-def block_of(
-    ref: Any, first: Array, size: int, limit: Array | int, *head: Array
-) -> Array:
-    """Numbers, one to a row; zeros from `limit` on."""
-    row = first + jnp.arange(size)
-    return plgpu.load(ref.at[(*head, pl.ds(first, size))], mask=row < limit, other=0)
+from llama_jax.kernels.differentiable import output_dot_gradient
+from llama_jax.kernels.gpu.triton_tiles import (
+    LOG2_E,
+    Edges,
+    Sizes,
+    Tiles,
+    compiler_params,
+    fold_slots,
+    load_rows,
+    load_vector,
+    query_block,
+    row_inputs,
+    scores,
+    whole,
+)
+from llama_jax.kernels.precision import product
 
 
 def backward(
@@ -142,32 +52,34 @@ def backward(
     q_start: Array | None,
     segment_ids: Array | None,
     out: Array,
-    logsumexp: Array,
-    given: Array,
+    lse: Array,
+    d_out: Array,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v."""
+    """Compute the gradients of q, k and v.
+
+    Args:
+      tiles: tile sizes.
+      interpret: run in interpret mode, on any device.
+      q: queries, `[B, T, N, H]`.
+      k: keys, `[B, K, S, H]`.
+      v: values, `[B, K, S, H]`.
+      q_start: slot of each row's first query, or None.
+      segment_ids: segments of packed rows, or None.
+      out: output of any forward pass, `[B, T, N, H]`.
+      lse: log-sum-exp of each query's scores, `[B, N, T]`.
+      d_out: gradient of the output.
+    """
     batch, queries, heads, width = q.shape
     groups, slots = k.shape[1:3]
     group = heads // groups
     wide = pl.next_power_of_2(width)
-    delta = jnp.sum(out.astype(jnp.float32) * given.astype(jnp.float32), axis=-1)
-    delta = delta.swapaxes(1, 2)  # B N T, as the logsumexp
-    limits = edges(segment_ids, tiles)
-    of_row = functools.partial(row_spec, row=lambda i, n, b: b)
-    row_specs = [
-        of_row(q_start),
-        of_row(segment_ids, whole(queries, max(tiles.q, tiles.kv))),
-        jax.tree.map(lambda edge: of_row(edge, edge.shape[1]), limits),
-    ]
+    delta = output_dot_gradient(out, d_out).swapaxes(1, 2)  # B N T, like lse
+    rows, row_specs = row_inputs(q_start, segment_ids, tiles)
     call = functools.partial(
-        pl.pallas_call,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=tiles.warps, num_stages=tiles.stages
-        ),
-        interpret=interpret,
+        pl.pallas_call, compiler_params=compiler_params(tiles), interpret=interpret
     )
-    sizes: dict[str, Any] = {"queries": queries, "slots": slots, "width": width}
-    operands = (q_start, segment_ids, limits, q, k, v, given, logsumexp, delta)
+    settings: dict[str, Any] = {"tiles": tiles, "sizes": Sizes(queries, slots, width)}
+    operands = (*rows, q, k, v, d_out, lse, delta)
 
     blocks = pl.cdiv(queries, tiles.q)
     queries_spec = pl.BlockSpec(
@@ -180,8 +92,8 @@ def backward(
     numbers_spec = pl.BlockSpec(
         (None, None, tiles.q), lambda i, n, b: (b, n, blocks - 1 - i)
     )
-    of_q = call(
-        functools.partial(_queries_kernel, tiles=tiles, **sizes),
+    dq = call(
+        functools.partial(_queries_kernel, **settings),
         grid=(blocks, heads, batch),
         in_specs=[
             *row_specs,
@@ -201,8 +113,8 @@ def backward(
     slots_spec = pl.BlockSpec(
         (None, None, tiles.kv, wide), lambda i, g, b: (b, g, i, 0)
     )
-    of_k, of_v = call(
-        functools.partial(_slots_kernel, tiles=tiles, **sizes),
+    dk, dv = call(
+        functools.partial(_slots_kernel, **settings),
         grid=(pl.cdiv(slots, tiles.kv), groups, batch),
         in_specs=[
             *row_specs,
@@ -213,7 +125,7 @@ def backward(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         name="flash_attention_gradient_of_slots",
     )(*operands)
-    return of_q, of_k, of_v
+    return dq, dk, dv
 
 
 def _queries_kernel(
@@ -223,57 +135,30 @@ def _queries_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    given_ref: Any,
-    logsumexp_ref: Any,
+    d_out_ref: Any,
+    lse_ref: Any,
     delta_ref: Any,
-    of_q_ref: Any,
+    dq_ref: Any,
     *,
     tiles: Tiles,
-    queries: int,
-    slots: int,
-    width: int,
+    sizes: Sizes,
 ) -> None:
-    block = pl.num_programs(0) - 1 - pl.program_id(0)
-    wide = q_ref.shape[-1]
-    row = block * tiles.q + jnp.arange(tiles.q)
-    numbers = jnp.arange(wide) < width
-    inside = (row < queries)[:, None] & numbers
-    q = plgpu.load(q_ref, mask=inside, other=0)
-    given = plgpu.load(given_ref, mask=inside, other=0).astype(q.dtype)
-    logsumexp = plgpu.load(logsumexp_ref, mask=row < queries, other=0) * LOG2_E
-    delta = plgpu.load(delta_ref, mask=row < queries, other=0)
-    start = 0 if start_ref is None else start_ref[()]
-    last = jnp.minimum((block + 1) * tiles.q, queries) + start
-    limit = jnp.minimum(start + queries, slots)
-    ids: Any = None
-    if ids_ref is not None:
-        ids = block_of(ids_ref, block * tiles.q, tiles.q, queries)
+    block = query_block(start_ref, ids_ref, q_ref, tiles, sizes)
+    d_out = plgpu.load(d_out_ref, mask=block.inside, other=0).astype(q_ref.dtype)
+    valid = block.row < sizes.queries
+    lse = plgpu.load(lse_ref, mask=valid, other=0) * LOG2_E
+    delta = plgpu.load(delta_ref, mask=valid, other=0)
 
-    def step(masked: bool, at: Array, of_q: Array) -> Array:
-        first = at * tiles.kv
-        k = load_block(k_ref, first, tiles.kv, limit, numbers, q.dtype)
-        v = load_block(v_ref, first, tiles.kv, limit, numbers, q.dtype)
-        s = scores(q, k, width)
-        if masked:
-            slot = first + jnp.arange(tiles.kv)
-            mask = slot[None, :] <= (start + row)[:, None]
-            if ids_ref is not None:
-                of_slots = block_of(ids_ref, first, tiles.kv, queries)
-                mask &= ids[:, None] == of_slots[None, :]
-            s = jnp.where(mask, s, -jnp.inf)
-        p = jnp.exp2(s - logsumexp[:, None])
-        of_s = p * (product(given, v, (1, 1)) - delta[:, None])
-        return of_q + product(of_s.astype(q.dtype), k, (1, 0))
+    def step(s: Array, k: Array, v: Array, dq: Array) -> Array:
+        p = jnp.exp2(s - lse[:, None])
+        ds = p * (product(d_out, v, 1, 1) - delta[:, None])
+        return dq + product(ds.astype(k.dtype), k, 1, 0)
 
-    of_q = jnp.zeros((tiles.q, wide), jnp.float32)
-    end = pl.cdiv(jnp.minimum(last, slots), tiles.kv)
-    if edge_refs is None:
-        full = jnp.minimum((start + block * tiles.q + 1) // tiles.kv, end)
-        of_q = jax.lax.fori_loop(0, full, functools.partial(step, False), of_q)
-    else:
-        full = edge_refs.first_kv[block]
-    of_q = jax.lax.fori_loop(full, end, functools.partial(step, True), of_q)
-    plgpu.store(of_q_ref, (of_q * width**-0.5).astype(of_q_ref.dtype), mask=inside)
+    dq = jnp.zeros(q_ref.shape, jnp.float32)
+    slots = ids_ref, edge_refs, k_ref, v_ref
+    dq = fold_slots(step, dq, block, *slots, tiles, sizes)
+    dq *= sizes.width**-0.5
+    plgpu.store(dq_ref, dq.astype(dq_ref.dtype), mask=block.inside)
 
 
 def _slots_kernel(
@@ -283,54 +168,53 @@ def _slots_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    given_ref: Any,
-    logsumexp_ref: Any,
+    d_out_ref: Any,
+    lse_ref: Any,
     delta_ref: Any,
-    of_k_ref: Any,
-    of_v_ref: Any,
+    dk_ref: Any,
+    dv_ref: Any,
     *,
     tiles: Tiles,
-    queries: int,
-    slots: int,
-    width: int,
+    sizes: Sizes,
 ) -> None:
+    queries, slots, width = sizes
     block = pl.program_id(0)
     group, wide = q_ref.shape[-2:]
     dtype = q_ref.dtype
     slot = block * tiles.kv + jnp.arange(tiles.kv)
-    numbers = jnp.arange(wide) < width
+    columns = (jnp.arange(wide) < width)[None]
     start = 0 if start_ref is None else start_ref[()]
     limit = jnp.minimum(start + queries, slots)
-    seen = (slot < limit)[:, None] & numbers
+    seen = (slot < limit)[:, None] & columns
     k = plgpu.load(k_ref, mask=seen, other=0).astype(dtype)
     v = plgpu.load(v_ref, mask=seen, other=0).astype(dtype)
     ids: Any = None
     if ids_ref is not None:
-        ids = block_of(ids_ref, block * tiles.kv, tiles.kv, queries)
+        ids = load_vector(ids_ref, block * tiles.kv, tiles.kv, queries)
 
     def step(
         masked: bool, head: Array, at: Array, sums: tuple[Array, Array]
     ) -> tuple[Array, Array]:
-        of_k, of_v = sums
+        dk, dv = sums
         first = at * tiles.q
         rows = first, tiles.q, queries
-        q = load_block(q_ref, *rows, numbers, dtype, head)
-        given = load_block(given_ref, *rows, numbers, dtype, head)
-        logsumexp = block_of(logsumexp_ref, *rows, head) * LOG2_E
-        delta = block_of(delta_ref, *rows, head)
+        q = load_rows(q_ref, *rows, width, dtype, head)
+        d_out = load_rows(d_out_ref, *rows, width, dtype, head)
+        lse = load_vector(lse_ref, *rows, head) * LOG2_E
+        delta = load_vector(delta_ref, *rows, head)
         s = scores(q, k, width)
         if masked:
             row = first + jnp.arange(tiles.q)
             mask = slot[None, :] <= (start + row)[:, None]
             if ids_ref is not None:
-                of_rows = block_of(ids_ref, first, tiles.q, queries)
-                mask &= of_rows[:, None] == ids[None, :]
+                row_ids = load_vector(ids_ref, first, tiles.q, queries)
+                mask &= row_ids[:, None] == ids[None, :]
             s = jnp.where(mask, s, -jnp.inf)
-        # Behind the last query q, its gradient and Δ are zeros, and add nothing.
-        p = jnp.exp2(s - logsumexp[:, None])
-        of_v += product(p.astype(dtype), given, (0, 0))
-        of_s = p * (product(given, v, (1, 1)) - delta[:, None])
-        return of_k + product(of_s.astype(dtype), q, (0, 0)), of_v
+        # After the last query q, its gradient and Δ are zeros, and add nothing.
+        p = jnp.exp2(s - lse[:, None])
+        dv += product(p.astype(dtype), d_out, 0, 0)
+        ds = p * (product(d_out, v, 1, 1) - delta[:, None])
+        return dk + product(ds.astype(dtype), q, 0, 0), dv
 
     end: Any = pl.cdiv(queries, tiles.q)
     first = jnp.maximum(block * tiles.kv - start, 0) // tiles.q
@@ -341,7 +225,7 @@ def _slots_kernel(
     else:
         full = end = edge_refs.last_q[block]
 
-    def of_head(head: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add_head(head: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         masked = functools.partial(step, True, head)
         sums = jax.lax.fori_loop(first, full, masked, sums)
         if edge_refs is None:
@@ -350,8 +234,8 @@ def _slots_kernel(
         return sums
 
     zeros = jnp.zeros((tiles.kv, wide), jnp.float32)
-    of_k, of_v = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
-    inside = (slot < slots)[:, None] & numbers
-    of_k *= width**-0.5
-    plgpu.store(of_k_ref, of_k.astype(of_k_ref.dtype), mask=inside)
-    plgpu.store(of_v_ref, of_v.astype(of_v_ref.dtype), mask=inside)
+    dk, dv = jax.lax.fori_loop(0, group, add_head, (zeros, zeros))
+    inside = (slot < slots)[:, None] & columns
+    dk *= width**-0.5
+    plgpu.store(dk_ref, dk.astype(dk_ref.dtype), mask=inside)
+    plgpu.store(dv_ref, dv.astype(dv_ref.dtype), mask=inside)

@@ -1,16 +1,16 @@
-"""Attention of few queries over the cache, on a TPU.
+"""Attention of few queries over a dense cache, on a TPU.
 
-The cache `[B, K, S, H]` stays in HBM as it lies. Of a row only the blocks up to its
-length are read, each `[heads, block, H]` by one strided copy (`#` slots that are seen,
-blank blocks that are not read):
+The cache `[B, K, S, H]` stays in HBM. Only the blocks up to a row's length are read,
+each `[heads, block, H]` by one strided copy (`#`: slots that are attended to; blank
+blocks are not read):
 
     row 0   |####|####|##  |    |    |   |
     row 1   |####|#   |    |    |    |   |
     row 2   |####|####|####|####|####|###|
 
-Where S is no multiple of the block, the last block ends with S and so begins within
-the one before; its slots that were seen already are masked. How blocks are fetched
-ahead is in `streamed_tpu`, what is done with one in `streamed_tiles`.
+If S is no multiple of the block, the last block ends at S and overlaps the one before;
+its repeated slots are masked. How blocks are prefetched is in `streamed`, what is
+computed from one in `streamed_tiles`.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.reference import Slots
-from llama_jax.kernels.tpu.streamed import Parcel, streamed_attention
-from llama_jax.kernels.tpu.streamed_tiles import LANES, Tiling, slots_at, tiling
+from llama_jax.kernels.tpu.flash_tiles import LANES
+from llama_jax.kernels.tpu.streamed import Fetch, streamed_attention
+from llama_jax.kernels.tpu.streamed_tiles import Tiling, slots_at, tiling
 
 
 def decode_attention(
@@ -36,31 +37,31 @@ def decode_attention(
     cores: int = 1,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`attention` for decoding: T · G at most 128, and no gradient.
+    """Compute `kernels.attention` for decoding: T · G ≤ 128, not differentiable.
 
-    Slots behind a row's last query are never looked at, whatever lies there. The cache
-    is read in place where S is a multiple of 8; XLA lays other arrays out differently
-    and would copy them.
+    Slots after a row's last query are never used, whatever they hold. S must be a
+    multiple of 8, so that the cache is read in place: XLA lays out other arrays
+    differently and would copy them.
 
     Args:
       q: queries, bfloat16 or float32.
       k: keys.
       v: values.
       q_start: slot of each row's first query; `q_start + T` is at most S.
-      block_slots: slots of a block, rounded down to a multiple of 128; those of a
-        megabyte where not given.
-      cores: of a device (two on v4 and v5p), among which the heads are divided.
-      interpret: run on any device, slowly.
+      block_slots: slots of a block, rounded down to a multiple of 128; defaults to
+        those of a megabyte.
+      cores: cores of a device (two on v4 and v5p), which share the heads.
+      interpret: run in interpret mode, on any device.
 
     Raises:
-      ValueError: T · G is too large, the queries have another type, or S is no
-        multiple of 128 where the cache is in eight bits or H no multiple of 128.
+      ValueError: T · G is too large, the dtype of the queries is not supported, or S is
+        no multiple of 8, or of 128 if the cache is int8 or H is no multiple of 128.
     """
     slots = k.shape[2]
 
     def block(megabyte: int) -> int:
-        wanted = min(slots, block_slots or megabyte)
-        return min(slots, max(LANES, wanted // LANES * LANES))
+        size = min(slots, block_slots or megabyte)
+        return min(slots, max(LANES, size // LANES * LANES))
 
     tiles = tiling(q, k, block, cores)
     return streamed_attention(
@@ -76,6 +77,8 @@ def decode_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
+    """The blocks of a dense cache."""
+
     tiles: Tiling
     slots: int
 
@@ -85,21 +88,21 @@ class _Rows:
             first = jnp.minimum(first, self.slots - self.tiles.block)
         return first
 
-    def start(self, scalars: Any, parcel: Parcel) -> None:
-        for copy in self._copies(parcel):
+    def start(self, scalars: Any, fetch: Fetch) -> None:
+        for copy in self._copies(fetch):
             copy.start()
 
-    def wait(self, scalars: Any, parcel: Parcel) -> None:
-        for copy in self._copies(parcel):
+    def wait(self, scalars: Any, fetch: Fetch) -> None:
+        for copy in self._copies(fetch):
             copy.wait()
 
-    def _copies(self, parcel: Parcel) -> list[Any]:
+    def _copies(self, fetch: Fetch) -> list[Any]:
         aligned = next(n for n in (LANES, 64, 32, 16, 8, 1) if self.slots % n == 0)
-        first = pl.multiple_of(self.first(parcel.block), aligned)
+        first = pl.multiple_of(self.first(fetch.block), aligned)
         slots = pl.ds(first, self.tiles.block)
         return [
             pltpu.make_async_copy(
-                slots_at(part, self.tiles, slots, parcel.row, parcel.heads), *rest
+                slots_at(part, self.tiles, slots, fetch.row, fetch.heads), *rest
             )
-            for part, *rest in parcel.parts
+            for part, *rest in fetch.parts
         ]

@@ -1,24 +1,22 @@
-"""Flash attention for TPUs, and its derivative.
+"""Flash attention for TPUs, differentiable.
 
-The passes are in `flash_forward_tpu.py` and `flash_backward_tpu.py`, each with a
-picture of its tiling.
+The passes are in `flash_forward.py` and `flash_backward.py`, each with a picture of its
+tiling.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
+from llama_jax.kernels.differentiable import differentiable, output_dot_gradient
 from llama_jax.kernels.tpu.flash_backward import flash_backward
 from llama_jax.kernels.tpu.flash_forward import flash_forward
 from llama_jax.kernels.tpu.flash_tiles import Tiles
 
 
 class Blocks(NamedTuple):
-    """The tiles of both passes, and how many slots' gradients VMEM holds at once."""
+    """Tile sizes of both passes, and the slots whose gradients VMEM holds at once."""
 
     forward: Tiles
     backward: Tiles
@@ -31,9 +29,9 @@ ROUNDED = Blocks(forward=Tiles(q=1024, kv=512), backward=Tiles(q=1024, kv=512))
 EXACT = Blocks(forward=Tiles(q=512, kv=256), backward=Tiles(q=512, kv=256))
 
 
-def blocks_for(dtype: Any) -> Blocks:
-    """Sizes for a dtype: float32 takes six passes of the MXU, and more registers."""
-    return EXACT if dtype == jnp.float32 else ROUNDED
+def blocks_for(dtype: DTypeLike) -> Blocks:
+    """Tile sizes for a dtype: float32 takes six MXU passes, and more registers."""
+    return EXACT if jnp.dtype(dtype) == jnp.float32 else ROUNDED
 
 
 def flash_attention(
@@ -44,60 +42,67 @@ def flash_attention(
     q_start: Int[Array, " B"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     blocks: Blocks | None = None,
-    interpret: Any = False,
+    interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """See `llama_jax.kernels.attention`.
+    """Compute `llama_jax.kernels.attention` on a TPU.
 
     Args:
       q: queries.
-      k: keys.
-      v: values.
-      q_start: slot of each row's first query.
-      segment_ids: of packed rows.
-      blocks: sizes; the best that are known where not given.
-      interpret: run without a TPU, slowly.
+      k: keys, cast to q's dtype.
+      v: values, cast to q's dtype.
+      q_start: slot of each row's first query; defaults to 0.
+      segment_ids: segments of packed rows.
+      blocks: tile sizes; defaults to the best known ones.
+      interpret: run in interpret mode, on any device.
     """
-    ids = None if segment_ids is None else (segment_ids, segment_ids)
-    out = _attend(
-        q.swapaxes(1, 2),
-        k.astype(q.dtype),
-        v.astype(q.dtype),
-        q_start,
-        ids,
-        blocks or blocks_for(q.dtype),
-        interpret,
+    settings = blocks or blocks_for(q.dtype), interpret
+    slots = k.astype(q.dtype), v.astype(q.dtype)
+    return _attend(settings, q.swapaxes(1, 2), *slots, q_start, segment_ids).swapaxes(
+        1, 2
     )
-    return out.swapaxes(1, 2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(
-    q: Any, k: Any, v: Any, q_start: Any, ids: Any, blocks: Blocks, interpret: Any
-) -> Array:
-    settings = {"tiles": blocks.forward, "interpret": interpret}
-    return flash_forward(q, k, v, q_start, ids, with_lse=False, **settings)[0]
 
 
 def _forward(
-    q: Any, k: Any, v: Any, q_start: Any, ids: Any, blocks: Blocks, interpret: Any
-) -> tuple[Array, Any]:
-    settings = {"tiles": blocks.forward, "interpret": interpret}
-    out, lse = flash_forward(q, k, v, q_start, ids, **settings)
-    return out, (q, k, v, q_start, ids, out, lse)
+    settings: tuple[Blocks, bool],
+    q: Array,
+    k: Array,
+    v: Array,
+    q_start: Array | None,
+    ids: Array | None,
+    *,
+    with_lse: bool = True,
+) -> tuple[Array, Array | None]:
+    blocks, interpret = settings
+    pair = None if ids is None else (ids, ids)
+    return flash_forward(
+        q, k, v, q_start, pair,
+        tiles=blocks.forward, with_lse=with_lse, interpret=interpret,
+    )  # fmt: skip
 
 
-def _backward(blocks: Blocks, interpret: Any, kept: Any, d_out: Array) -> Any:
-    q, k, v, q_start, ids, out, lse = kept
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    grads = flash_backward(
-        q, k, v, q_start, ids, lse, delta, d_out,
+def _inference(settings: tuple[Blocks, bool], *inputs: Array | None) -> Array:
+    return _forward(settings, *inputs, with_lse=False)[0]  # type: ignore[arg-type]
+
+
+def _backward(
+    settings: tuple[Blocks, bool],
+    q: Array,
+    k: Array,
+    v: Array,
+    q_start: Array | None,
+    ids: Array | None,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+) -> tuple[Array, Array, Array]:
+    blocks, interpret = settings
+    pair = None if ids is None else (ids, ids)
+    dq, dk, dv = flash_backward(
+        q, k, v, q_start, pair, lse, output_dot_gradient(out, d_out), d_out,
         tiles=blocks.backward, chunk=blocks.chunk, dq_dtype=q.dtype,
         interpret=interpret,
     )  # fmt: skip
-    no_derivative = jax.tree.map(
-        lambda x: np.zeros(x.shape, jax.dtypes.float0), (q_start, ids)
-    )
-    return *(grad.astype(q.dtype) for grad in grads), *no_derivative
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+_attend = differentiable(_forward, _backward, inference=_inference)

@@ -1,21 +1,21 @@
 """The backward pass of flash attention for TPUs, all three gradients in one kernel.
 
-Scores are computed again, tile by tile, from q, k and log Σ exp(scores); they are held
-transposed, slots by queries, so that what belongs to a query is a row of lanes:
+Scores are recomputed, tile by tile, from q, k and log Σ exp(scores). Tiles are
+transposed, slots by queries, so that a value per query is a row of lanes:
 
     p  = exp(k·qᵀ - lse)          dv += p·do
-    dp = v·doᵀ                    dk += ds·q        five products for a tile; a kernel
+    dp = v·doᵀ                    dk += ds·q        five products per tile; one kernel
     ds = p·(dp - Σ o·do)          dq += dsᵀ·k       for each side would need seven
 
-For one key/value head the grid walks the query heads of its group, the blocks of their
-queries, and the blocks of slots that these see. Where things are:
+For one key/value head the grid visits the query heads of its group, their blocks of
+queries, and the blocks of slots that these see. Memory:
 
 * VMEM: dk and dv of all slots (`[S, H]` float32 each) until the group is done, so that
-  nothing is added up in HBM, and no head is repeated; dq of the block of queries.
+  nothing is accumulated in HBM and no head is repeated; dq of the block of queries.
 * HBM: everything else, copied block by block ahead of its use.
 
-S is bounded by VMEM. A longer cache is taken in chunks, each of them a kernel of its
-own whose queries start further back (`q_start` is negative where a chunk lies ahead).
+S is bounded by VMEM. A longer cache is processed in chunks, one kernel per chunk, with
+`q_start` relative to the chunk (negative for queries before it).
 """
 
 import functools
@@ -27,15 +27,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from llama_jax.kernels.precision import product
 from llama_jax.kernels.tpu.flash_tiles import (
     LANES,
     LOG2_E,
     Tiles,
     across,
+    grid_step,
     is_last_of_block,
-    place_of,
-    product,
-    segments_of,
+    segment_operands,
     tile_list,
     walk,
     window_read,
@@ -56,12 +56,12 @@ def _backward_kernel(
     row, kv_head, head, step = (pl.program_id(axis) for axis in range(4))
     heads, steps = pl.num_programs(2), pl.num_programs(3)
     width = q_ref.shape[3]
-    place = place_of(scalars, bounds, step, tiles, slots)
+    grid = grid_step(scalars, bounds, step, tiles, slots)
 
     def attend(at: Any, size: int, at_kv: Any, masked: bool) -> None:
-        """Add what some queries and a block of slots share."""
+        """Add the gradients of some queries and a block of slots."""
         rows, block = pl.ds(at, size), pl.ds(at_kv, tiles.kv)
-        sums = pl.ds(pl.multiple_of(place.first_kv + at_kv, tiles.kv), tiles.kv)
+        sums = pl.ds(pl.multiple_of(grid.first_kv + at_kv, tiles.kv), tiles.kv)
         q, do = q_ref[0, 0, rows], do_ref[0, 0, rows]
         k, v = k_ref[0, 0, block], v_ref[0, 0, block]
         lse, delta = lse_ref[0, 0, :, rows], delta_ref[0, 0, :, rows]
@@ -70,12 +70,12 @@ def _backward_kernel(
         if masked:
             kv_slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             q_slot = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            first = place.first_kv + at_kv
-            seen = kv_slot - q_slot <= place.first_q + at - first
+            first = grid.first_kv + at_kv
+            seen = kv_slot - q_slot <= grid.first_q + at - first
             if q_ids is not None and kv_ids is not None:
                 seen &= across(kv_ids[0, :, block]) == q_ids[0, :, rows]
             if slots % tiles.window:
-                # Scores of what fills the last block are 0, which lse does not bound.
+                # Scores of the padding are 0, which lse does not bound.
                 seen &= kv_slot < slots - first
             p = jnp.where(seen, p, 0.0)
         ds = (p * (product(v, do, 1, 1) - delta)).astype(q.dtype)
@@ -93,7 +93,7 @@ def _backward_kernel(
 
     pl.when(step == 0)(begin)
 
-    walk(tiles, place, attend)
+    walk(tiles, grid, attend)
 
     @pl.when(is_last_of_block(scalars[1], step, steps))
     def finish() -> None:
@@ -125,36 +125,39 @@ def flash_backward(
     tiles: Tiles,
     chunk: int,
     dq_dtype: DTypeLike = jnp.float32,
-    interpret: Any = False,
+    interpret: bool = False,
 ) -> Grads:
-    """Gradients of q, k and v; those of k and v are float32.
+    """Compute the gradients of q, k and v.
 
     Args:
-      q: as it was.
-      k: likewise.
-      v: likewise.
-      q_start: likewise.
-      segment_ids: likewise.
+      q: queries.
+      k: keys.
+      v: values.
+      q_start: slot of each row's first query; may be negative. Defaults to 0.
+      segment_ids: segments of queries and of slots.
       lse: log Σ exp(scores) of each query.
-      delta: Σ o·do of each query, less what comes back for lse.
-      do: what comes back for the output.
-      tiles: block sizes.
-      chunk: most slots that are taken at a time.
-      dq_dtype: of the gradient of q, which is float32 until it is complete.
-      interpret: run by the interpreter.
+      delta: Σ_H o·do of each query.
+      do: gradient of the output.
+      tiles: tile sizes.
+      chunk: number of slots whose gradients VMEM holds at once.
+      dq_dtype: dtype of the gradient of q, which is accumulated in float32.
+      interpret: run in interpret mode, on any device.
+
+    Returns:
+      The gradient of q, and those of k and v in float32.
     """
     queries, slots = q.shape[2], k.shape[2]
     tiles = tiles.within(queries, slots)
     more_q, more_kv = -queries % tiles.q, -slots % tiles.window
-    # Zeros behind a ragged end add nothing; behind that of k and v they are masked.
-    q, do = (_longer(x, more_q, 2) for x in (q, do))
-    k, v = (_longer(x, more_kv, 2) for x in (k, v))
-    lse, delta = (_longer(x, more_q, 2) for x in (lse, delta))
+    # Padding of the queries adds nothing; that of k and v is masked.
+    q, do = (_padded(x, more_q, 2) for x in (q, do))
+    k, v = (_padded(x, more_kv, 2) for x in (k, v))
+    lse, delta = (_padded(x, more_q, 2) for x in (lse, delta))
     q_ids, kv_ids = segment_ids or (None, None)
     if q_ids is not None and kv_ids is not None:
         q_ids, kv_ids = (
-            _longer(q_ids, more_q, 1, "edge"),
-            _longer(kv_ids, more_kv, 1, "edge"),
+            _padded(q_ids, more_q, 1, "edge"),
+            _padded(kv_ids, more_kv, 1, "edge"),
         )
     chunk = max(chunk // tiles.window, 1) * tiles.window
     run = functools.partial(
@@ -173,24 +176,24 @@ def flash_backward(
                 (q.shape[0],), first, jnp.int32
             )
         ids = None if kv_ids is None else (q_ids, kv_ids[:, part])
-        # Under vmap a loop: Pallas cannot add an axis to what a kernel copies itself.
-        of_part = jax.custom_batching.sequential_vmap(
+        # A loop under vmap: Pallas cannot batch arrays that a kernel copies itself.
+        run_chunk = jax.custom_batching.sequential_vmap(
             functools.partial(run, first=first, slots=min(chunk, slots - first))
         )
-        more, dk, dv = of_part(
+        dq_chunk, dk, dv = run_chunk(
             q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do
         )
-        dq += more
+        dq += dq_chunk
         dks.append(dk)
         dvs.append(dv)
     dk, dv = (
         jnp.concatenate(x, axis=2)[:, :, :slots, : q.shape[3]] for x in (dks, dvs)
     )
-    # What is cast next, XLA scales on the way; the kernel would pass over it once more.
+    # XLA fuses the scale of dk with its cast; the kernel would need another pass.
     return dq[:, :, :queries].astype(dq_dtype), dk * q.shape[3] ** -0.5, dv
 
 
-def _longer(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
+def _padded(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
     if not more:
         return x
     pad = [(0, 0)] * x.ndim
@@ -202,15 +205,15 @@ def _chunk_backward(
     q: Any, k: Any, v: Any, q_start: Any, ids: Any, lse: Any, delta: Any, do: Any, *,
     first: int, slots: int, tiles: Tiles, dq_dtype: Any, interpret: Any,
 ) -> Any:  # fmt: skip
-    """The gradients that pass through the slots of `k` and `v`, all of them in VMEM.
+    """Gradients by the slots of `k` and `v`, accumulated in VMEM.
 
-    `slots` of them count; those behind, which fill the last block, do not.
+    The first `slots` of them are real, the rest is padding.
     """
     batch, heads, queries, width = q.shape
-    kv_heads, held = k.shape[1:3]
-    lanes = -(-width // LANES) * LANES  # older compilers copy whole registers only
+    kv_heads, padded = k.shape[1:3]
+    lanes = -(-width // LANES) * LANES  # older compilers only copy whole registers
     group = heads // kv_heads
-    q_of, kv_of = tile_list(queries, held, tiles, causal=q_start is None)
+    q_of, kv_of = tile_list(queries, padded, tiles, causal=q_start is None)
     start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
 
     def q_block(b: Any, n: Any, g: Any, step: Any, _: Any, q_of: Any, *__: Any) -> Any:
@@ -219,7 +222,7 @@ def _chunk_backward(
     def row_block(b: Any, n: Any, g: Any, s: Any, _: Any, q_of: Any, *__: Any) -> Any:
         return b, n * group + g, 0, q_of[s]
 
-    window = functools.partial(window_read, tiles, held)
+    window = functools.partial(window_read, tiles, padded)
 
     def kv_block(b: Any, n: Any, g: Any, step: Any, *scalars: Any) -> Any:
         return b, n, window(b, step, *scalars), 0
@@ -230,19 +233,8 @@ def _chunk_backward(
     kv_spec = pl.BlockSpec((1, 1, tiles.window, width), kv_block)
     row_spec = pl.BlockSpec((1, 1, 1, tiles.q), row_block)
     specs = [q_spec, kv_spec, kv_spec, q_spec, row_spec, row_spec]
-    if ids is not None:
-        found = segments_of(ids[0], ids[1], tiles)
-        scalars += [found.q_bounds, found.kv_bounds]
-        arrays += [found.q, found.kv]
-        specs += [
-            pl.BlockSpec(
-                (1, 1, tiles.q), lambda b, n, g, s, _, q_of, *__: (b, 0, q_of[s])
-            ),
-            pl.BlockSpec(
-                (1, 1, tiles.window), lambda b, n, g, s, *r: (b, 0, window(b, s, *r))
-            ),
-        ]
-    in_place = pl.BlockSpec(memory_space=pl.ANY)
+    bounds, id_arrays, id_specs = segment_operands(ids, tiles, q_block, kv_block)
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(
             _backward_kernel,
@@ -252,14 +244,14 @@ def _chunk_backward(
             packed=ids is not None,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=len(scalars) + len(bounds),
             grid=(batch, kv_heads, group, len(q_of)),
-            in_specs=specs,
-            out_specs=[q_spec, in_place, in_place],
+            in_specs=[*specs, *id_specs],
+            out_specs=[q_spec, in_hbm, in_hbm],
             scratch_shapes=[
                 pltpu.VMEM((tiles.q, width), jnp.float32),
-                pltpu.VMEM((held, lanes), jnp.float32),
-                pltpu.VMEM((held, lanes), jnp.float32),
+                pltpu.VMEM((padded, lanes), jnp.float32),
+                pltpu.VMEM((padded, lanes), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
@@ -274,4 +266,4 @@ def _chunk_backward(
         ),
         name=f"flash_backward_{first}" if first else "flash_backward",
         interpret=interpret,
-    )(*scalars, *arrays)
+    )(*scalars, *bounds, *arrays, *id_arrays)

@@ -1,9 +1,10 @@
-"""What the passes of the TPU's flash attention share: which tiles they walk, and how.
+"""Tiles of the TPU's flash attention: which ones the passes visit, and how.
 
-A tile is a block of queries against a block of slots. Its kind (left out, whole, or
-mixed) follows from numbers that lie in SMEM, before anything of it is read.
+A tile is a block of queries by a block of slots. Its kind (skipped, whole, or mixed)
+follows from scalars in SMEM, before any of its data is read.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,21 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Int
-
-from llama_jax.kernels.reference import precision_of
+from jaxtyping import Array, Float, Int, Shaped
 
 LANES = 128
-STRIP = 512  # queries that are taken together where some see only a part
-MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: its differences are no NaN
+STRIP = 512  # queries of a strip of a mixed tile
+MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite, so differences are never NaN
 LOG2_E = float(np.log2(np.e))
 
 
 class Tiles(NamedTuple):
-    """Sizes: of a block of queries, a block of slots, and how many slots are copied.
+    """Sizes of a block of queries, a block of slots, and a window of slots.
 
-    A step of the grid takes a block of queries and a window, which is several blocks of
-    slots: a step costs some 300 bundles besides what it computes.
+    A grid step has an overhead of about 300 bundles, so it covers a block of queries
+    and a window, which is several blocks of slots.
     """
 
     q: int
@@ -33,7 +32,7 @@ class Tiles(NamedTuple):
     window: int = 2048
 
     def within(self, queries: int, slots: int) -> "Tiles":
-        """The sizes for arrays that may be smaller."""
+        """The sizes, reduced to those of smaller arrays."""
         kv = min(self.kv, slots)
         return Tiles(
             min(self.q, queries), kv, max(min(self.window, slots) // kv, 1) * kv
@@ -41,7 +40,7 @@ class Tiles(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Segment ids, and the smallest and largest of every block of them."""
+    """Segment ids, and the smallest and largest of every block."""
 
     q: Int[Array, "B 1 T"]
     kv: Int[Array, "B 1 S"]
@@ -49,34 +48,23 @@ class Segments(NamedTuple):
     kv_bounds: Int[Array, "B 2 blocks"]
 
 
-def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """A matrix product over the two axes, in float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=precision_of(a.dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
 def tile_list(
     queries: int, slots: int, tiles: Tiles, *, causal: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Block of queries and window of every step: on and under the diagonal, or all."""
+    """Block of queries and window of every grid step, up to the diagonal or all."""
     rows, columns = -(-queries // tiles.q), -(-slots // tiles.window)
-    found = [
+    steps = [
         (i, j)
         for i in range(rows)
         for j in range(columns)
         if not causal or j * tiles.window < (i + 1) * tiles.q
     ]
-    q, kv = np.asarray(found, np.int32).T
+    q, kv = np.asarray(steps, np.int32).T
     return q, kv
 
 
 def bounds(ids: Int[Array, "B T"], block: int, window: int) -> Int[Array, "B 2 blocks"]:
-    """Smallest and largest segment of each block, of as many as fill the windows."""
+    """Smallest and largest segment of each block, padded to whole windows."""
     padded = -ids.shape[1] % window
     blocks = jnp.pad(ids, ((0, 0), (0, padded)), mode="edge")
     blocks = blocks.reshape(ids.shape[0], -1, block)
@@ -86,7 +74,7 @@ def bounds(ids: Int[Array, "B T"], block: int, window: int) -> Int[Array, "B 2 b
 def segments_of(
     q_ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"], tiles: Tiles
 ) -> Segments:
-    """What the kernels read of the segment ids of packed rows."""
+    """The segment ids of packed rows, as the kernels read them."""
     q_ids, kv_ids = q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
     return Segments(
         q_ids[:, None],
@@ -96,15 +84,39 @@ def segments_of(
     )
 
 
-class Place(NamedTuple):
-    """Where a step of the grid is: what decides which parts of it are computed.
+def segment_operands(
+    ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    tiles: Tiles,
+    q_block: Callable[..., Any],
+    kv_block: Callable[..., Any],
+) -> tuple[list[Array], list[Array], list[pl.BlockSpec]]:
+    """Scalars, arrays and block specs of packed rows; empty if rows are not packed.
+
+    Args:
+      ids: segments of queries and of slots.
+      tiles: tile sizes.
+      q_block: index map of the queries, `[B, N, T, H]`.
+      kv_block: index map of keys and values.
+    """
+    if ids is None:
+        return [], [], []
+    q, kv, q_bounds, kv_bounds = segments_of(ids[0], ids[1], tiles)
+    specs = [
+        pl.BlockSpec((1, 1, size), lambda *at, block=block: (at[0], 0, block(*at)[2]))
+        for size, block in ((tiles.q, q_block), (tiles.window, kv_block))
+    ]
+    return [q_bounds, kv_bounds], [q, kv], specs
+
+
+class Step(NamedTuple):
+    """A grid step: the scalars that decide which parts of it are computed.
 
     Attributes:
       first_q: slot of its first query.
       first_kv: its first slot.
       slots: S.
-      segments: bounds of the queries' segments, and a function that gives those of the
-        n-th block of slots; None where rows are not packed.
+      segments: bounds of the queries' segments, and a function that returns those of
+        the n-th block of slots; None if rows are not packed.
     """
 
     first_q: Any
@@ -114,12 +126,12 @@ class Place(NamedTuple):
 
 
 def block_bounds(ref: Any, row: Any, block: Any) -> tuple[Any, Any]:
-    """Of a block's segments, from SMEM."""
+    """Smallest and largest segment of a block, from SMEM."""
     return ref[row, 0, block], ref[row, 1, block]
 
 
-def place_of(scalars: Any, bounds: Any, step: Any, tiles: Tiles, slots: int) -> Place:
-    """Where a step is, from what lies in SMEM; the first axis of the grid is B."""
+def grid_step(scalars: Any, bounds: Any, step: Any, tiles: Tiles, slots: int) -> Step:
+    """The step's scalars, from SMEM; the first axis of the grid is B."""
     (start, q_of, kv_of), row = scalars, pl.program_id(0)
     i, j = q_of[step], kv_of[step]
     segments = None
@@ -130,16 +142,19 @@ def place_of(scalars: Any, bounds: Any, step: Any, tiles: Tiles, slots: int) -> 
             block_bounds(of_q, row, i),
             lambda n: block_bounds(of_kv, row, first + n),
         )
-    return Place(start[row] + i * tiles.q, j * tiles.window, slots, segments)
+    return Step(start[row] + i * tiles.q, j * tiles.window, slots, segments)
 
 
 def is_last_of_block(q_of: Any, step: Any, steps: Any) -> Any:
-    """Whether the next step is of another block of queries."""
+    """Whether the next step has another block of queries."""
     return (step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != q_of[step])
 
 
 def window_read(tiles: Tiles, slots: int, row: Any, step: Any, *scalars: Any) -> Any:
-    """Which window a step copies; one that nobody sees is not: the last is kept."""
+    """The window that a step reads: its own if visible, else the last one again.
+
+    A window that is the same as in the step before is not copied.
+    """
     start, q_of, kv_of = scalars[:3]
     final = start[row] + (q_of[step] + 1) * tiles.q - 1
     last = jnp.int32(-(-slots // tiles.window) - 1)
@@ -148,24 +163,24 @@ def window_read(tiles: Tiles, slots: int, row: Any, step: Any, *scalars: Any) ->
 
 
 def walk(
-    tiles: Tiles, place: Place, attend: Callable[[Any, int, Any, bool], None]
+    tiles: Tiles, step: Step, attend: Callable[[Any, int, Any, bool], None]
 ) -> None:
-    """Call `attend` for whatever is visible at a step of the grid.
+    """Call `attend` for all visible parts of a grid step.
 
-    Its arguments are the place and number of queries, the place in the window, and
-    whether some of these queries do not see some of that block of slots.
+    Its arguments are the offset and number of queries, the offset in the window, and
+    whether a mask is needed.
     """
 
     def kind_of(at: Any, queries: int, block: Any) -> tuple[Any, Any]:
         """Whether anything is visible, and whether everything is."""
-        q, kv = place.first_q + at, place.first_kv + block * tiles.kv
+        q, kv = step.first_q + at, step.first_kv + block * tiles.kv
         visible = kv <= q + queries - 1
         whole = kv + tiles.kv - 1 <= q
-        if place.slots % tiles.window:  # the last window hangs over the edge
-            visible &= kv < place.slots
-            whole &= kv + tiles.kv <= place.slots
-        if place.segments is not None:
-            (q_low, q_high), of_block = place.segments
+        if step.slots % tiles.window:  # the last window is partial
+            visible &= kv < step.slots
+            whole &= kv + tiles.kv <= step.slots
+        if step.segments is not None:
+            (q_low, q_high), of_block = step.segments
             kv_low, kv_high = of_block(block)
             visible &= (kv_low <= q_high) & (q_low <= kv_high)
             whole &= (q_low == kv_high) & (q_high == kv_low)
@@ -185,7 +200,7 @@ def walk(
 
 
 def _each(total: int, step: int, take: Callable[[Any, int], None]) -> None:
-    """Call with the place and the size of every part, or of all where none fit."""
+    """Call `take(offset, size)` for parts of a size, or once if it does not divide."""
     if total == step or total % step:
         take(0, total)
         return
@@ -196,5 +211,24 @@ def _each(total: int, step: int, take: Callable[[Any, int], None]) -> None:
 
 
 def across(row: Int[Array, "1 T"]) -> Int[Array, "T 1"]:
-    """A row of numbers as a column."""
+    """Transpose a row into a column."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def wide(column: Shaped[Array, "T 128"], width: int) -> Shaped[Array, "T {width}"]:
+    """A column that is the same in every lane, over another number of lanes."""
+    if width <= LANES:
+        return column[:, :width]
+    whole = jnp.concatenate([column] * (width // LANES), axis=1)
+    rest = width % LANES
+    return jnp.concatenate([whole, column[:, :rest]], axis=1) if rest else whole
+
+
+def lane_sums(x: Float[Array, "T S"]) -> Float[Array, "T 128"]:
+    """Partial sums over S, one per lane: lanes are added up once, at the end."""
+    if x.shape[1] % LANES:
+        total = jnp.sum(x, axis=1, keepdims=True)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], LANES), 1)
+        return jnp.where(lane == 0, total, 0.0)
+    parts = [x[:, at : at + LANES] for at in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, parts)

@@ -1,16 +1,16 @@
-r"""Attention of few queries over pages, on a TPU.
+r"""Attention of few queries over a paged cache, on a TPU.
 
-The pages `[P, K, C, H]` stay in HBM as they lie. A block is as many pages of a row as
-make about a megabyte, each brought by a copy of its own to its place in the block:
+The pages `[P, K, C, H]` stay in HBM. A block is about a megabyte of a row's pages, each
+fetched by its own copy:
 
     table, row 1   | 7 | 2 | 9 | 4 |        in SMEM, before the kernel begins
-                     |   |   |   not behind the row's length
+                     |   |   |   (page 4 is after the row's length)
     HBM            |.0.|.1.|#2#|.3.|.4.|.5.|.6.|#7#|.8.|#9#|
                              \__________________/     |
     VMEM, block 0  | 7 | 2 |           block 1  | 9 |   |
 
-Of a block's pages only those are read that the row has. How blocks are fetched ahead is
-in `streamed_tpu`, what is done with one in `streamed_tiles`.
+Only pages up to the row's length are read. How blocks are prefetched is in `streamed`,
+what is computed from one in `streamed_tiles`.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.reference import Pages
-from llama_jax.kernels.tpu.streamed import Parcel, streamed_attention
-from llama_jax.kernels.tpu.streamed_tiles import LANES, Tiling, slots_at, tiling
+from llama_jax.kernels.tpu.flash_tiles import LANES
+from llama_jax.kernels.tpu.streamed import Fetch, streamed_attention
+from llama_jax.kernels.tpu.streamed_tiles import Tiling, slots_at, tiling
 
 
 def paged_attention(
@@ -39,24 +40,24 @@ def paged_attention(
     cores: int = 1,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`paged_attention` for decoding: T · G at most 128, and no gradient.
+    """Compute `kernels.paged_attention` for decoding: T · G ≤ 128, no gradient.
 
-    Slots behind a row's last query are never looked at, whatever lies there.
+    Slots after a row's last query are never used, whatever they hold.
 
     Args:
       q: queries, bfloat16 or float32.
       k_pages: pages of keys.
-      v_pages: of values.
-      page_table: where each row's pages lie.
+      v_pages: pages of values.
+      page_table: pages of each row.
       q_start: slot of each row's first query.
       block_slots: slots of a block, rounded down to whole pages and a multiple of 128;
-        those of a megabyte where not given.
-      cores: of a device (two on v4 and v5p), among which the heads are divided.
-      interpret: run on any device, slowly.
+        defaults to those of a megabyte.
+      cores: cores of a device (two on v4 and v5p), which share the heads.
+      interpret: run in interpret mode, on any device.
 
     Raises:
-      ValueError: T · G is too large, the queries have another type, C is no multiple
-        of 8, or none of 128 where pages are in eight bits or H no multiple of 128.
+      ValueError: T · G is too large, the dtype of the queries is not supported, or C is
+        no multiple of 8, or of 128 if pages are int8 or H is no multiple of 128.
     """
     page = k_pages.shape[2]
 
@@ -78,6 +79,8 @@ def paged_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Pages:
+    """The blocks of a paged cache."""
+
     tiles: Tiling
     page: int
     pages_of_row: int
@@ -85,12 +88,12 @@ class _Pages:
     def first(self, block: Any) -> Any:
         return block * self.tiles.block
 
-    def start(self, scalars: Any, parcel: Parcel) -> None:
+    def start(self, scalars: Any, fetch: Fetch) -> None:
         def one(n: Any, _: None = None) -> None:
-            for copy in self._copies(scalars, parcel, n):
+            for copy in self._copies(scalars, fetch, n):
                 copy.start()
 
-        whole, valid = self.tiles.block // self.page, self._valid(parcel)
+        whole, valid = self.tiles.block // self.page, self._valid(fetch)
 
         @pl.when(valid == whole)
         def all_pages() -> None:
@@ -101,38 +104,38 @@ class _Pages:
         def some_pages() -> None:
             jax.lax.fori_loop(0, valid, one, None)
 
-    def wait(self, scalars: Any, parcel: Parcel) -> None:
+    def wait(self, scalars: Any, fetch: Fetch) -> None:
         def one(n: Any, _: None) -> None:
-            for copy in self._copies(scalars, parcel, n):
+            for copy in self._copies(scalars, fetch, n):
                 copy.wait()
 
-        whole, valid = self.tiles.block // self.page, self._valid(parcel)
+        whole, valid = self.tiles.block // self.page, self._valid(fetch)
 
         @pl.when(valid == whole)
         def all_pages() -> None:
-            # A semaphore counts bytes: one wait for those of all pages.
-            for _, place, arrived in parcel.parts:
-                pltpu.make_async_copy(place, place, arrived).wait()
+            # Semaphores count bytes: one wait covers all pages.
+            for _, buffer, arrived in fetch.parts:
+                pltpu.make_async_copy(buffer, buffer, arrived).wait()
 
         @pl.when(valid < whole)
         def some_pages() -> None:
             jax.lax.fori_loop(0, valid, one, None)
 
-    def _valid(self, parcel: Parcel) -> Any:
-        """Pages of the block that the row has."""
+    def _valid(self, fetch: Fetch) -> Any:
+        """Pages of the block up to the row's length."""
         whole = self.tiles.block // self.page
-        pages = pl.cdiv(parcel.length, self.page) - parcel.block * whole
+        pages = pl.cdiv(fetch.length, self.page) - fetch.block * whole
         return jnp.minimum(pages, whole)
 
-    def _copies(self, scalars: Any, parcel: Parcel, n: Any) -> list[Any]:
-        first = parcel.block * (self.tiles.block // self.page)
-        page = scalars[1][parcel.row * self.pages_of_row + first + n]
+    def _copies(self, scalars: Any, fetch: Fetch, n: Any) -> list[Any]:
+        first = fetch.block * (self.tiles.block // self.page)
+        page = scalars[1][fetch.row * self.pages_of_row + first + n]
         slots = pl.ds(pl.multiple_of(n * self.page, self.page), self.page)
         return [
             pltpu.make_async_copy(
-                part.at[page, parcel.heads],
-                slots_at(place, self.tiles, slots, slice(None)),
+                part.at[page, fetch.heads],
+                slots_at(buffer, self.tiles, slots, slice(None)),
                 arrived,
             )
-            for part, place, arrived in parcel.parts
+            for part, buffer, arrived in fetch.parts
         ]

@@ -1,21 +1,21 @@
 r"""Attention of few queries over keys and values that stream through a TPU's VMEM.
 
-What `decode_tpu` and `paged_tpu` share: everything but where a block of slots lies.
+Shared by `decode` and `paged`, which differ in where the blocks of slots are.
 
     HBM     keys, values     | block 0 | block 1 | block 2 | ...       never copied
                                    \        |        /    asynchronous, two ahead
     VMEM    ring of three blocks  [heads, block, H] of keys, and of values
                                              |
-    MXU     what queries do with a block is in `streamed_tiles`
+    MXU     products of queries and a block: see `streamed_tiles`
                                              |
-    VMEM    the softmax so far, of the row that is at work
-    SMEM    first slots, page table, which block is fetched and taken next
+    VMEM    softmax so far of the current row
+    SMEM    first slots, page table, next block to fetch and to use
 
-Reading the cache takes the time; the arithmetic only has to stay below it.
+Decoding is bound by reading the cache; the arithmetic only has to be faster than that.
 
-The grid goes over groups of heads (of which 128 slots are at most a megabyte) and the
-rows of the batch. The loop over blocks is inside and as long as the row. What is
-fetched ahead does not stop at a row's end but goes on with the next row's first block.
+The grid is groups of heads (128 slots of which are at most a megabyte) by rows of the
+batch; the loop over a row's blocks is inside. Prefetching continues across rows: after
+a row's last block comes the first of the next row.
 """
 
 import functools
@@ -29,8 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.quantized_slots import QuantizedSlots
+from llama_jax.kernels.tpu.flash_tiles import LANES
 from llama_jax.kernels.tpu.streamed_tiles import (
-    LANES,
     Seen,
     Softmax,
     Tiling,
@@ -43,15 +43,15 @@ from llama_jax.kernels.tpu.streamed_tiles import (
 _DEPTH = 3  # blocks in VMEM
 
 
-class Parcel(NamedTuple):
-    """One block on its way: of which row, and where it comes from and goes.
+class Fetch(NamedTuple):
+    """The copy of one block from HBM to VMEM.
 
     Attributes:
-      row: of the batch.
-      block: of the row.
-      length: slots of the row that are seen.
+      row: row of the batch.
+      block: block of the row.
+      length: number of slots that the row attends to.
       heads: slice of key/value heads.
-      parts: of keys, values and their scales: all of it in HBM, its place in VMEM
+      parts: for keys, values and their scales: the array in HBM, the buffer in VMEM
         (`[heads, block, H]`, `[heads, H, block]` or `[heads, block]`), a semaphore.
     """
 
@@ -64,16 +64,16 @@ class Parcel(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a row's blocks lie."""
+    """Where the blocks of a row are in HBM."""
 
     def first(self, block: Any) -> Any:
-        """The slot a block begins with; a later one than `block · size` never."""
+        """First slot of a block, at most `block · size`."""
 
-    def start(self, scalars: Sequence[Any], parcel: Parcel) -> None:
-        """Start the copies."""
+    def start(self, scalars: Sequence[Any], fetch: Fetch) -> None:
+        """Start the copies of a block."""
 
-    def wait(self, scalars: Sequence[Any], parcel: Parcel) -> None:
-        """Wait until they have arrived."""
+    def wait(self, scalars: Sequence[Any], fetch: Fetch) -> None:
+        """Wait for the copies of a block."""
 
 
 def streamed_attention(
@@ -90,18 +90,18 @@ def streamed_attention(
 
     Args:
       q: queries.
-      k: the cache or pages.
-      v: likewise.
-      scalars: `q_start`, then what `source` needs.
-      tiles: how to cut.
-      source: where blocks lie.
-      interpret: run anywhere, slowly.
+      k: keys of a dense or paged cache.
+      v: values, like `k`.
+      scalars: `q_start`, then the scalars of `source`.
+      tiles: tile sizes.
+      source: where the blocks are.
+      interpret: run in interpret mode, on any device.
     """
     batch, queries, num_heads, width = q.shape
     cache, structure = jax.tree.flatten((k, v))
     if tiles.slots_last:
         cache = [part.swapaxes(2, 3) if part.ndim == 4 else part for part in cache]
-    # [B, T, N, H] to [B, tiles, rows, H], with a head's queries next to each other
+    # [B, T, N, H] to [B, tiles, rows, H], the queries of a head adjacent.
     groups = num_heads // tiles.group // tiles.pack
     shape = (batch, queries, groups * tiles.pack, tiles.group, width)
     packed = q.reshape(shape).swapaxes(1, 2).reshape(batch, groups, -1, width)
@@ -165,30 +165,30 @@ def _kernel(
     def blocks(row: Any) -> Any:
         return pl.cdiv(length(row), tiles.block)
 
-    def parcel(row: Any, block: Any, place: Any) -> Parcel:
+    def fetch_of(row: Any, block: Any, buffer: Any) -> Fetch:
         parts = [
-            (part, ring.at[place], arrived.at[n, place])
+            (part, ring.at[buffer], arrived.at[n, buffer])
             for n, (part, ring) in enumerate(zip(cache, rings, strict=True))
         ]
-        return Parcel(row, block, length(row), heads, parts)
+        return Fetch(row, block, length(row), heads, parts)
 
-    def following(place: Any) -> Any:
-        return jnp.where(place + 1 == _DEPTH, 0, place + 1)
+    def following(buffer: Any) -> Any:
+        return jnp.where(buffer + 1 == _DEPTH, 0, buffer + 1)
 
-    # What is fetched next: row, block and its place in the rings; the place of the
-    # block that is taken next.
-    fetch_row, fetch_block, fetch_place, take_place = range(4)
+    # Row, block and buffer of the next fetch; buffer of the next block to use.
+    fetch_row, fetch_block, fetch_buffer, use_buffer = range(4)
 
     def fetch(*_: Any) -> None:
-        at, block, place = cursor[fetch_row], cursor[fetch_block], cursor[fetch_place]
+        at, block = cursor[fetch_row], cursor[fetch_block]
+        buffer = cursor[fetch_buffer]
 
         @pl.when(at < batch)
         def start() -> None:
-            source.start(scalars, parcel(at, block, place))
+            source.start(scalars, fetch_of(at, block, buffer))
             ended = block + 1 >= blocks(at)
             cursor[fetch_row] = jnp.where(ended, at + 1, at)
             cursor[fetch_block] = jnp.where(ended, 0, block + 1)
-            cursor[fetch_place] = following(place)
+            cursor[fetch_buffer] = following(buffer)
 
     @pl.when(row == 0)
     def fetch_first() -> None:
@@ -196,16 +196,16 @@ def _kernel(
             cursor[n] = 0
         jax.lax.fori_loop(0, _DEPTH - 1, fetch, None)
 
-    def take(block: Any, _: None) -> None:
-        place = cursor[take_place]
-        cursor[take_place] = following(place)
+    def use(block: Any, _: None) -> None:
+        buffer = cursor[use_buffer]
+        cursor[use_buffer] = following(buffer)
         fetch()
-        source.wait(scalars, parcel(row, block, place))
-        k, v = structure.unflatten([ring.at[place] for ring in rings])
-        # Where blocks overlap, slots that the one before had are not seen again.
+        source.wait(scalars, fetch_of(row, block, buffer))
+        k, v = structure.unflatten([ring.at[buffer] for ring in rings])
+        # Where blocks overlap, slots of the one before are masked.
         first = source.first(block)
         seen = Seen(first, block * tiles.block - first, length(row) - first)
-        if not isinstance(v, QuantizedSlots):  # whose values are numbers anyway
+        if not isinstance(v, QuantizedSlots):  # int8 values are always finite
 
             @pl.when(block + 1 == blocks(row))
             def clear_rest() -> None:
@@ -214,5 +214,5 @@ def _kernel(
         attend(tiles, q_ref, k, v, softmax, seen)
 
     begin(tiles, softmax, q_start[row])
-    jax.lax.fori_loop(0, blocks(row), take, None)
+    jax.lax.fori_loop(0, blocks(row), use, None)
     finish(softmax, out_ref)

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from llama_jax import kernels
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import ring
-from llama_jax.kernels.blocks import passes_of
-from llama_jax.kernels.dispatch import FEW, MOST_ROWS
+from llama_jax.kernels.logsumexp import weight_over_axis
+from llama_jax.kernels.partial_attention import passes_of
 from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
 from llama_jax.kernels.reference import Pages, Slots
+from llama_jax.kernels.selection import is_decoding
 from llama_jax.model.pages import gather
 from llama_jax.model.slots import AXES as SLOTS
 from llama_jax.model.slots import cut_axes, first_slot
@@ -111,7 +111,7 @@ def attend_pages(
       runtime: its implementation of attention counts.
     """
     name = runtime.attention
-    if q.shape[1] <= FEW and q.shape[1] * q.shape[2] <= MOST_ROWS * k.shape[1]:
+    if is_decoding(q.shape[1], q.shape[2] // k.shape[1]):
         return kernels.paged_attention(
             q, k, v, page_table, q_start=q_start, implementation=name
         )
@@ -218,10 +218,7 @@ def _over_cut_slots(
         start = start - first_slot(k, cut)
         wide = (dequantize_slots(slots, q.dtype) for slots in (k, v))
         found, lse = passes.forward(q.swapaxes(1, 2), *wide, start, None)
-        most = jax.lax.pmax(lse, cut)
-        part = jnp.exp(lse - most)  # -inf where this device has nothing to see
-        weight = jax.lax.psum(part, cut)
-        found = found * (part / weight)[..., None]
+        found = found * weight_over_axis(lse, cut)[..., None]
         if scatter:
             found = jax.lax.psum_scatter(
                 found, scatter, scatter_dimension=1, tiled=True

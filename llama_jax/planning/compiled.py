@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.kernels.dispatch import Implementation
+from llama_jax.kernels import Implementation
 from llama_jax.planning.hlo_costs import Collective
 from llama_jax.planning.search import Plan
 

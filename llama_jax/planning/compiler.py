@@ -10,7 +10,7 @@ import jax
 from jax.errors import JaxRuntimeError
 from jax.stages import Compiled
 
-from llama_jax.kernels.dispatch import Implementation
+from llama_jax.kernels import Implementation
 from llama_jax.planning import hlo, hlo_costs
 from llama_jax.planning.compiled import CompiledFootprint, CompiledPlan
 from llama_jax.planning.flops import chip_attention_flops

@@ -15,7 +15,12 @@ from jax.stages import Lowered
 
 from llama_jax.data.batch import Batch
 from llama_jax.generation import decode as decoding
-from llama_jax.kernels.dispatch import Asked, Implementation, choose, refusal
+from llama_jax.kernels.selection import (
+    AttentionCall,
+    Implementation,
+    select,
+    unsupported,
+)
 from llama_jax.model.cache import cache_shardings, init_cache
 from llama_jax.model.lora import Lora, adapt, lora_shapes
 from llama_jax.model.quantize import quantized_shapes
@@ -101,7 +106,7 @@ def choose_attention(work: Workload, device: jax.Device) -> Implementation:
     Hopper, else plain XLA, since cuDNN compiles only where its library is installed.
     """
     queries = work.queries
-    asked = Asked(
+    call = AttentionCall(
         dtype=work.dtype,
         head_dim=work.config.head_dim,
         queries=queries,
@@ -111,9 +116,9 @@ def choose_attention(work: Workload, device: jax.Device) -> Implementation:
         quantized=work.task == "decode" and work.cache_dtype == "int8",
     )
     if device.platform not in ("gpu", "cuda"):
-        return choose(asked, device).implementation
+        return select(call, device).implementation
     hopper = getattr(device, "compute_capability", "") == "9.0"
-    fits = hopper and queries > 1 and refusal("mosaic_gpu", asked) is None
+    fits = hopper and queries > 1 and unsupported("mosaic_gpu", call) is None
     return "mosaic_gpu" if fits else "xla"
 
 

@@ -1,4 +1,4 @@
-"""The GPU's kernels: numbers by interpreting them, programs by the GPU's compilers."""
+"""The GPU kernels: numbers in interpret mode, programs by the GPU's compilers."""
 
 import functools
 import pathlib
@@ -9,19 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.gpus import (
+from support.attention_inputs import (
     arrays,
-    assert_like_the_reference,
-    assert_near,
+    assert_equal,
+    inputs_with_gradient,
+    newest_only,
+    quantized,
+    wide,
+    with_gradient,
+)
+from support.gpus import (
+    assert_close,
+    assert_equals_reference,
     compiled,
     h100,
     lowered,
     pages_of,
     program,
-    quantized,
     run,
-    wide,
-    with_gradient,
 )
 
 from llama_jax.errors import MeshError
@@ -29,10 +34,10 @@ from llama_jax.kernels import reference
 from llama_jax.kernels.gpu import (
     cudnn,
     decode_triton,
+    flash_mosaic,
     flash_triton,
-    flash_triton_backward,
+    triton_tiles,
 )
-from llama_jax.kernels.gpu import flash_mosaic as flash_mosaic_gpu
 from llama_jax.kernels.quantized_slots import QuantizedSlots
 from llama_jax.planning import target_devices
 
@@ -43,15 +48,13 @@ small = functools.partial(
 )
 decode = functools.partial(decode_triton.decode_attention, interpret=True)
 paged = functools.partial(decode_triton.paged_attention, interpret=True)
-hopper = functools.partial(
-    flash_mosaic_gpu.flash_attention, block_kv=64, interpret=True
-)
+hopper = functools.partial(flash_mosaic.flash_attention, block_kv=64, interpret=True)
 needs_simulator = pytest.mark.skipif(
-    not hasattr(flash_mosaic_gpu.plgpu, "InterpretGPUParams"),
-    reason="this jax simulates no Hopper",
+    not hasattr(flash_mosaic.plgpu, "InterpretGPUParams"),
+    reason="this jax has no interpret mode for Mosaic GPU",
 )
 
-# A segment in two pieces, a row of one segment.
+# A row with a segment in two pieces, and a row of one segment.
 SEGMENTS = jnp.asarray([[7] * 11 + [1] * 19 + [7] * 10, [3] * 40], jnp.int32)
 
 
@@ -63,79 +66,88 @@ def starts(*slots: int) -> Any:
     ("shape", "dtype", "settings"),
     [
         ((2, 37, 4, 2, 37, 64), "float32", {}),
-        ((2, 18, 2, 2, 50, 80), "float32", {"q_start": starts(0, 32)}),
+        pytest.param(
+            *((2, 18, 2, 2, 50, 80), "float32", {"q_start": starts(0, 32)}),
+            marks=newest_only,
+        ),
         ((2, 40, 4, 1, 40, 96), "bfloat16", {"segment_ids": SEGMENTS}),
-        ((2, 1, 4, 2, 30, 128), "bfloat16", {"q_start": starts(0, 29)}),
+        pytest.param(
+            *((2, 1, 4, 2, 30, 128), "bfloat16", {"q_start": starts(0, 29)}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "over a cache", "packed", "one query"],
 )
 def test_flash_and_its_gradient_equal_the_reference(
     shape: Any, dtype: str, settings: dict[str, Any]
 ) -> None:
-    assert_like_the_reference(small, shape, dtype=dtype, **settings)
+    assert_equals_reference(small, shape, dtype=dtype, **settings)
 
 
-def test_flash_reads_nothing_behind_a_rows_last_query_and_repeats_itself() -> None:
-    q, k, v, given = arrays((2, 5, 2, 16), *[(2, 1, 40, 16)] * 2, (2, 5, 2, 16))
+@newest_only
+def test_flash_is_deterministic_and_ignores_slots_after_the_last_query() -> None:
+    inputs = inputs_with_gradient((2, 5, 2, 1, 40, 16))
+    q, k, v, d_out = inputs
     first = starts(3, 20)
-
-    inputs = q, k, v, given
     both = program(with_gradient(small, q_start=first), *inputs)
-    behind = (np.arange(40) >= np.asarray(first)[:, None] + 5)[:, None, :, None]
+    after = (np.arange(40) >= np.asarray(first)[:, None] + 5)[:, None, :, None]
     clean = both(*inputs)
-    dirty = (jnp.where(behind, jnp.nan, x) for x in (k, v))
-    again = both(q, *dirty, given)
-    jax.tree.map(np.testing.assert_array_equal, clean, again)
-    of_slots = clean[1][1:]
-    assert all(not np.where(behind, x, 0).any() for x in of_slots)
+    dirty = (jnp.where(after, jnp.nan, x) for x in (k, v))
+    assert_equal(both(q, *dirty, d_out), clean)
+    assert all(not np.where(after, grad, 0).any() for grad in clean[2:])
 
 
-def test_blocks_without_a_common_segment_are_left_out() -> None:
+def test_blocks_without_a_common_segment_are_skipped() -> None:
     ids = jnp.asarray([[0] * 16 + [1] * 32 + [0] * 16], jnp.int32)
-    edges = flash_triton_backward.edges(ids, flash_triton_backward.Tiles(16, 16, 4, 2))
-    assert edges is not None
+    edges = triton_tiles.edges(ids, triton_tiles.Tiles(16, 16, 4, 2))
     np.testing.assert_array_equal(edges.first_kv, [[0, 1, 1, 0]])
     np.testing.assert_array_equal(edges.last_q, [[4, 3, 3, 4]])
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "first", "eight_bits"),
+    ("shape", "dtype", "first", "int8"),
     [
         ((3, 1, 8, 2, 200, 64), "float32", (0, 70, 199), False),
-        ((2, 3, 4, 4, 100, 80), "bfloat16", (0, 97), False),
-        ((1, 20, 8, 2, 70, 96), "float32", (50,), False),
-        ((2, 1, 8, 1, 200, 128), "bfloat16", (5, 197), True),
+        pytest.param(
+            (2, 3, 4, 4, 100, 80), "bfloat16", (0, 97), False, marks=newest_only
+        ),
+        pytest.param((1, 20, 8, 2, 70, 96), "float32", (50,), False, marks=newest_only),
+        pytest.param(
+            (2, 1, 8, 1, 200, 128), "bfloat16", (5, 197), True, marks=newest_only
+        ),
     ],
     ids=str,
 )
 def test_decoding_equals_the_reference(
-    shape: Any, dtype: str, first: Any, eight_bits: bool
+    shape: Any, dtype: str, first: Any, int8: bool
 ) -> None:
     b, t, n, heads, s, h = shape
     q, *slots = arrays((b, t, n, h), *[(b, heads, s, h)] * 2, dtype=dtype)
-    if eight_bits:
+    if int8:
         slots = quantized(*slots)
     attend = functools.partial(decode, q_start=starts(*first), block_kv=32, splits=3)
-    found = run(attend, q, *slots)
-    assert found.dtype == dtype
+    out = run(attend, q, *slots)
+    assert out.dtype == dtype
     exact = functools.partial(reference.attention, q_start=starts(*first))
-    assert_near(found, run(exact, *wide((q, *slots))))
+    assert_close(out, run(exact, *wide((q, *slots))))
 
 
-@pytest.mark.parametrize(("size", "eight_bits"), [(16, False), (12, True)])
-def test_paged_decoding_equals_the_reference(size: int, eight_bits: bool) -> None:
+@newest_only
+@pytest.mark.parametrize(("size", "int8"), [(16, False), (12, True)])
+def test_paged_decoding_equals_the_reference(size: int, int8: bool) -> None:
     k, v, table = pages_of(2, 2, size, 6, 64, "float32")
     (q,) = arrays((2, 1, 8, 64))
-    if eight_bits:
+    if int8:
         k, v = quantized(k, v)
     first = starts(4, 6 * size - 1)
     attend = functools.partial(paged, q_start=first, block_kv=32, splits=2)
     exact = functools.partial(reference.paged_attention, q_start=first)
     inputs = q, k, v, table
-    assert_near(run(attend, *inputs), run(exact, *inputs))
+    assert_close(run(attend, *inputs), run(exact, *inputs))
 
 
-def test_decoding_reads_nothing_behind_a_rows_last_query_nor_its_neighbours() -> None:
+@newest_only
+def test_decoding_a_row_ignores_later_slots_and_other_rows() -> None:
     q, k, v = arrays((2, 1, 2, 16), *[(2, 1, 90, 16)] * 2)
 
     def step(q: Any, k: Any, v: Any, first: Any) -> Any:
@@ -143,8 +155,8 @@ def test_decoding_reads_nothing_behind_a_rows_last_query_nor_its_neighbours() ->
 
     attend = program(step, q, k, v, starts(40, 60))
     clean = attend(q, k, v, starts(40, 60))
-    behind = (np.arange(90) > 40)[:, None]
-    k, v = (jnp.where(behind, jnp.nan, x).at[1].set(7) for x in (k, v))
+    after = (np.arange(90) > 40)[:, None]
+    k, v = (jnp.where(after, jnp.nan, x).at[1].set(7) for x in (k, v))
     dirty = attend(q, k, v, starts(40, 3))
     np.testing.assert_array_equal(clean[0], dirty[0])
 
@@ -164,17 +176,17 @@ def test_hoppers_flash_equals_the_reference(
     b, t, n, heads, s, h = shape
     inputs = arrays((b, t, n, h), *[(b, heads, s, h)] * 2, dtype=dtype)
     attend = program(functools.partial(hopper, **settings), *inputs)
-    found = attend(*inputs)
-    assert found.dtype == dtype
+    out = attend(*inputs)
+    assert out.dtype == dtype
     exact = functools.partial(reference.attention, **settings)
-    assert_near(found, run(exact, *wide(inputs)))
-    np.testing.assert_array_equal(found, attend(*inputs))
+    assert_close(out, run(exact, *wide(inputs)))
+    assert_equal(attend(*inputs), out)
 
 
 @needs_simulator
-def test_the_gradient_of_hoppers_flash_equals_the_references() -> None:
+def test_the_gradient_of_hoppers_flash_equals_the_reference() -> None:
     shape = 1, 140, 2, 1, 140, 64
-    assert_like_the_reference(hopper, shape, dtype="bfloat16")
+    assert_equals_reference(hopper, shape, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -188,21 +200,22 @@ def test_the_gradient_of_hoppers_flash_equals_the_references() -> None:
     ],
     ids=["causal", "one query", "one slot", "over a cache", "packed"],
 )
-def test_what_cudnn_is_told_is_what_the_reference_computes(
+@newest_only
+def test_the_arguments_of_cudnn_describe_the_reference(
     queries: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """XLA reads the same instructions, where there is no cuDNN."""
-    told = jax.nn.dot_product_attention
+    """XLA takes the same arguments, and needs no cuDNN."""
+    attention = jax.nn.dot_product_attention
 
     def by_xla(*arguments: Any, implementation: str, **others: Any) -> Any:
         assert implementation == "cudnn"
-        return told(*arguments, **others, implementation="xla")
+        return attention(*arguments, **others, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     inputs = arrays((2, queries, 4, 16), *[(2, 2, 6, 16)] * 2, dtype="bfloat16")
     attend = functools.partial(cudnn.cudnn_attention, **settings)
     exact = functools.partial(reference.attention, **settings)
-    assert_near(run(attend, *inputs), run(exact, *wide(inputs)))
+    assert_close(run(attend, *inputs), run(exact, *wide(inputs)))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +247,7 @@ def test_cudnn_is_called_forward_and_backward(
     def total(*inputs: Any) -> Any:
         return attend(*inputs).astype(jnp.float32).sum()
 
-    backward = len(calls) == 2  # which cuDNN has for even lengths only
+    backward = len(calls) == 2  # cuDNN has none for odd lengths
     text = lowered(jax.grad(total, (0, 1, 2)) if backward else attend, q, slots, slots)
     assert re.findall(r"__cudnn\$(\w+)", text) == calls
     assert set(re.findall(r"mask_type\\22: \\22(\w+)", text)) == {mask}
@@ -268,19 +281,19 @@ def test_hoppers_flash_lowers_for_cuda() -> None:
     slots, ids = Shape((2, 2, 200, 128), jnp.bfloat16), Shape((2, 200), jnp.int32)
 
     def attend(q: Any, k: Any, v: Any, ids: Any) -> Any:
-        return flash_mosaic_gpu.flash_attention(q, k, v, segment_ids=ids)
+        return flash_mosaic.flash_attention(q, k, v, segment_ids=ids)
 
     assert "mosaic_gpu" in lowered(attend, q, slots, slots, ids)
 
 
 def caches(rows: int, heads: int, slots: int, width: int, dtype: str) -> Any:
-    """Shapes of dense and paged slots, plain and in eight bits, with their tables."""
+    """Shapes of dense and paged slots, floating point and int8, with their tables."""
     table = Shape((rows, slots // 64), jnp.int32)
     for shape in ((rows, heads, slots, width), (rows * slots // 64, heads, 64, width)):
-        of_pages = () if shape[0] == rows else (table,)
-        yield Shape(shape, dtype), of_pages
-        eight = Shape(shape, jnp.int8), Shape(shape[:-1], jnp.float32)
-        yield QuantizedSlots(*eight), of_pages
+        tables = () if shape[0] == rows else (table,)
+        yield Shape(shape, dtype), tables
+        quantized_slots = Shape(shape, jnp.int8), Shape(shape[:-1], jnp.float32)
+        yield QuantizedSlots(*quantized_slots), tables
 
 
 def any_decode(q: Any, k: Any, v: Any, start: Any, *table: Any) -> Any:
@@ -299,7 +312,7 @@ def test_decoding_lowers_for_cuda(width: int, dtype: str) -> None:
 @pytest.mark.gpu_compile
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("shape", "given"),
+    ("shape", "argument"),
     [
         ((1, 4096, 32, 32, 4096, 128), None),  # 7B
         ((1, 4096, 64, 8, 4096, 128), None),  # 70B
@@ -312,7 +325,7 @@ def test_decoding_lowers_for_cuda(width: int, dtype: str) -> None:
     ids=str,
 )
 def test_hoppers_flash_compiles_for_an_h100(
-    assets: pathlib.Path, shape: Any, given: str | None, dtype: str
+    assets: pathlib.Path, shape: Any, argument: str | None, dtype: str
 ) -> None:
     b, t, n, heads, s, h = shape
     device = h100(assets)
@@ -320,15 +333,15 @@ def test_hoppers_flash_compiles_for_an_h100(
     numbers = {"q_start": Shape((b,), jnp.int32), "segment_ids": Shape((b, t), "int32")}
 
     def attend(q: Any, k: Any, v: Any, *numbers: Any) -> Any:
-        settings = dict(zip([given], numbers, strict=True)) if given else {}
-        return flash_mosaic_gpu.flash_attention(q, k, v, **settings)
+        settings = dict(zip([argument], numbers, strict=True)) if argument else {}
+        return flash_mosaic.flash_attention(q, k, v, **settings)
 
-    extra = [numbers[given]] if given else []
-    made = compiled(attend, device, q, slots, slots, *extra)
-    text = made.as_text()
+    extra = [numbers[argument]] if argument else []
+    program = compiled(attend, device, q, slots, slots, *extra)
+    text = program.as_text()
     assert "mosaic_gpu" in text
-    # The logsumexp and small tables: no copy of queries, keys or values.
-    assert made.memory_analysis().temp_size_in_bytes < 5 * b * n * (t + 256) + 4096
+    # The log-sum-exp and small tables: no copy of queries, keys or values.
+    assert program.memory_analysis().temp_size_in_bytes < 5 * b * n * (t + 256) + 4096
 
 
 @pytest.mark.gpu_compile
@@ -345,8 +358,8 @@ def test_flash_and_its_gradient_compile_for_an_h100(
 
     q, slots = Shape((2, 2000, 32, width), dtype), Shape((2, 8, 2000, width), dtype)
     start = Shape((2,), jnp.int32)
-    made = compiled(jax.grad(total, (0, 1, 2)), device, q, slots, slots, start)
-    assert made.as_text().count("__gpu$xla.gpu.triton") == 3
+    program = compiled(jax.grad(total, (0, 1, 2)), device, q, slots, slots, start)
+    assert program.as_text().count("__gpu$xla.gpu.triton") == 3
 
 
 @pytest.mark.gpu_compile
@@ -357,14 +370,16 @@ def test_decoding_compiles_for_an_h100_and_copies_no_cache(
     device = h100(assets)
     q, start = Shape((rows, 1, n, 128), jnp.bfloat16), Shape((rows,), jnp.int32)
     for slots, table in caches(rows, heads, 4096, 128, "bfloat16"):
-        made = compiled(any_decode, device, q, slots, slots, start, *table)
-        assert made.as_text().count("__gpu$xla.gpu.triton") == 1
+        program = compiled(any_decode, device, q, slots, slots, start, *table)
+        assert program.as_text().count("__gpu$xla.gpu.triton") == 1
         # Partial outputs of every split, far less than any layer of the cache.
-        assert made.memory_analysis().temp_size_in_bytes < 2**21
+        assert program.memory_analysis().temp_size_in_bytes < 2**21
 
 
 @pytest.mark.gpu_compile
-def test_tiles_that_an_h100_cannot_hold_are_refused(assets: pathlib.Path) -> None:
+def test_tiles_that_exceed_an_h100s_shared_memory_are_rejected(
+    assets: pathlib.Path,
+) -> None:
     device = h100(assets)
     big = functools.partial(flash_triton.flash_attention, block_q=512, block_kv=512)
     q = Shape((1, 1024, 8, 128), jnp.bfloat16)
@@ -374,13 +389,13 @@ def test_tiles_that_an_h100_cannot_hold_are_refused(assets: pathlib.Path) -> Non
 
 
 @pytest.mark.gpu_compile
-def test_gpus_that_cannot_be_described_are_refused(assets: pathlib.Path) -> None:
+def test_an_invalid_description_of_a_gpu_is_rejected(assets: pathlib.Path) -> None:
     h100(assets)
     with pytest.raises(MeshError, match="no GPUs '1x1x8' of this target_config"):
         target_devices.gpu_devices("1x1x8", "not a description")
 
 
-def test_without_xlas_plugin_there_are_no_gpus_to_compile_for(
+def test_compiling_for_a_gpu_without_xlas_plugin_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(target_devices.importlib.util, "find_spec", lambda name: None)
@@ -388,47 +403,55 @@ def test_without_xlas_plugin_there_are_no_gpus_to_compile_for(
         target_devices.gpu_devices("1x1x8", "")
 
 
-REFUSED = [
-    (flash_triton.flash_attention, (1, 8, 3, 2, 8, 16), "float32", {}, "no multiple"),
+UNSUPPORTED = [
+    (
+        flash_triton.flash_attention,
+        (1, 8, 3, 2, 8, 16),
+        "float32",
+        {},
+        "must be a multiple",
+    ),
     (flash_triton.flash_attention, (1, 8, 2, 2, 8, 512), "float32", {}, "at most 256"),
     (
         *(flash_triton.flash_attention, (1, 8, 2, 2, 8, 16), "float32"),
-        *({"block_q": 24}, "block_q is 24; write a power of two"),
+        *({"block_q": 24}, "block_q must be a power of two, .* got 24"),
     ),
     (
         *(flash_triton.flash_attention, (2, 40, 2, 2, 50, 16), "float32"),
-        *({"segment_ids": SEGMENTS}, "leave segment_ids out with a cache"),
+        *({"segment_ids": SEGMENTS}, "leave out segment_ids with a cache"),
     ),
-    (flash_mosaic_gpu.flash_attention, (1, 8, 2, 2, 8, 64), "float32", {}, "bfloat16"),
+    (flash_mosaic.flash_attention, (1, 8, 2, 2, 8, 64), "float32", {}, "bfloat16"),
     (
-        *(flash_mosaic_gpu.flash_attention, (1, 8, 2, 2, 8, 64), "bfloat16"),
+        *(flash_mosaic.flash_attention, (1, 8, 2, 2, 8, 64), "bfloat16"),
         *({"block_kv": 100}, "multiples of 64"),
     ),
-    (flash_mosaic_gpu.flash_attention, (1, 8, 2, 2, 8, 40), "bfloat16", {}, "of 16"),
-    (cudnn.cudnn_attention, (1, 8, 2, 2, 8, 64), "float32", {}, "not in float32"),
-    (cudnn.cudnn_attention, (1, 8, 2, 2, 8, 60), "bfloat16", {}, "multiples of 8"),
+    (flash_mosaic.flash_attention, (1, 8, 2, 2, 8, 40), "bfloat16", {}, "of 16"),
+    (cudnn.cudnn_attention, (1, 8, 2, 2, 8, 64), "float32", {}, "not float32"),
+    (cudnn.cudnn_attention, (1, 8, 2, 2, 8, 60), "bfloat16", {}, "multiple of 8"),
     (
         *(decode_triton.decode_attention, (1, 1, 2, 2, 8, 16), "float32"),
         *({"q_start": starts(1), "block_kv": 20}, "a power of two"),
     ),
     (
         *(decode_triton.decode_attention, (1, 1, 3, 2, 8, 16), "float32"),
-        *({"q_start": starts(1)}, "do not fit"),
+        *({"q_start": starts(1)}, "do not match"),
     ),
 ]
 
 
-@pytest.mark.parametrize(("attend", "shape", "dtype", "settings", "says"), REFUSED)
-def test_what_a_kernel_cannot_do_is_refused_in_a_sentence(
-    attend: Any, shape: Any, dtype: str, settings: dict[str, Any], says: str
+@pytest.mark.parametrize(
+    ("attend", "shape", "dtype", "settings", "message"), UNSUPPORTED
+)
+def test_calls_that_a_kernel_does_not_support_are_rejected(
+    attend: Any, shape: Any, dtype: str, settings: dict[str, Any], message: str
 ) -> None:
     b, t, n, heads, s, h = shape
     inputs = arrays((b, t, n, h), *[(b, heads, s, h)] * 2, dtype=dtype)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         attend(*inputs, **settings)
 
 
-def test_cudnn_refuses_slots_of_eight_bits() -> None:
+def test_cudnn_rejects_int8_slots() -> None:
     q, *slots = arrays((1, 2, 2, 64), *[(1, 2, 4, 64)] * 2, dtype="bfloat16")
-    with pytest.raises(ValueError, match="eight bits"):
+    with pytest.raises(ValueError, match="int8 slots"):
         cudnn.cudnn_attention(q, *quantized(*slots))

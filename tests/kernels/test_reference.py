@@ -1,4 +1,4 @@
-"""Attention: the reference against float64 NumPy, its gradients and its dispatch."""
+"""The reference of attention against float64 NumPy, and its gradients."""
 
 import functools
 from typing import Any
@@ -20,10 +20,10 @@ SEGMENTS = np.array([[0, 0, 0, 1, 1, 2], [5, 5, 5, 5, 5, 5], [1, 2, 2, 2, 3, 3]]
 attend = jax.jit(attention, static_argnames="implementation")
 
 
-def judged(
+def expected(
     q: Any, k: Any, v: Any, starts: Any = None, segments: Any = None
 ) -> np.ndarray:
-    """The same by the oracle, row by row."""
+    """The output of the oracle, row by row."""
     rows = [
         oracle.attend(
             q[row],
@@ -42,7 +42,7 @@ def test_attention_equals_float64(n: int, k: int) -> None:
     q, keys, values = inputs(n, k)
     np.testing.assert_allclose(
         attend(q, keys, values),
-        judged(q, keys, values),
+        expected(q, keys, values),
         rtol=ATTENTION_FLOAT32,
         atol=ATTENTION_FLOAT32,
     )
@@ -54,7 +54,7 @@ def test_attention_over_a_cache_equals_float64(n: int, k: int) -> None:
     starts = jnp.asarray([0, 10, 3])
     np.testing.assert_allclose(
         attend(q, keys, values, q_start=starts),
-        judged(q, keys, values, starts),
+        expected(q, keys, values, starts),
         rtol=ATTENTION_FLOAT32,
         atol=ATTENTION_FLOAT32,
     )
@@ -65,28 +65,27 @@ def test_attention_of_packed_rows_equals_float64(n: int, k: int) -> None:
     q, keys, values = inputs(n, k)
     np.testing.assert_allclose(
         attend(q, keys, values, segment_ids=jnp.asarray(SEGMENTS)),
-        judged(q, keys, values, segments=SEGMENTS),
+        expected(q, keys, values, segments=SEGMENTS),
         rtol=ATTENTION_FLOAT32,
         atol=ATTENTION_FLOAT32,
     )
 
 
-def test_slots_behind_the_query_are_never_read() -> None:
+def test_slots_after_the_query_are_ignored() -> None:
     q, keys, values = inputs(4, 2, slots=16)
     starts = jnp.asarray([0, 10, 3])
     clean = attend(q, keys, values, q_start=starts)
-    behind = np.arange(16) >= np.asarray(starts)[:, None] + T
-    dirt = jnp.where(behind[:, None, :, None], 1e9, 0.0)
+    after = np.arange(16)[None] >= np.asarray(starts)[:, None] + T
+    dirt = jnp.where(after[:, None, :, None], 1e9, 0.0)
     dirty = attend(q, keys + dirt, values + dirt, q_start=starts)
     np.testing.assert_array_equal(clean, dirty)
 
 
 def test_large_scores_do_not_overflow() -> None:
     q, keys, values = inputs(4, 2)
-    found = attend(q * 1e4, keys * 1e4, values)
     np.testing.assert_allclose(
-        found,
-        judged(q * 1e4, keys * 1e4, values),
+        attend(q * 1e4, keys * 1e4, values),
+        expected(q * 1e4, keys * 1e4, values),
         rtol=ATTENTION_FLOAT32,
         atol=ATTENTION_FLOAT32,
     )
@@ -115,12 +114,12 @@ def test_output_has_the_queries_dtype(dtype: str) -> None:
     )
 
 
-def test_auto_is_an_implementation_that_has_a_name() -> None:
+def test_auto_equals_a_named_implementation() -> None:
     q, keys, values = inputs(4, 2)
     named = attend(q, keys, values, implementation="xla")
     np.testing.assert_array_equal(named, attend(q, keys, values))
 
 
-def test_an_unknown_implementation_is_refused() -> None:
+def test_an_unknown_implementation_is_rejected() -> None:
     with pytest.raises(ValueError, match="'flash' does not exist; choose from auto"):
         attention(*inputs(4, 2), implementation="flash")  # type: ignore[arg-type]

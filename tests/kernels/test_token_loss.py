@@ -1,4 +1,4 @@
-"""The chunked loss: the plain one's values and gradients, in a part of its memory."""
+"""The chunked loss equals the plain loss and its gradients, in less memory."""
 
 import functools
 from typing import Any
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from support.attention_inputs import newest_only, quick_jit
 from support.programs import needs_tpu_compiler
 
 from llama_jax.kernels import greedy_tokens, token_losses
@@ -35,74 +36,83 @@ def plain(x: Any, head: Any, targets: Any) -> Any:
     return -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
 
 
-def judged(losses: Any, x: Any, head: Any, targets: Any, weights: Any) -> Any:
+def with_gradient(losses: Any, x: Any, head: Any, targets: Any, weights: Any) -> Any:
     """Losses, and the gradients of their weighted sum."""
 
     def total(x: Any, head: Any) -> Any:
-        found = losses(x, head, targets)
-        return jnp.sum(weights * found), found
+        per_token = losses(x, head, targets)
+        return jnp.sum(weights * per_token), per_token
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
-        x, head
-    )
-    return found, *gradients
+    both = quick_jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    (_, per_token), gradients = both(x, head)
+    return per_token, *gradients
 
 
-@settings(max_examples=8)  # each compiles two programs
-@given(b=st.integers(1, 3), t=st.integers(1, 9), chunk=st.integers(1, 10))
-def test_values_and_gradients_are_those_of_the_plain_loss(
+@pytest.mark.parametrize(("b", "t", "chunk"), [(3, 8, 4), (2, 9, 4), (1, 5, 10)])
+def test_losses_and_gradients_equal_those_of_the_plain_loss(
     b: int, t: int, chunk: int
 ) -> None:
     arrays = inputs(b, t)
-    found = judged(functools.partial(token_losses, chunk=chunk), *arrays)
-    for one, other in zip(found, judged(plain, *arrays), strict=True):
+    actual = with_gradient(functools.partial(token_losses, chunk=chunk), *arrays)
+    for one, other in zip(actual, with_gradient(plain, *arrays), strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, atol=CLOSE)
+
+
+@pytest.mark.slow
+@settings(max_examples=8)  # each compiles two programs
+@given(b=st.integers(1, 3), t=st.integers(1, 9), chunk=st.integers(1, 10))
+def test_any_chunk_equals_the_plain_loss(b: int, t: int, chunk: int) -> None:
+    test_losses_and_gradients_equal_those_of_the_plain_loss(b, t, chunk)
 
 
 def test_losses_are_float32_and_gradients_have_the_weights_dtype() -> None:
     x, head, targets, weights = inputs(2, 7)
     half = x.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
-    losses, of_x, of_head = judged(token_losses, *half, targets, weights)
+    losses, d_x, d_head = with_gradient(token_losses, *half, targets, weights)
     assert losses.dtype == jnp.float32
-    assert of_x.dtype == of_head.dtype == jnp.bfloat16
-    exact = judged(plain, x, head, targets, weights)
+    assert d_x.dtype == d_head.dtype == jnp.bfloat16
+    exact = with_gradient(plain, x, head, targets, weights)
     # bfloat16 has eight bits; a sum of eight products of size one.
     np.testing.assert_allclose(losses, exact[0], atol=0.1)
-    np.testing.assert_allclose(of_head.astype(jnp.float32), exact[2], atol=0.1)
-    kept = x.astype(jnp.bfloat16), head
-    assert judged(token_losses, *kept, targets, weights)[2].dtype == jnp.float32
+    np.testing.assert_allclose(d_head.astype(jnp.float32), exact[2], atol=0.1)
+    mixed = x.astype(jnp.bfloat16), head
+    assert with_gradient(token_losses, *mixed, targets, weights)[2].dtype == jnp.float32
 
 
+@newest_only
 def test_a_tied_embedding_in_float32_has_a_gradient_from_bfloat16_rows() -> None:
-    """Once more turned round, its product over two axes is one XLA:CPU cannot do."""
+    """Its transposed product over two axes would not be supported by XLA:CPU."""
     x, head, targets, weights = inputs(1, 64, d=64, v=512)
 
     def tied(x: Any, embedding: Any, targets: Any) -> Any:
         return token_losses(x, embedding.T, targets)
 
-    found = judged(tied, x.astype(jnp.bfloat16), head.T, targets, weights)[2]
-    exact = judged(plain, x, head, targets, weights)[2]
-    assert found.dtype == jnp.float32
+    d_embedding = with_gradient(tied, x.astype(jnp.bfloat16), head.T, targets, weights)[
+        2
+    ]
+    exact = with_gradient(plain, x, head, targets, weights)[2]
+    assert d_embedding.dtype == jnp.float32
     # bfloat16 has eight bits; numbers of size one.
-    np.testing.assert_allclose(found.T, exact, atol=0.1)
+    np.testing.assert_allclose(d_embedding.T, exact, atol=0.1)
 
 
 def test_large_logits_do_not_overflow() -> None:
     x, head, targets, weights = inputs(2, 7)
-    found = judged(token_losses, x * 1e4, head, targets, weights)
-    assert all(bool(jnp.isfinite(array).all()) for array in found)
+    arrays = with_gradient(token_losses, x * 1e4, head, targets, weights)
+    assert all(bool(jnp.isfinite(array).all()) for array in arrays)
 
 
 def test_a_token_without_weight_has_no_gradient() -> None:
     x, head, targets, _ = inputs(1, 6)
     weights = jnp.asarray([[1.0, 0, 1, 0, 0, 1]])
-    _, of_x, _ = judged(token_losses, x, head, targets, weights)
-    silent = np.asarray(weights[0]) == 0
-    assert (np.asarray(of_x[0])[silent] == 0).all()
-    assert (np.abs(np.asarray(of_x[0])[~silent]).max(-1) > 0).all()
+    _, d_x, _ = with_gradient(token_losses, x, head, targets, weights)
+    unweighted = np.asarray(weights[0]) == 0
+    assert (np.asarray(d_x[0])[unweighted] == 0).all()
+    assert (np.abs(np.asarray(d_x[0])[~unweighted]).max(-1) > 0).all()
 
 
+@newest_only
 def test_the_logits_of_a_batch_never_exist() -> None:
     b, t, d, v = 2, 1024, 32, 4096
     x, head, targets, weights = inputs(b, t, d, v)
@@ -118,28 +128,28 @@ def test_the_logits_of_a_batch_never_exist() -> None:
         return int(analysis.temp_size_in_bytes)
 
     assert temporaries(plain) >= everything
-    # Those of a chunk and their gradient, once or twice each.
+    # The logits of a chunk and their gradient, once or twice each.
     chunked = temporaries(functools.partial(token_losses, chunk=64))
     assert chunked < 4 * everything * 64 // t
 
 
-def test_the_loss_on_a_mesh_is_that_of_one_device() -> None:
+def test_the_loss_on_a_mesh_equals_that_on_one_device() -> None:
     arrays = inputs(4, 8)
     mesh = make_mesh({"data": 2, "tensor": 4})
-    places = P("data"), P(None, "tensor"), P("data"), P("data")
-    placed = [
+    specs = P("data"), P(None, "tensor"), P("data"), P("data")
+    sharded = [
         jax.device_put(array, NamedSharding(mesh, spec))
-        for array, spec in zip(arrays, places, strict=True)
+        for array, spec in zip(arrays, specs, strict=True)
     ]
     losses = functools.partial(token_losses, chunk=4)
-    found, wanted = judged(losses, *placed), judged(losses, *arrays)
-    for one, other in zip(found, wanted, strict=True):
+    actual, expected = with_gradient(losses, *sharded), with_gradient(losses, *arrays)
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=CLOSE)
 
 
-def test_a_chunk_of_nothing_is_refused() -> None:
+def test_an_empty_chunk_is_rejected() -> None:
     x, head, targets, _ = inputs(1, 6)
-    with pytest.raises(ValueError, match="chunk is 0"):
+    with pytest.raises(ValueError, match="chunk must be positive, got 0"):
         token_losses(x, head, targets, chunk=0)
 
 
@@ -147,10 +157,10 @@ def test_a_chunk_of_nothing_is_refused() -> None:
 @pytest.mark.tpu_compile
 @pytest.mark.slow
 def test_the_loss_of_a_large_batch_fits_a_tpu_chip() -> None:
-    place = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
+    sharding = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
 
     def array(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def total(x: Any, head: Any, targets: Any) -> Any:
         return jnp.mean(token_losses(x, head, targets))
@@ -164,10 +174,10 @@ def test_the_loss_of_a_large_batch_fits_a_tpu_chip() -> None:
     compiled = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None
-    # The head's gradient in float32, 256 tokens' logits of each row, and x in parts.
-    logits, of_head, stream = 4 * b * 256 * v, 4 * d * v, 2 * b * t * d
-    assert analysis.temp_size_in_bytes < of_head + 2 * logits + 3 * stream
-    assert of_head + 2 * logits + 3 * stream < 4 * b * t * v
+    # The head's gradient in float32, logits of 256 tokens of each row, and x in parts.
+    logits, d_head, stream = 4 * b * 256 * v, 4 * d * v, 2 * b * t * d
+    assert analysis.temp_size_in_bytes < d_head + 2 * logits + 3 * stream
+    assert d_head + 2 * logits + 3 * stream < 4 * b * t * v
 
 
 @settings(max_examples=8)

@@ -1,4 +1,4 @@
-"""The TPU's flash attention, by the real compiler, for every generation of chips."""
+"""The TPU's flash attention, compiled for every generation of chips."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
 class Shape(NamedTuple):
-    """Sizes of an attention."""
+    """Sizes of a call."""
 
     B: int
     T: int
@@ -43,16 +43,16 @@ EVERY += [(chip, name) for chip in (CHIPS[0], CHIPS[3]) for name in OTHERS]
 
 
 def programs(topology: str, shape: Shape, *, mapped: int | None = None) -> Any:
-    """Forward alone, and with all gradients; mapped over one more axis if asked.
+    """The forward pass, and with all gradients; mapped over one more axis if given.
 
-    Queries come with heads before slots, as the kernels read them: else XLA would have
-    to turn them around here, where no projection before them could do it.
+    Queries have heads before slots, as in the kernels; otherwise XLA would transpose
+    them here, since there is no projection that could.
     """
-    place = SingleDeviceSharding(tpu_devices(topology)[0])
+    sharding = SingleDeviceSharding(tpu_devices(topology)[0])
     lead = () if mapped is None else (mapped,)
 
     def array(dtype: Any, *sizes: int) -> Any:
-        return jax.ShapeDtypeStruct((*lead, *sizes), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((*lead, *sizes), dtype, sharding=sharding)
 
     q = array(shape.dtype, shape.B, shape.N, shape.T, shape.H)
     slots = array(shape.dtype, shape.B, shape.K, shape.S, shape.H)
@@ -82,15 +82,17 @@ def kernels(program: Any) -> int:
 @needs_tpu_compiler
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(("topology", "name"), EVERY)
-def test_flash_attention_compiles_for_tpus_and_holds_no_scores(
+def test_flash_attention_compiles_for_tpus_and_stores_no_scores(
     topology: str, name: str
 ) -> None:
     shape = (MODELS | OTHERS)[name]
     forward, both = programs(topology, shape)
     assert kernels(forward) == 1
-    assert kernels(both) == 1 + -(-shape.S // 8192)  # gradients of so many at a time
+    assert kernels(both) == 1 + -(
+        -shape.S // 8192
+    )  # the gradients of 8,192 slots at a time
     one_head = shape.T * shape.S * jnp.dtype(shape.dtype).itemsize
-    if shape.T > 128:  # else the scores are less than what any kernel has besides
+    if shape.T > 128:  # fewer scores are less than the other temporaries
         assert forward.memory_analysis().temp_size_in_bytes < one_head
 
 
