@@ -6,7 +6,7 @@
     python -m llama_jax.finetune merge --checkpoint DIR --adapter DIR --output DIR
     python -m llama_jax.finetune tokenizer --data FILE --vocab-size V --output DIR
 
-Everything but --show-batch is told on standard error.
+Everything but the rows of --show-batch is printed on standard error.
 """
 
 import argparse
@@ -15,35 +15,34 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-from llama_jax.checkpoint.json_files import write_json
 from llama_jax.checkpoint.model_folder import read_tokenizer
 from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
-from llama_jax.cli.finetune_settings import (
-    RUN,
-    arguments,
-    complete,
-    read_run,
-    taken_over,
-)
-from llama_jax.cli.trainer import Trainer
+from llama_jax.cli.progress import TerminalReporter, stop_on_signals
 from llama_jax.config import LlamaConfig
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
 from llama_jax.data.vocabulary import train_tokenizer
-from llama_jax.distributed import barrier, is_main, share_of_rows
+from llama_jax.distributed import share_of_rows
 from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
-from llama_jax.model.lora import Lora
+from llama_jax.planning.flops import forward_flops, train_flops
+from llama_jax.planning.topology import local_topology
 from llama_jax.presets import parse_model
 from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sharding import axes_size, make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.adapters import merge_checkpoint
-from llama_jax.train.methods import Method, fingerprint, train_adapters, train_weights
+from llama_jax.train.finetune_config import FinetuneConfig
+from llama_jax.train.methods import Method, train_adapters, train_weights
+from llama_jax.train.reporter import Sample
+from llama_jax.train.run import RunResult, run
+from llama_jax.train.run_folder import find_run
+from llama_jax.train.samples import complete_prompts
+from llama_jax.train.state import TrainState
+from llama_jax.types import Mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,241 +58,259 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train a model as the flags say."""
     output = None if args.output is None else pathlib.Path(args.output)
-    # Before the processes meet, and so before one of them writes there.
-    before = None if output is None else check_output(output, resume=args.resume)
-    if before is not None:
-        taken_over(args, before["arguments"])
-    elif not args.data:
-        raise TrainError(f"{output}: there is no run to resume; give --data to begin")
+    # Before the processes connect, and so before one of them writes there.
+    saved = None if output is None else find_run(output, resume=args.resume)
+    settings = FinetuneConfig.resumed({} if saved is None else saved.settings, vars(args))
+    if not settings.get("data"):
+        raise TrainError(f"{output}: there is no run to resume; give --data to start one")
+    args.mesh = settings.get("mesh")
     cli.start_processes(args)
-    mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
-    opened, config = find_model(args)
-    complete(args, config)
-    runtime = default_runtime() if args.dtype is None else Runtime(dtype=args.dtype)
-    args.dtype = runtime.dtype
-    runtime = runtime.replace(remat=args.remat, rules=TRAINING_RULES)
+    config = FinetuneConfig.from_settings(settings)
+    mesh = make_mesh(parse_mesh(config.mesh)) if config.mesh else None
+    opened = find_model(config)
+    config = config.for_model(opened.config, default_runtime().dtype)
     with contextlib.ExitStack() as stack:
-        own = share_of_rows(mesh)
-        loader = stack.enter_context(open_data(args, opened.tokenizer, own))
+        loader = stack.enter_context(open_data(config, opened.tokenizer, mesh))
         if args.show_batch:
-            colour = sys.stdout.isatty()
-            rows = show(
-                next(loader), opened.tokenizer, rows=args.show_batch, colour=colour
-            )
+            batch, colour = next(loader), sys.stdout.isatty()
+            rows = show(batch, opened.tokenizer, rows=args.show_batch, colour=colour)
             print("\n".join(rows))
             return 0
         assert output is not None
-        if mesh is not None:
-            check_rows(args, mesh, runtime)
+        check_rows(config, mesh)
         held_out = None
-        if args.eval_data:
+        if config.eval_data:
             held_out = stack.enter_context(
-                open_data(args, opened.tokenizer, own, held_out=True)
+                open_data(config, opened.tokenizer, mesh, held_out=True)
             )
-        run = begin(args, output, before, opened, config, loader)
-        method = make_method(args, opened, config, runtime, mesh)
-        tokenizer = opened.tokenizer
-        return Trainer(
-            args, output, run, method, tokenizer, loader, held_out, mesh
-        ).train()
-
-
-def check_output(output: pathlib.Path, *, resume: bool) -> dict[str, Any] | None:
-    """What is there to be resumed.
-
-    Raises:
-      TrainError: there is something, and it is not to be resumed or is no run.
-    """
-    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    if used and not resume:
-        raise TrainError(
-            f"{output}: already exists and is not empty; name a new folder, or --resume"
+        steps = config.steps or (None if saved else count_steps(config, loader))
+        result = run_training(
+            config, opened, mesh, loader, held_out, output, steps, resume=args.resume
         )
-    before = read_run(output)
-    if used and before is None:
-        raise TrainError(f"{output}: is not a run's folder (it has no {RUN})")
-    return before
+    print_result(result, output)
+    return 0
 
 
-def find_model(args: argparse.Namespace) -> tuple[Opened, LlamaConfig]:
-    """The model to begin with; of one from scratch there are no leaves.
+def run_training(
+    config: FinetuneConfig,
+    opened: Opened,
+    mesh: Mesh | None,
+    loader: Loader,
+    held_out: Loader | None,
+    output: pathlib.Path,
+    steps: int | None,
+    *,
+    resume: bool,
+) -> RunResult:
+    """Train, and report on standard error."""
+    method, tokenizer = make_method(config, opened, mesh), opened.tokenizer
+    prompts = config.sample_prompt
+
+    def sample(state: TrainState) -> list[Sample]:
+        loaded = method.for_generation(state.params, tokenizer)
+        return complete_prompts(
+            loaded, prompts or (), config.format, config.sample_tokens
+        )
+
+    def dropped() -> Mapping[str, str]:
+        counts = loader.statistics
+        return {"records": counts.left_out} if counts.dropped else {}
+
+    flops_per_step, peak_flops = count_flops(config, method)
+    return run(
+        config,
+        method,
+        loader,
+        output,
+        resume=resume,
+        total_steps=steps,
+        eval_batches=held_out,
+        tokenizer=tokenizer,
+        sample=sample if prompts else None,
+        describe=lambda _: loader.facts(),
+        reporter=TerminalReporter(held_out),
+        signals=stop_on_signals,
+        flops_per_step=flops_per_step,
+        peak_flops=peak_flops,
+        report_facts=dropped,
+    )
+
+
+def find_model(config: FinetuneConfig) -> Opened:
+    """Find the model to start from; one from scratch has no leaves.
 
     Raises:
       TokenizerError: a model from scratch has no tokenizer, or one that does not fit.
     """
-    if not args.from_scratch:
-        opened = open_model(
-            args.checkpoint, tokenizer=args.tokenizer, max_seq_len=args.max_seq_len
-        )
-        config = opened.config
+    if config.from_scratch:
+        opened = start_from_scratch(config)
     else:
-        config = parse_model(args.preset, args.seq_length or 2048)
-        if args.max_seq_len:
-            config = config.replace(max_seq_len=args.max_seq_len)
-        named = pathlib.Path(args.tokenizer or args.checkpoint or "")
-        tokenizer = None
-        if args.tokenizer or args.checkpoint:
-            tokenizer = (
-                read_tokenizer(named) if named.is_dir() else Tokenizer.from_file(named)
-            )
-        if tokenizer is None:
-            raise TokenizerError(
-                "--from-scratch needs --tokenizer, a file or folder with one; `python "
-                "-m llama_jax.finetune tokenizer` trains one"
-            )
-        tokenizer.check_fits(config.vocab_size)
-        opened = Opened(config, tokenizer, {})
-    if args.rope_theta is not None:
-        config = config.replace(rope_theta=args.rope_theta)
-        opened = opened._replace(config=config)
-    return opened, config
+        opened = open_model(
+            config.checkpoint,
+            tokenizer=config.tokenizer,
+            max_seq_len=config.max_seq_len,
+        )
+    if config.rope_theta is None:
+        return opened
+    return opened._replace(config=opened.config.replace(rope_theta=config.rope_theta))
+
+
+def start_from_scratch(config: FinetuneConfig) -> Opened:
+    """The shape and the tokenizer of a model that has no weights yet."""
+    model = parse_model(config.preset or "", config.seq_length or 2048)
+    if config.max_seq_len:
+        model = model.replace(max_seq_len=config.max_seq_len)
+    path = pathlib.Path(config.tokenizer or config.checkpoint or "")
+    tokenizer = None
+    if config.tokenizer or config.checkpoint:
+        tokenizer = read_tokenizer(path) if path.is_dir() else Tokenizer.from_file(path)
+    if tokenizer is None:
+        raise TokenizerError(
+            "--from-scratch: there is no tokenizer; give --tokenizer, a file or folder "
+            "with one (`python -m llama_jax.finetune tokenizer` trains one)"
+        )
+    tokenizer.check_fits(model.vocab_size)
+    return Opened(model, tokenizer, {})
 
 
 def open_data(
-    args: argparse.Namespace,
+    config: FinetuneConfig,
     tokenizer: Tokenizer,
-    share: tuple[int, int],
+    mesh: Mesh | None,
     *,
     held_out: bool = False,
 ) -> Loader:
-    """The batches to learn from, or those to measure with, once in their order."""
-    index, count = share
+    """Open the training data, or the held-out data, which is read once in order."""
+    assert config.seq_length is not None
+    index, count = share_of_rows(mesh)
     return Loader(
-        args.eval_data if held_out else args.data,
+        (config.eval_data or ()) if held_out else config.data,
         tokenizer,
-        format=args.format,
-        batch_size=args.batch_size,
-        length=args.seq_length,
-        packing=args.packing,
-        epochs=1 if held_out else args.epochs,
-        seed=args.seed,
+        format=config.format,
+        batch_size=config.batch_size,
+        length=config.seq_length,
+        packing=config.packing,
+        epochs=1 if held_out else config.epochs,
+        seed=config.seed,
         shuffle=not held_out,
-        on_bad=args.on_bad,
-        on_long=args.on_long,
-        infilling_rate=args.infilling_rate,
+        on_bad=config.on_bad,
+        on_long=config.on_long,
+        infilling_rate=config.infilling_rate,
         process_index=index,
         process_count=count,
     )
 
 
-def check_rows(args: argparse.Namespace, mesh: Any, runtime: Runtime) -> None:
-    """Refuse a batch that the mesh does not divide.
-
-    Raises:
-      ConfigError: naming both.
-    """
-    names = dict(runtime.rules.activations)["B"]
-    ways, rows = axes_size(mesh, names), args.batch_size // args.accumulate
+def check_rows(config: FinetuneConfig, mesh: Mesh | None) -> None:
+    """Raise a `ConfigError` if the mesh does not divide the rows of a step."""
+    if mesh is None:
+        return
+    axes = dict(TRAINING_RULES.activations)["B"]
+    ways, rows = axes_size(mesh, axes), config.batch_size // config.accumulate
     if rows % ways:
         raise ConfigError(
-            f"--batch-size {args.batch_size} in --accumulate {args.accumulate} parts "
-            f"has {rows} rows at a time, which the {ways} devices of the mesh's "
-            f"{' and '.join(names)} axes cannot share equally"
+            f"--batch-size {config.batch_size} in --accumulate {config.accumulate} "
+            f"parts has {rows} rows at a time, which the {ways} devices of the mesh's "
+            f"{' and '.join(axes)} axes cannot share equally; change one of them"
         )
 
 
-def begin(
-    args: argparse.Namespace,
-    output: pathlib.Path,
-    before: Mapping[str, Any] | None,
-    opened: Opened,
-    config: LlamaConfig,
-    loader: Loader,
-) -> dict[str, Any]:
-    """What the run says about itself, written where it is new.
-
-    Raises:
-      TrainError: the run that is resumed had another model.
-    """
-    weights = fingerprint(opened.leaves) if opened.leaves else None
-    if before is not None:
-        model = LlamaConfig.from_dict(before["model"])
-        if model != config or before["weights"] != weights:
-            raise TrainError(
-                f"--checkpoint is not the model that the run in {output} was begun "
-                "with; name that one, or begin anew in another --output"
-            )
-        return dict(before)
-    steps = args.steps
-    if steps is None:
-        found = loader.survey()
-        steps = max(math.ceil(args.epochs * found.rows / args.batch_size), 1)
-        for line in about_data(found):
-            print(line, file=sys.stderr)
-    run = {
-        "version": 1,
-        "arguments": arguments(args),
-        "steps": steps,
-        "model": config.to_dict(),
-        "weights": weights,
-    }
-    if is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RUN, run)
-    barrier("the run has begun")
-    return run
+def count_steps(config: FinetuneConfig, loader: Loader) -> int:
+    """Read the data once, print its statistics, and estimate the steps of the run."""
+    assert config.epochs is not None
+    statistics = loader.survey()
+    for line in describe_data(statistics):
+        print(line, file=sys.stderr)
+    return max(math.ceil(config.epochs * statistics.rows / config.batch_size), 1)
 
 
-def about_data(found: Statistics) -> Iterator[str]:
-    """Lines that say what an epoch holds."""
-    such_as = ", such as" if found.problems else ""
+def describe_data(statistics: Statistics) -> Iterator[str]:
+    """Lines on the contents of an epoch."""
+    examples = ", such as" if statistics.problems else ""
     yield (
-        f"data: {found.records:,} records in {found.rows:,} rows, {found.tokens:,} "
-        f"tokens ({found.targets:,} targets), {found.fill_rate:.1%} filled; "
-        f"{found.left_out}{such_as}"
+        f"data: {statistics.records:,} records in {statistics.rows:,} rows, "
+        f"{statistics.tokens:,} tokens ({statistics.targets:,} targets), "
+        f"{statistics.fill_rate:.1%} filled; {statistics.left_out}{examples}"
     )
-    for problem in found.problems[:3]:
+    for problem in statistics.problems[:3]:
         yield f"  {problem}"
 
 
-def make_method(
-    args: argparse.Namespace,
-    opened: Opened,
-    config: LlamaConfig,
-    runtime: Runtime,
-    mesh: Any,
-) -> Method:
-    """What is trained."""
-    if args.method == "full":
+def make_method(config: FinetuneConfig, opened: Opened, mesh: Mesh | None) -> Method:
+    """Make the method: all weights, or adapters."""
+    assert config.dtype is not None
+    runtime = Runtime(dtype=config.dtype, remat=config.remat, rules=TRAINING_RULES)
+    lora = config.lora
+    if lora is None:
         return train_weights(
-            config,
-            runtime.replace(param_dtype=args.param_dtype),
+            opened.config,
+            runtime.replace(param_dtype=config.param_dtype),
             mesh=mesh,
-            opened=opened if opened.leaves else None,
-            seed=args.seed,
+            opened=opened,
+            seed=config.seed,
         )
-    lora = Lora(
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        targets=tuple(args.lora_targets),
-    )
     return train_adapters(
         opened,
         runtime,
         lora,
         mesh=mesh,
-        quantize=args.quantize,
-        dtype=args.param_dtype,
-        seed=args.seed,
+        quantize=config.quantize,
+        dtype=config.param_dtype,
+        seed=config.seed,
+        base_model=config.checkpoint,
     )
 
 
+def count_flops(config: FinetuneConfig, method: Method) -> tuple[float, float]:
+    """Count the FLOPs of a step and the peak FLOP/s of the devices (0 if unknown)."""
+    assert config.seq_length is not None
+    model = method.model
+    flops = train_flops(model.config, config.batch_size, config.seq_length)
+    if method.lora is not None:  # frozen weights have no gradient
+        flops -= forward_flops(model.config, config.batch_size, config.seq_length)
+    peak = local_topology().chip.flops.get(model.runtime.dtype, 0.0)
+    return flops, peak * (1 if model.mesh is None else model.mesh.size)
+
+
+def print_result(result: RunResult, output: pathlib.Path) -> None:
+    """Print where the result of a run is, or how to resume it."""
+    if result.status == "stopped":
+        text = (
+            f"stopped after step {result.step}; resume with: python -m "
+            f"llama_jax.finetune --resume --output {output}"
+        )
+    elif result.status == "complete":
+        text = f"{output}: this run is finished; see its {result.path.name}"
+    else:
+        files = ", ".join(file.name for file in result.report)
+        text = f"{output}: {result.path.name}, metrics.jsonl, {files}"
+        if not any(file.suffix == ".png" for file in result.report):
+            text += '\nfor loss.png: pip install "llama-jax[plots]"'
+    print(text, file=sys.stderr, flush=True)
+
+
 def merge(argv: Sequence[str]) -> int:
-    """`finetune merge`: a model that needs no adapter any more."""
+    """`finetune merge`: write a model with its adapters merged into the weights."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.finetune merge",
-        description="Write the model that does what a model with an adapter does: a "
-        "folder of ours, in the dtype of the base, for export and for speed.",
+        description="Merge adapters into the weights of their model, and write it to a "
+        "new folder, in the dtype of the base model: to export it, and because it is "
+        "faster.",
     )
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="the base: any model that can be loaded (default: the small story model)",
+        help="base model: any that `sample` loads (default: the bundled story model)",
     )
     parser.add_argument(
-        "--adapter", required=True, metavar="DIR", help="adapter/ of a run, or of peft"
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        help="adapter/ of a run, or an adapter of peft",
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="in place of the base's")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="instead of the base model's"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder")
     args = parser.parse_args(argv)
     merge_checkpoint(
@@ -304,27 +321,29 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def make_tokenizer(argv: Sequence[str]) -> int:
-    """`finetune tokenizer`: SentencePiece with the settings of Llama's own."""
+    """`finetune tokenizer`: train a SentencePiece tokenizer."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.finetune tokenizer",
-        description="Train a SentencePiece tokenizer with the settings of Llama's own.",
+        description="Train a SentencePiece tokenizer with the settings of Llama's.",
     )
     parser.add_argument(
         "--data",
         nargs="+",
         required=True,
         metavar="FILE",
-        help="text to learn from: .jsonl, .json, .parquet or .txt, also with .gz",
+        help="text to train on: .jsonl, .json, .parquet or .txt, all but Parquet also "
+        "with .gz",
     )
     parser.add_argument(
         "--vocab-size",
         type=cli.positive,
         default=32_000,
         metavar="V",
-        help="pieces, 259 of them bytes and control pieces (default: 32000)",
+        help="number of pieces, 259 of which are bytes and control pieces (default: "
+        "32000)",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="where tokenizer.model goes"
+        "--output", required=True, metavar="DIR", help="folder for tokenizer.model"
     )
     args = parser.parse_args(argv)
     file = pathlib.Path(args.output) / "tokenizer.model"

@@ -1,63 +1,76 @@
-"""The mean loss over held-out targets, each of which counts the same."""
+"""The mean loss over held-out data, in which each target counts the same."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from llama_jax.distributed import to_host
 from llama_jax.errors import DataError
-from llama_jax.train.loss import Loss, LossSums
-
-Sums = Callable[[Any, Any, Any], LossSums]
+from llama_jax.train.losses import Loss
 
 
 class Evaluation(NamedTuple):
-    """A mean, and of how much.
+    """Means over all batches.
 
     Attributes:
       loss: mean over all targets (nats).
-      targets: how many there were.
+      targets: number of targets (their total weight).
+      metrics: means of what else the loss reports.
     """
 
     loss: float
     targets: float
+    metrics: Mapping[str, float]
+
+    def record(self) -> dict[str, float]:
+        """Numbers for a step's record: `eval_loss`, `eval_targets`, `eval_<metric>`."""
+        metrics = {f"eval_{name}": value for name, value in self.metrics.items()}
+        return metrics | {"eval_loss": self.loss, "eval_targets": self.targets}
 
 
-def make_evaluate(loss: Loss) -> Sums:
-    """The loss's sums, jitted: nothing is donated and nothing learnt."""
-    return jax.jit(loss)
+def make_evaluate(loss: Loss) -> Loss:
+    """Jit the sums of a loss, without gradient or donation."""
+    jitted: Loss = jax.jit(loss)
+    return jitted
 
 
 def evaluate(
-    sums: Sums,
+    sums: Loss,
     params: Any,
     frozen: Any,
     batches: Iterable[Any],
     *,
-    place: Callable[[Any], Any] = lambda batch: batch,
+    device_put: Callable[[Any], Any] = lambda batch: batch,
 ) -> Evaluation:
-    """The mean loss over all batches together, weighted by their targets.
+    """Compute the mean loss over all batches, weighted by their targets.
 
     Args:
-      sums: of `make_evaluate`.
+      sums: from `make_evaluate`.
       params: trained leaves.
-      frozen: the others.
+      frozen: frozen leaves.
       batches: all of the held-out data, this process's rows.
-      place: brings a batch to the devices.
+      device_put: puts a batch on the devices.
 
     Raises:
-      DataError: there is no target in any of them.
+      DataError: no batch has a target.
     """
-    found = []
+    results: list[Any] = []
     for batch in batches:
-        one = sums(params, frozen, place(batch))
-        found.append((one.total, one.weight))
-        if len(found) > 1:  # the device stays one batch ahead, and no more
-            found[-2] = to_host(found[-2])
-    found[-1:] = [to_host(one) for one in found[-1:]]
-    total = sum(float(one[0]) for one in found)
-    weight = sum(float(one[1]) for one in found)
+        results.append(sums(params, frozen, device_put(batch)))
+        if len(results) > 1:  # the device stays one batch ahead, and no more
+            results[-2] = to_host(results[-2])
+    results[-1:] = [to_host(result) for result in results[-1:]]
+    weight = sum(float(result.weight) for result in results)
     if not weight:
-        raise DataError("evaluation: the held-out data has no target; give answers")
-    return Evaluation(total / weight, weight)
+        raise DataError(
+            "evaluation: held-out data has no target tokens; give records with answers"
+        )
+    return Evaluation(
+        sum(float(result.total) for result in results) / weight,
+        weight,
+        {
+            name: sum(float(result.metrics[name]) for result in results) / weight
+            for name in results[0].metrics
+        },
+    )

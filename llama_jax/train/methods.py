@@ -1,7 +1,7 @@
-"""What of a model is trained, and what is held still beside it: all of it, or adapters.
+"""Which leaves of a model are trained: all weights, or adapters.
 
-A method says this once; the step, evaluation, checkpoints and samples take it from
-there, and know nothing of the difference.
+Only a `Method` knows the difference; the step, evaluation, checkpoints and samples take
+trained and frozen leaves from it.
 """
 
 import dataclasses
@@ -14,53 +14,94 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
-from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.checkpoint.model_folder import Loaded, save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
 from llama_jax.loading import Opened, read_weights
 from llama_jax.model.init import init_params
 from llama_jax.model.lora import Lora, adapt, init_lora, lora_shapes
-from llama_jax.model.transformer import Llama
-from llama_jax.params import flatten, param_shapes, unflatten, unstack_layers
+from llama_jax.model.transformer import Llama, ScalarModel, model_for
+from llama_jax.params import flatten, init_std, param_shapes, unflatten
 from llama_jax.runtime import DType, Runtime
 from llama_jax.sharding import weight_shardings
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train.loss import Loss, LossSums, next_token_loss
-from llama_jax.types import Mesh
+from llama_jax.train.adapters import save_adapters
+from llama_jax.train.for_generation import for_generation
+from llama_jax.train.losses import Loss, ModelLoss, next_token_loss, trained_loss
+from llama_jax.types import Mesh, Params, Path
 from llama_jax.weights import Kind
+
+_SCALAR_HEAD = "scalar_head"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """What is trained and what is not; layers are stacked in both.
+    """The trained and the frozen leaves of a model, with stacked layers.
 
     Attributes:
-      model: how it is run.
-      shapes: of the trained leaves, with their shardings where there is a mesh.
-      first: makes the trained leaves that a run begins with.
-      frozen: the other leaves; none where all are trained.
-      loss: of trained leaves, frozen leaves and a batch.
-      lora: what the adapters are, None where weights are trained.
+      model: as training runs it.
+      shapes: tree of the trained leaves' shapes, with shardings if there is a mesh.
+      init: makes the trained leaves at the start of a run.
+      frozen: tree of the other leaves; empty if all are trained.
+      loss: loss of trained leaves, frozen leaves and a batch.
+      lora: configuration of the adapters; None if weights are trained.
+      fingerprint: identifies the initial weights; None if they are random.
+      base_model: path of the base model, to be named in an adapter's folder.
     """
 
-    model: Llama
-    shapes: Any
-    first: Callable[[], Any]
-    frozen: Any
+    model: Llama | ScalarModel
+    shapes: Params
+    init: Callable[[], Params]
+    frozen: Params
     loss: Loss
     lora: Lora | None = None
+    fingerprint: str | None = None
+    base_model: str | None = None
 
-    def whole(self, trained: Any) -> Any:
-        """The model's parameters, with the trained leaves among them."""
+    def params(self, trained: Params) -> Params:
+        """The parameters of the whole model, given the trained leaves."""
         if self.lora is None:
             return trained
         return adapt(self.frozen, trained, self.lora.scaling)
 
-    def speaking(self, trained: Any, tokenizer: Tokenizer) -> Loaded:
-        """The model as it generates: its layers unrolled, which copies them."""
-        runtime = self.model.runtime.replace(layer_layout="unrolled", remat="none")
-        model = Llama(self.model.config, runtime, self.model.mesh)
-        return Loaded(model, unstack_layers(self.whole(trained)), tokenizer)
+    def for_generation(self, trained: Params, tokenizer: Tokenizer) -> Loaded:
+        """The model for generation, with a copy of its parameters; drop it after use.
+
+        Args:
+          trained: trained leaves.
+          tokenizer: of the model.
+        """
+        return Loaded(*for_generation(self.model, self.params(trained)), tokenizer)
+
+    @property
+    def result_name(self) -> str:
+        """The folder of a run that has the result: `model` or `adapter`."""
+        return "model" if self.lora is None else "adapter"
+
+    def save(
+        self,
+        path: Path,
+        trained: Params,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: DType | None = None,
+    ) -> None:
+        """Save the model, or its adapters; with several processes all must call this.
+
+        Args:
+          path: of a new folder, for `load` (or its `adapter`).
+          trained: trained leaves.
+          tokenizer: stored with a model.
+          dtype: of a model's weights on disk; defaults to theirs.
+
+        Raises:
+          CheckpointError: `path` exists or cannot be written.
+        """
+        config = self.model.config
+        if self.lora is None:
+            save_params(path, trained, config, tokenizer=tokenizer, dtype=dtype)
+            return
+        save_adapters(path, trained, config, self.lora, base_model=self.base_model)
 
 
 def train_weights(
@@ -70,34 +111,45 @@ def train_weights(
     mesh: Mesh | None = None,
     opened: Opened | None = None,
     seed: int = 0,
-    loss: Callable[..., LossSums] = next_token_loss,
+    loss: ModelLoss = next_token_loss,
 ) -> Method:
-    """All weights are trained, held in the runtime's `weight_dtype`.
+    """Train all weights, stored in the runtime's `weight_dtype`.
 
     Args:
-      config: of the model.
-      runtime: of the step; its layers are stacked.
+      config: of the model; `head="scalar"` trains a `ScalarModel`.
+      runtime: of the step; its layout becomes "stacked".
       mesh: devices.
-      opened: the model to begin with; random weights where there is none.
-      seed: of these.
-      loss: of model, parameters and a batch.
-    """
-    model = Llama(config, runtime.replace(layer_layout="stacked"), mesh)
+      opened: initial weights; random if None. A scalar head that they lack is random.
+      seed: of random weights.
+      loss: loss of a model, its parameters and a batch.
 
-    def first() -> Any:
-        if opened is None:
+    >>> import llama_jax
+    >>> opened = llama_jax.open_model()
+    >>> runtime = llama_jax.default_runtime()
+    >>> method = train_weights(opened.config, runtime, opened=opened)
+    >>> method.shapes["transformer"]["embedding"].shape
+    (2048, 192)
+    """
+    model = model_for(config, runtime.replace(layer_layout="stacked"), mesh)
+    leaves: Mapping[str, LazyLeaf] = {}
+    if opened is not None and opened.leaves:
+        leaves = _with_head(opened.leaves, config, seed)
+
+    def init() -> Params:
+        if opened is None or not leaves:
             return init_params(model, jax.random.key(seed))
-        found = opened._replace(config=config)
-        return read_weights(found, runtime=model.runtime, mesh=mesh)
+        initial = opened._replace(config=config, leaves=leaves)
+        return read_weights(initial, runtime=model.runtime, mesh=mesh)
 
     dtype = jnp.dtype(model.runtime.weight_dtype)
     shapes = param_shapes(config, "stacked", dtype=dtype)
     return Method(
         model=model,
-        shapes=_placed(shapes, model),
-        first=first,
+        shapes=_with_shardings(shapes, model),
+        init=init,
         frozen={},
-        loss=lambda params, _, batch: loss(model, params, batch),
+        loss=trained_loss(model, loss),
+        fingerprint=fingerprint(leaves) if leaves else None,
     )
 
 
@@ -110,56 +162,84 @@ def train_adapters(
     quantize: Kind | None = None,
     dtype: DType = "float32",
     seed: int = 0,
-    loss: Callable[..., LossSums] = next_token_loss,
+    loss: ModelLoss = next_token_loss,
+    base_model: str | None = None,
 ) -> Method:
-    """Adapters are trained; the weights are read now, and held still.
+    """Train adapters; the weights are read now, and frozen.
 
     Args:
       opened: the model.
-      runtime: of the step; weights are held in its `weight_dtype`.
-      lora: what adapters.
+      runtime: of the step; frozen weights are stored in its `weight_dtype`.
+      lora: configuration of the adapters.
       mesh: devices.
-      quantize: hold the layers' projections in eight or four bits.
+      quantize: store the layers' projections in eight or four bits.
       dtype: of the adapters.
-      seed: of the first ones.
-      loss: of model, parameters and a batch.
+      seed: of the initial adapters.
+      loss: loss of a model, its parameters and a batch.
+      base_model: path of the model, to be named in the adapter's folder.
+
+    >>> import llama_jax
+    >>> lora = llama_jax.Lora(rank=2, alpha=4.0, targets=("q_proj",))
+    >>> method = train_adapters(
+    ...     llama_jax.open_model(), llama_jax.default_runtime(), lora
+    ... )
+    >>> method.shapes["transformer"]["layers"]["attention"]["q_proj"]["a"].shape
+    (5, 192, 2)
     """
     config = opened.config
-    model = Llama(config, runtime.replace(layer_layout="stacked"), mesh)
+    model = model_for(config, runtime.replace(layer_layout="stacked"), mesh)
     frozen = read_weights(opened, runtime=model.runtime, mesh=mesh, quantize=quantize)
 
-    def first() -> Any:
+    def init() -> Params:
         key = jax.random.key(seed)
         return init_lora(
             config, key, lora, runtime=model.runtime, dtype=dtype, mesh=mesh
         )
 
-    def of_adapted(trained: Any, frozen: Any, batch: Any) -> LossSums:
-        return loss(model, adapt(frozen, trained, lora.scaling), batch)
-
     return Method(
         model=model,
-        shapes=_placed(lora_shapes(config, lora, dtype=dtype), model),
-        first=first,
+        shapes=_with_shardings(lora_shapes(config, lora, dtype=dtype), model),
+        init=init,
         frozen=frozen,
-        loss=of_adapted,
+        loss=trained_loss(model, loss, lora),
         lora=lora,
+        fingerprint=fingerprint(opened.leaves),
+        base_model=base_model,
     )
 
 
 def fingerprint(leaves: Mapping[str, LazyLeaf]) -> str:
-    """A few letters that tell one set of weights from another: of a norm's scale."""
+    """A short hash that identifies a set of weights: of the final norm's scale."""
     scale = np.asarray(to_host(leaves["transformer/final_norm/scale"].read()))
     return hashlib.sha256(scale.astype(np.float32).tobytes()).hexdigest()[:16]
 
 
-def _placed(shapes: Any, model: Llama) -> Any:
+def _with_head(
+    leaves: Mapping[str, LazyLeaf], config: LlamaConfig, seed: int
+) -> Mapping[str, LazyLeaf]:
+    """The leaves, with a random scalar head if the configuration wants one."""
+    if config.head != "scalar" or _SCALAR_HEAD in leaves:
+        return leaves
+    shape, std = (config.embed_dim,), init_std(_SCALAR_HEAD, config) or 0.0
+
+    def read() -> np.ndarray:
+        draw = np.random.Generator(np.random.Philox(seed))
+        return std * draw.standard_normal(shape, np.float32)
+
+    head = LazyLeaf(shape, np.dtype(np.float32), read, 4 * config.embed_dim)
+    return {**leaves, _SCALAR_HEAD: head}
+
+
+def _with_shardings(shapes: Params, model: Llama | ScalarModel) -> Params:
     if model.mesh is None:
         return shapes
-    places = flatten(weight_shardings(shapes, model.config, model.runtime, model.mesh))
+    shardings = weight_shardings(shapes, model.config, model.runtime, model.mesh)
+    flat_shardings = flatten(shardings)
     return unflatten(
         {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=flat_shardings[path]
+            )
             for path, leaf in flatten(shapes).items()
         }
     )

@@ -1,4 +1,4 @@
-"""When a run is to stop early: one process is told, and all stop behind one step."""
+"""`Stop`: ends a run early, after the same step in all processes."""
 
 import functools
 from typing import Any
@@ -9,37 +9,49 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.distributed import place
+from llama_jax.types import Array
 
 
 class Stop:
-    """To be asked behind each step; of several processes all must ask.
+    """A request to end a run, called after each step; all processes must call it.
 
-    Any thread or signal handler of any process may call `ask`. With one process the
-    next question is answered with yes. With several the answers come one question
-    later, so that no step waits for the votes: they are counted on the devices.
+    Any thread or signal handler of any process may request it. With one process the
+    next call returns true. With several the answer is one step late, so that no step
+    waits for the processes' votes, which are counted on the devices.
+
+    >>> stop = Stop()
+    >>> stop()
+    False
+    >>> stop.request()
+    >>> stop()
+    True
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._votes: Any = None
+        self.requested = False
+        self._votes: Array | None = None
 
-    def ask(self) -> None:
-        """Let the run stop."""
-        self.asked = True
+    def request(self) -> None:
+        """Ask the run to stop."""
+        self.requested = True
 
     def __call__(self) -> bool:
         """Whether to stop now; the same in all processes."""
         if place()[1] == 1:
-            return self.asked
-        before, self._votes = self._votes, _vote(self.asked)
+            return self.requested
+        before, self._votes = self._votes, _vote(self.requested)
         return before is not None and bool(before)
 
 
-def _vote(asked: bool) -> Any:
+def _vote(requested: bool) -> Array:
+    """Whether any process votes to stop, as an array that nobody waits for."""
     mesh = _all_devices()
-    every = NamedSharding(mesh, PartitionSpec("all"))
-    own = np.full(jax.local_device_count(), asked, np.int32)
-    return _most(mesh)(jax.make_array_from_process_local_data(every, own))
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
+    votes = np.full(jax.local_device_count(), requested, np.int32)
+    any_vote: Array = _max(mesh)(
+        jax.make_array_from_process_local_data(sharding, votes)
+    )
+    return any_vote
 
 
 @functools.cache
@@ -48,5 +60,5 @@ def _all_devices() -> Mesh:
 
 
 @functools.cache
-def _most(mesh: Mesh) -> Any:
+def _max(mesh: Mesh) -> Any:
     return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
