@@ -58,13 +58,15 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer as Tokenizer
     from llama_jax.train.adapters import merge_checkpoint as merge_checkpoint
     from llama_jax.train.adapters import save_adapters as save_adapters
-    from llama_jax.train.loop import Calls as Calls
+    from llama_jax.train.loop import Callbacks as Callbacks
     from llama_jax.train.loop import fit as fit
-    from llama_jax.train.loss import next_token_loss as next_token_loss
+    from llama_jax.train.losses import next_token_loss as next_token_loss
     from llama_jax.train.methods import train_adapters as train_adapters
     from llama_jax.train.methods import train_weights as train_weights
     from llama_jax.train.optimizer import make_optimizer as make_optimizer
     from llama_jax.train.optimizer import make_schedule as make_schedule
+    from llama_jax.train.run import run as run
+    from llama_jax.train.run_config import RunConfig as RunConfig
     from llama_jax.train.state import TrainState as TrainState
     from llama_jax.train.state import init_state as init_state
     from llama_jax.train.step import make_train_step as make_train_step
@@ -101,10 +103,12 @@ _HOMES = {
     "model.lora": ("Lora", "adapt", "init_lora", "merge"),
     "model.quantize": ("quantize_params",),
     "train.adapters": ("merge_checkpoint", "save_adapters"),
-    "train.loop": ("Calls", "fit"),
-    "train.loss": ("next_token_loss",),
+    "train.loop": ("Callbacks", "fit"),
+    "train.losses": ("next_token_loss",),
     "train.methods": ("train_adapters", "train_weights"),
     "train.optimizer": ("make_optimizer", "make_schedule"),
+    "train.run": ("run",),
+    "train.run_config": ("RunConfig",),
     "train.state": ("TrainState", "init_state"),
     "train.step": ("make_train_step",),
 }

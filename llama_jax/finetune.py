@@ -20,7 +20,6 @@ from llama_jax.checkpoint.model_folder import read_tokenizer
 from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
-from llama_jax.config import LlamaConfig
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
@@ -60,9 +59,13 @@ def train(args: argparse.Namespace) -> int:
     output = None if args.output is None else pathlib.Path(args.output)
     # Before the processes connect, and so before one of them writes there.
     saved = None if output is None else find_run(output, resume=args.resume)
-    settings = FinetuneConfig.resumed({} if saved is None else saved.settings, vars(args))
+    settings = FinetuneConfig.resumed(
+        {} if saved is None else saved.settings, vars(args)
+    )
     if not settings.get("data"):
-        raise TrainError(f"{output}: there is no run to resume; give --data to start one")
+        raise TrainError(
+            f"{output}: there is no run to resume; give --data to start one"
+        )
     args.mesh = settings.get("mesh")
     cli.start_processes(args)
     config = FinetuneConfig.from_settings(settings)

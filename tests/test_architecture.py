@@ -37,7 +37,6 @@ LAYER = {name: number for number, row in enumerate(LAYERS) for name in row}
 MAX_LINES = 400
 USES_THE_TERMINAL = {
     "llama_jax.distributed",
-    "llama_jax.train.progress",
 }
 FOLDERS = {
     name: pathlib.Path(spec.origin).parent

@@ -24,7 +24,7 @@ from llama_jax.planning.flops import train_flops
 from llama_jax.planning.topology import local_topology
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import divisible
-from llama_jax.train.loss import next_token_loss
+from llama_jax.train.losses import trained_loss
 from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.state import init_state
 from llama_jax.train.step import make_train_step
@@ -169,9 +169,7 @@ def our_step(
     optimizer = make_optimizer(
         _RATE, b1=_B1, b2=_B2, eps=_EPS, weight_decay=_DECAY, clip=_CLIP
     )
-    step = make_train_step(
-        lambda params, _, batch: next_token_loss(model, params, batch), optimizer
-    )
+    step = make_train_step(trained_loss(model), optimizer)
     state = init_state(init_params(model, jax.random.key(0)), optimizer)
     rows = _rows(config, batch, seq)
     if mesh is not None:

@@ -144,6 +144,7 @@ class Loader:
         self._prefetch = prefetch
         self._source: Iterator[tuple[Batch, dict[str, Any]]] | None = None
         self._state = self._new_stream().state()
+        self._tokens_before = 0
 
     def __len__(self) -> int:
         """Records of an epoch."""
@@ -159,11 +160,13 @@ class Loader:
         if self._source is None:
             self._source = self._open()
         try:
-            batch, self._state = next(self._source)
+            batch, state = next(self._source)
         except DataError:
             self._source = None  # to say it again to who asks again
             raise
         self.seconds_waited += time.perf_counter() - start
+        self._tokens_before = self._state["statistics"]["tokens"]
+        self._state = state
         return batch
 
     @property
@@ -175,6 +178,20 @@ class Loader:
     def progress(self) -> float:
         """Epochs that were read for what was yielded, with their fraction."""
         return self._state["epoch"] + self._state["record"] / self._records
+
+    def facts(self) -> dict[str, float]:
+        """Numbers of the last batch, of all processes together, for a step's record.
+
+        Returns:
+          `tokens` of the batch, `epoch` (passes over the data so far) and `records`
+          read so far.
+        """
+        statistics = self._state["statistics"]
+        return {
+            "tokens": statistics["tokens"] - self._tokens_before,
+            "epoch": round(self.progress, 6),
+            "records": statistics["records"],
+        }
 
     def survey(self) -> Statistics:
         """Statistics of the first epoch, which is read for nothing else.
@@ -201,6 +218,7 @@ class Loader:
         stream.restore(state)
         self.close()
         self._state = stream.state()
+        self._tokens_before = self._state["statistics"]["tokens"]
 
     def close(self) -> None:
         """Stop working ahead. The next batch, if one is asked for, is the next one."""

@@ -22,14 +22,14 @@ from llama_jax.kernels.selection import (
     unsupported,
 )
 from llama_jax.model.cache import cache_shardings, init_cache
-from llama_jax.model.lora import Lora, adapt, lora_shapes
+from llama_jax.model.lora import Lora, lora_shapes
 from llama_jax.model.quantize import quantized_shapes
 from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
 from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import divisible, weight_shardings
-from llama_jax.train.loss import Loss, LossSums, next_token_loss
+from llama_jax.train.losses import Loss, trained_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import state_shapes
 from llama_jax.train.step import Step, make_train_step
@@ -123,20 +123,17 @@ def choose_attention(work: Workload, device: jax.Device) -> Implementation:
 
 
 def _train(work: Workload, model: Llama, mesh: Mesh) -> Program:
-    def loss(params: Any, _: Any, batch: Batch) -> LossSums:
-        return next_token_loss(model, params, batch)
-
-    return _step(work, model, mesh, loss, _weights(work, model, mesh), {})
+    return _step(
+        work, model, mesh, trained_loss(model), _weights(work, model, mesh), {}
+    )
 
 
 def _train_adapters(work: Workload, model: Llama, mesh: Mesh) -> Program:
     lora = Lora(rank=work.rank, alpha=float(work.rank))
 
-    def loss(adapters: Any, frozen: Any, batch: Batch) -> LossSums:
-        return next_token_loss(model, adapt(frozen, adapters, lora.scaling), batch)
-
     shapes = lora_shapes(work.config, lora, dtype=work.param_dtype)
     adapters = _shard_weights(shapes, model, mesh)
+    loss = trained_loss(model, lora=lora)
     return _step(work, model, mesh, loss, adapters, _weights(work, model, mesh))
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from llama_jax.config import LlamaConfig
 from llama_jax.data.encode import DATA_FORMATS, OnLong
@@ -13,7 +13,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.model.lora import Lora
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.runtime import DType, Remat
-from llama_jax.train.run_config import RunConfig, kept
+from llama_jax.train.run_config import RunConfig
 from llama_jax.weights import Kind
 
 MethodName = Literal["full", "lora", "qlora"]
@@ -72,28 +72,34 @@ class FinetuneConfig(RunConfig):
     0.0002
     """
 
+    MAY_CHANGE: ClassVar[frozenset[str]] = RunConfig.MAY_CHANGE | {
+        "checkpoint", "tokenizer", "mesh", "remat", "data", "eval_data",
+        "sample_prompt", "sample_tokens",
+    }  # fmt: skip
+    """Of model and data the contents are checked, not the paths."""
+
     checkpoint: str | None = None
     tokenizer: str | None = None
-    from_scratch: bool = kept(False)
-    preset: str | None = kept(None)
-    max_seq_len: int | None = kept(None)
-    rope_theta: float | None = kept(None)
+    from_scratch: bool = False
+    preset: str | None = None
+    max_seq_len: int | None = None
+    rope_theta: float | None = None
     mesh: str | None = None
-    dtype: DType | None = kept(None)
-    param_dtype: DType = kept("float32")
+    dtype: DType | None = None
+    param_dtype: DType = "float32"
     remat: Remat = "block"
-    method: MethodName = kept("full")
-    lora_rank: int | None = kept(None)
-    lora_alpha: float | None = kept(None)
-    lora_targets: tuple[str, ...] | None = kept(None)
-    quantize: Kind | None = kept(None)
+    method: MethodName = "full"
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
+    quantize: Kind | None = None
     data: tuple[str, ...] = ()
-    format: str = kept("text")
-    seq_length: int | None = kept(None)
-    packing: Packing = kept("pack")
-    on_long: OnLong = kept("drop")
-    on_bad: OnBad = kept("refuse")
-    infilling_rate: float = kept(RATE)
+    format: str = "text"
+    seq_length: int | None = None
+    packing: Packing = "pack"
+    on_long: OnLong = "drop"
+    on_bad: OnBad = "refuse"
+    infilling_rate: float = RATE
     eval_data: tuple[str, ...] | None = None
     sample_prompt: tuple[str, ...] | None = None
     sample_tokens: int = 128
@@ -118,7 +124,9 @@ class FinetuneConfig(RunConfig):
         Args:
           settings: fields by name.
         """
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = {
+            name: value for name, value in settings.items() if value is not None
+        }
         method = settings.get("method", "full")
         defaults = _FULL if method == "full" else _ADAPTERS
         if settings.get("from_scratch"):
@@ -146,12 +154,10 @@ class FinetuneConfig(RunConfig):
                 f"seq_length: {length} is more than the model's context of "
                 f"{model.max_seq_len}; lower it, or raise max_seq_len (and rope_theta)"
             )
-        return dataclasses.replace(
-            self, seq_length=length, dtype=self.dtype or dtype
-        )
+        return dataclasses.replace(self, seq_length=length, dtype=self.dtype or dtype)
 
     def warmup_steps(self, steps: int) -> int:
-        """The steps of warm-up: 3 %; from scratch 10 %, but at most the paper's 2000."""
+        """The steps of warm-up: 3 %; from scratch 10 %, up to the paper's 2000."""
         if self.from_scratch and self.warmup is None:
             return min(_MAX_WARMUP, steps // 10)
         return super().warmup_steps(steps)

@@ -7,7 +7,6 @@ trained and frozen leaves from it.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -96,9 +96,7 @@ class Pump:
         )
         self.number += 1
         record = self.read()
-        self._dispatched = _Dispatched(
-            self.number, batch, facts, data_seconds, metrics
-        )
+        self._dispatched = _Dispatched(self.number, batch, facts, data_seconds, metrics)
         return record
 
     def read(self) -> Record | None:

@@ -1,22 +1,26 @@
-"""A report of a run that anyone can open: Markdown, a page, and a picture of the loss.
+"""A report of a run, as Markdown and as a page: numbers, settings, samples, loss curve.
 
-The curve is drawn here, as SVG, so that the page needs no package and no network. With
-matplotlib (`llama-jax[plots]`) there is a PNG too.
+The curve is drawn with matplotlib (`llama-jax[plots]`). A table of the losses is always
+there.
 """
 
+import base64
 import html
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from llama_jax.train.metrics import FILE_NAME, Record, read_metrics
 from llama_jax.types import Path
 
 Points = list[tuple[float, float]]
+Table = Sequence[Sequence[Any]]
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 720, 360, 56, 40, 16
-_MOST_POINTS = 2000
+_PICTURE = "loss.png"
+_TABLE_ROWS = 10
 
 
 def write_report(
@@ -26,177 +30,157 @@ def write_report(
     facts: Mapping[str, Any] | None = None,
     samples: Sequence[Record] = (),
 ) -> list[pathlib.Path]:
-    """Write report.md, report.html, loss.svg and, where it can be drawn, loss.png.
+    """Write report.md, report.html and, if matplotlib is installed, loss.png.
 
     Args:
-      folder: of the run, where its metrics lie.
-      settings: that it was made with, by name.
-      facts: what came of it besides.
+      folder: of the run, with its metrics.jsonl.
+      settings: of the run, by name.
+      facts: more results, by name.
       samples: records `{"step", "samples": [{"prompt", "text"}]}`.
 
     Returns:
-      The files that were written; without matplotlib there is no loss.png.
+      The files that were written.
     """
     folder = pathlib.Path(folder)
     records = read_metrics(folder / FILE_NAME)
-    trained = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    held_out = evaluations(records)
-    picture = draw(trained, held_out)
-    found = dict(summary(records)) | dict(facts or {})
-    files = {"loss.svg": picture}
-    png = folder / "loss.png"
-    drawn = _draw_png(png, trained, held_out)
-    image = png.name if drawn else "loss.svg"
-    files["report.md"] = _markdown(found, settings, samples, image)
-    files["report.html"] = _page(found, settings, samples, picture)
-    for name, text in files.items():
-        (folder / name).write_text(text, "utf-8")
-    return [*(folder / name for name in files), *([png] if drawn else [])]
+    results = {**summary(records), **(facts or {})}
+    tables: dict[str, Table] = {
+        "Results": list(results.items()),
+        "Loss": loss_table(records),
+        "Settings": list(_changed(settings).items()),
+    }
+    picture = folder / _PICTURE if draw_losses(folder / _PICTURE, records) else None
+    files = [] if picture is None else [picture]
+    for name, write in (("report.html", _page), ("report.md", _markdown)):
+        (folder / name).write_text(write(tables, samples, picture), "utf-8")
+        files.insert(0, folder / name)
+    return files
 
 
-def evaluations(records: Sequence[Record]) -> Points:
-    """Step and held-out loss wherever it was measured, 0 being before the first one."""
-    found: Points = []
+def training_losses(records: Sequence[Record]) -> Points:
+    """The step and the training loss of each record."""
+    return [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+
+
+def held_out_losses(records: Sequence[Record]) -> Points:
+    """The step and the held-out loss of each evaluation; step 0 is before training."""
+    points: Points = []
     for record in records:
         if record.get("eval_loss_before") is not None:
-            found.append((record["step"] - 1, record["eval_loss_before"]))
+            points.append((record["step"] - 1, record["eval_loss_before"]))
         if record.get("eval_loss") is not None:
-            found.append((record["step"], record["eval_loss"]))
-    return found
+            points.append((record["step"], record["eval_loss"]))
+    return points
 
 
 def summary(records: Sequence[Record]) -> dict[str, str]:
-    """A run in a few numbers, for people."""
+    """Describe a run in a few numbers."""
     if not records:
         return {"steps": "none"}
-    losses = [r["loss"] for r in records if r.get("loss") is not None]
+    losses = [loss for _, loss in training_losses(records)]
     tenth = max(len(losses) // 10, 1)
-    found = {"steps": f"{records[-1]['step']:,}"}
+    results = {"steps": f"{records[-1]['step']:,}"}
     if losses:
-        found["loss, first and last tenth of the steps"] = (
+        results["loss, first and last tenth of the steps"] = (
             f"{statistics.fmean(losses[:tenth]):.4f} → "
             f"{statistics.fmean(losses[-tenth:]):.4f}"
         )
-    if points := evaluations(records):
-        best = min(points, key=lambda point: point[1])
-        found["held-out loss, first → last"] = (
+    if points := held_out_losses(records):
+        step, loss = min(points, key=lambda point: point[1])
+        results["held-out loss, first → last"] = (
             f"{points[0][1]:.4f} → {points[-1][1]:.4f}"
         )
-        found["best held-out loss"] = f"{best[1]:.4f} behind step {best[0]:,}"
+        results["best held-out loss"] = f"{loss:.4f} after step {step:,}"
     seconds = [r["seconds"] for r in records if "seconds" in r]
     if seconds:
         waited = sum(r.get("data_seconds", 0.0) for r in records)
         rates = [r["tokens_per_second"] for r in records if "tokens_per_second" in r]
-        found |= {
+        results |= {
             "tokens": f"{sum(r.get('tokens', 0) for r in records):,}",
             "tokens/s (median step)": f"{statistics.median(rates):,.0f}",
             "time in steps": f"{sum(seconds):,.1f} s",
-            "of that waiting for data": f"{waited / sum(seconds):.2%}",
+            "of which waiting for data": f"{waited / sum(seconds):.2%}",
         }
     mfu = [r["mfu"] for r in records if r.get("mfu") is not None]
     if mfu:
-        found["model FLOP utilization (median step)"] = f"{statistics.median(mfu):.1%}"
-    found["skipped steps"] = f"{sum(bool(r.get('skipped')) for r in records):,}"
-    return found
-
-
-def draw(trained: Points, held_out: Points) -> str:
-    """The curves as an SVG picture; empty axes where there is nothing to draw."""
-    points = [*trained, *held_out]
-    low = min((y for _, y in points), default=0.0)
-    high = max((y for _, y in points), default=1.0)
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    last = max((x for x, _ in points), default=1.0) or 1.0
-
-    def place(x: float, y: float) -> str:
-        right = _LEFT + (_WIDTH - _LEFT - _EDGE) * x / last
-        down = _EDGE + (_HEIGHT - _BOTTOM - _EDGE) * (high - y) / (high - low)
-        return f"{right:.1f},{down:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'font-family="sans-serif" font-size="12" role="img">',
-        "<title>Loss by step</title>",
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-    ]
-    for part in range(5):
-        y = low + (high - low) * part / 4
-        _, _, down = place(0, y).partition(",")
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{down}" y2="{down}" '
-            f'stroke="#ddd"/><text x="{_LEFT - 6}" y="{float(down) + 4:.1f}" '
-            f'text-anchor="end">{y:.3g}</text>'
+        results["model FLOP utilization (median step)"] = (
+            f"{statistics.median(mfu):.1%}"
         )
-        x = last * part / 4
-        across, _, _ = place(x, low).partition(",")
-        parts.append(
-            f'<text x="{across}" y="{_HEIGHT - 18}" text-anchor="middle">{x:.0f}</text>'
+    results["skipped steps"] = f"{sum(bool(r.get('skipped')) for r in records):,}"
+    return results
+
+
+def loss_table(records: Sequence[Record]) -> Table:
+    """Rows of step, mean training loss since the row above, and last held-out loss."""
+    trained, held_out = training_losses(records), held_out_losses(records)
+    rows: list[Sequence[Any]] = [("step", "training loss", "held-out loss")]
+    if held_out and held_out[0][0] == 0:
+        rows.append((0, "", f"{held_out[0][1]:.4f}"))
+    size = max(-(-len(trained) // _TABLE_ROWS), 1)
+    for start in range(0, len(trained), size):
+        part = trained[start : start + size]
+        first, last = part[0][0], part[-1][0]
+        evaluated = [loss for step, loss in held_out if first <= step <= last]
+        rows.append(
+            (
+                last,
+                f"{statistics.fmean(loss for _, loss in part):.4f}",
+                f"{evaluated[-1]:.4f}" if evaluated else "",
+            )
         )
-    parts.append(
-        f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 3}" text-anchor="middle">step</text>'
-    )
-    for name, curve, colour in (
-        ("training loss", _thinned(trained), "#4878cf"),
-        ("held-out loss", held_out, "#d65f5f"),
-    ):
-        if not curve:
-            continue
-        line = " ".join(place(x, y) for x, y in curve)
-        parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{colour}" '
-            'stroke-width="1.5"/>'
-        )
-        across, down = place(*curve[-1]).split(",")
-        parts.append(f'<circle cx="{across}" cy="{down}" r="2.5" fill="{colour}"/>')
-        row = _EDGE + (14 if name == "training loss" else 30)
-        parts.append(
-            f'<text x="{_WIDTH - _EDGE - 4}" y="{row}" text-anchor="end" '
-            f'fill="{colour}">{name}</text>'
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return rows
 
 
-def _thinned(points: Points) -> Points:
-    """As many means of neighbours as can be seen."""
-    size = -(-len(points) // _MOST_POINTS)
-    if size <= 1:
-        return points
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(part[-1][0], statistics.fmean(y for _, y in part)) for part in parts]
-
-
-def _draw_png(path: pathlib.Path, trained: Points, held_out: Points) -> bool:
+def draw_losses(path: pathlib.Path, records: Sequence[Record]) -> bool:
+    """Draw the loss curves as a PNG; return false if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target)")
-    for name, points in (("training", trained), ("held out", held_out)):
+    curves = (
+        ("training", training_losses(records)),
+        ("held out", held_out_losses(records)),
+    )
+    for name, points in curves:
         if points:
             axes.plot(*zip(*points, strict=True), label=name)
-    if trained or held_out:
+    if any(points for _, points in curves):
         axes.legend()
     figure.savefig(path, dpi=120)
     return True
 
 
+def peak_memory_bytes() -> int:
+    """The peak memory in use on any local device; 0 if devices do not report it."""
+    peak = 0
+    for device in jax.local_devices():
+        stats = device.memory_stats() if device.platform != "cpu" else None
+        peak = max(peak, (stats or {}).get("peak_bytes_in_use", 0))
+    return peak
+
+
 def _markdown(
-    found: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    tables: Mapping[str, Table],
     samples: Sequence[Record],
-    image: str,
+    picture: pathlib.Path | None,
 ) -> str:
-    lines = ["# Training run", "", f"![loss by step]({image})", ""]
-    for title, table in (("Results", found), ("Settings", _given(settings))):
-        lines += [f"## {title}", "", "| | |", "|---|---|"]
-        for name, value in table.items():
-            lines.append(f"| {_cell(name)} | {_cell(value)} |")
+    lines = ["# Training run", ""]
+    if picture is not None:
+        lines += [f"![loss by step]({picture.name})", ""]
+    for title, table in tables.items():
+        lines += [f"## {title}", ""]
+        rows = [["", ""], *table] if title != "Loss" else [*table]
+        for number, row in enumerate(rows):
+            lines.append(f"| {' | '.join(map(_cell, row))} |")
+            if number == 0:
+                lines.append("|" + "---|" * len(row))
         lines.append("")
     if samples:
         lines += ["## Samples", ""]
     for record in samples:
-        lines += [f"Behind step {record['step']}:", ""]
+        lines += [f"After step {record['step']}:", ""]
         for sample in record["samples"]:
             text = f"{sample['prompt']}\n⟶ {sample['text']}"
             lines += [*(f"    {line}" for line in text.splitlines()), ""]
@@ -204,39 +188,45 @@ def _markdown(
 
 
 def _page(
-    found: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    tables: Mapping[str, Table],
     samples: Sequence[Record],
-    picture: str,
+    picture: pathlib.Path | None,
 ) -> str:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<title>Training run</title><style>body{font-family:sans-serif;max-width:48rem;"
         "margin:2rem auto;padding:0 1rem}td{padding:.1rem 1rem .1rem 0;vertical-align:"
-        "top}pre{white-space:pre-wrap;background:#f4f4f4;padding:.6rem}</style>",
-        f"<h1>Training run</h1>{picture}",
+        "top}pre{white-space:pre-wrap;background:#f4f4f4;padding:.6rem}"
+        "img{max-width:100%}</style>",
+        "<h1>Training run</h1>",
     ]
-    for title, table in (("Results", found), ("Settings", _given(settings))):
+    if picture is not None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f"<img alt='loss by step' src='data:image/png;base64,{data}'>")
+    for title, table in tables.items():
         rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(_text(value))}</td></tr>"
-            for name, value in table.items()
+            "<tr>"
+            + "".join(f"<td>{html.escape(_text(cell))}</td>" for cell in row)
+            + "</tr>"
+            for row in table
         )
         parts.append(f"<h2>{title}</h2><table>{rows}</table>")
     if samples:
         parts.append("<h2>Samples</h2>")
     for record in samples:
-        parts.append(f"<h3>Behind step {record['step']}</h3>")
+        parts.append(f"<h3>After step {record['step']}</h3>")
         for sample in record["samples"]:
             text = html.escape(f"{sample['prompt']}\n⟶ {sample['text']}")
             parts.append(f"<pre>{text}</pre>")
     return "\n".join(parts) + "\n</html>\n"
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are given, named as flags are."""
     return {
         name.replace("_", "-"): value
         for name, value in settings.items()
-        if value is not None
+        if value is not None and value is not False
     }
 
 

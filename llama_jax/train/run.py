@@ -64,8 +64,8 @@ class RunResult(NamedTuple):
     """The result of `run`.
 
     Attributes:
-      status: "finished"; "stopped" if it was asked to, and can be resumed; or "complete"
-        if there was nothing left to do.
+      status: "finished"; "stopped" early, to be resumed; or "complete" if there was
+        nothing left to do.
       step: steps done.
       path: folder of the model (or adapter), absent if the run was stopped.
       report: files of the report.

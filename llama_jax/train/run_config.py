@@ -1,9 +1,9 @@
-"""`RunConfig`: the settings of a training run, and which of them a resumed run keeps."""
+"""`RunConfig`: settings of a run, and which of them a resumed run may change."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,6 @@ from llama_jax.train.optimizer import (
 )
 
 _Config = TypeVar("_Config", bound="RunConfig")
-
-
-def kept(default: Any = dataclasses.MISSING) -> Any:
-    """A field that a resumed run cannot change, since it would be another run."""
-    return dataclasses.field(default=default, metadata={"kept": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,18 +62,26 @@ class RunConfig:
     True
     """
 
-    batch_size: int = kept(64)
-    steps: int | None = kept(None)
-    epochs: int | None = kept(None)
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        (
+            "accumulate", "max_skipped", "save_every", "eval_every", "sample_every",
+            "keep", "save_dtype", "tensorboard", "wandb",
+        )
+    )  # fmt: skip
+    """Fields that a resumed run may change; any other would make it another run."""
+
+    batch_size: int = 64
+    steps: int | None = None
+    epochs: int | None = None
     accumulate: int = 1
-    optimizer: OptimizerName = kept("adamw")
-    learning_rate: float = kept(2e-5)
-    schedule: ScheduleName = kept("cosine")
-    final: float = kept(0.1)
-    warmup: int | None = kept(None)
-    weight_decay: float = kept(0.1)
-    clip: float = kept(1.0)
-    seed: int = kept(0)
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 2e-5
+    schedule: ScheduleName = "cosine"
+    final: float = 0.1
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
     max_skipped: int = 10
     save_every: int = 100
     eval_every: int = 100
@@ -170,13 +173,12 @@ class RunConfig:
     def from_dict(cls: type[_Config], settings: Mapping[str, Any]) -> _Config:
         """The inverse of `to_dict`; null is a default, and other keys are ignored."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in settings.items()
-                if name in names and value is not None
-            }
-        )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()
+            if name in names and value is not None
+        }
+        return cls(**fields)
 
     @classmethod
     def resumed(
@@ -185,7 +187,7 @@ class RunConfig:
         """The settings of a resumed run: those saved, with changes.
 
         Args:
-          saved: settings of the run, from its run.json.
+          saved: settings of the run, from its run.json; empty if there is none.
           changes: settings to change; None keeps what was saved.
 
         Raises:
@@ -196,7 +198,8 @@ class RunConfig:
             value = _json(changes.get(field.name))
             if value is None:
                 continue
-            _check_kept(field, value, saved.get(field.name))
+            if field.name in saved:
+                cls._check_change(field.name, value, saved[field.name])
             settings[field.name] = value
         return settings
 
@@ -204,16 +207,17 @@ class RunConfig:
         """Raise a `TrainError` if the run with these saved settings is another one."""
         before = type(self).from_dict(saved)
         for field in dataclasses.fields(self):
-            _check_kept(field, getattr(self, field.name), getattr(before, field.name))
+            name = field.name
+            self._check_change(name, getattr(self, name), getattr(before, name))
 
-
-def _check_kept(field: dataclasses.Field[Any], value: Any, before: Any) -> None:
-    if field.metadata.get("kept") and value != before:
-        raise TrainError(
-            f"{field.name}: is {_text(value)}, but the run was started with "
-            f"{_text(before)}; resume without changing it, or start a new run in "
-            "another folder"
-        )
+    @classmethod
+    def _check_change(cls, name: str, value: Any, before: Any) -> None:
+        if value != before and name not in cls.MAY_CHANGE:
+            raise TrainError(
+                f"{name}: is {_text(value)}, but the run was started with "
+                f"{_text(before)}; resume without changing it, or start a new run in "
+                "another folder"
+            )
 
 
 def _json(value: Any) -> Any:

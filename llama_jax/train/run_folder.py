@@ -142,4 +142,3 @@ class RunWriters(contextlib.ExitStack):
             self._samples = file
             self.callback(file.close)
         self._samples.write({"step": step, "samples": list(samples)})
-

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from llama_jax.errors import ConfigError
-from llama_jax.train.loss import Loss, LossSums
+from llama_jax.train.losses import Loss, LossSums
 from llama_jax.train.state import TrainState
 from llama_jax.types import Array, Bool, Float
 

@@ -56,7 +56,7 @@ def test_sigterm_from_outside_saves_and_ends_well(
     assert process.returncode == 0, err[-3000:]
     done = len(place.metrics("asked"))
     assert 7 <= done < STEPS
-    assert f"stopped behind step {done}; resume with: python -m" in err
+    assert f"stopped after step {done}; resume with: python -m" in err
     assert not (place.folder / "asked" / "model").exists()
     found = place.finish("asked")
     assert losses(found) == losses(whole)

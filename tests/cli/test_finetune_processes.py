@@ -110,7 +110,7 @@ def test_sigterm_to_one_of_two_saves_in_both_and_one_goes_on(
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
     done = len(place.metrics("asked"))
     assert 4 <= done < STEPS
-    assert f"stopped behind step {done}; resume with: python -m" in err
+    assert f"stopped after step {done}; resume with: python -m" in err
     assert not (place.folder / "asked" / "model").exists()
     check(place.finish("asked", epochs=EPOCHS), alone)
     check_visits(place, "asked", EPOCHS)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from llama_jax import finetune
+from llama_jax.cli import progress
+from llama_jax.cli.progress import ProgressBar
 from llama_jax.loading import bundled
-from llama_jax.train import progress as watch
-from llama_jax.train.progress import Bar
 
 SHORT = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
 LONG = {"instruction": "Say it often.", "input": "", "output": "Hello! " * 90}
@@ -27,12 +27,12 @@ def record(step: int, **more: float) -> dict[str, Any]:
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: Any, capsys: Any) -> None:
     now = 0.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
-    bar = Bar(10, 20, every=30.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    bar = ProgressBar(10, 20, seconds=30.0)
     for step in range(11, 21):
         now += 12.0
-        bar.show(record(step, mfu=0.5))
-    bar.say("done")
+        bar.update(record(step, mfu=0.5))
+    bar.print("done")
     bar.close()
     assert capsys.readouterr().err.splitlines() == [
         "step 11 of 20: loss 13.0000, 1,500 tokens/s, MFU 50%",
@@ -50,8 +50,8 @@ def test_a_terminal_with_a_size_gets_a_bar(rows: int, monkeypatch: Any) -> None:
     fcntl.ioctl(outside, termios.TIOCSWINSZ, size)
     with open(outside, "w", encoding="utf-8") as channel:
         monkeypatch.setattr(sys, "stderr", channel)
-        bar = Bar(0, 4)
-        bar.show(record(1))
+        bar = ProgressBar(0, 4)
+        bar.update(record(1))
         bar.close()
         print("the end", file=channel, flush=True)
         read = b""
@@ -69,8 +69,8 @@ def test_a_terminal_with_a_size_gets_a_bar(rows: int, monkeypatch: Any) -> None:
 
 def test_what_has_no_file_is_no_terminal(monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    bar = Bar(0, 1)
-    bar.show(record(1))
+    bar = ProgressBar(0, 1)
+    bar.update(record(1))
     assert sys.stderr.getvalue().startswith("step 1 of 1: ")  # type: ignore[attr-defined]
 
 

@@ -10,7 +10,7 @@ from support.tolerances import EQUAL_FORWARD, EQUAL_GRADIENT
 from llama_jax.data.batch import Batch, Example, assemble, pack, pad
 from llama_jax.model.transformer import Llama
 from llama_jax.runtime import Runtime
-from llama_jax.train.loss import next_token_loss
+from llama_jax.train.losses import next_token_loss
 
 LENGTH = 40
 

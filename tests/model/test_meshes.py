@@ -30,7 +30,7 @@ from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.params import flatten
 from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
-from llama_jax.train.loss import next_token_loss
+from llama_jax.train.losses import next_token_loss
 from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.state import TrainState, init_state
 from llama_jax.train.step import make_train_step

@@ -24,7 +24,7 @@ from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
-from llama_jax.train.loss import next_token_loss
+from llama_jax.train.losses import next_token_loss
 from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.state import init_state
 from llama_jax.train.step import make_train_step

@@ -12,9 +12,10 @@ import pytest
 from llama_jax.data.batch import Batch
 from llama_jax.errors import DataError, TrainError
 from llama_jax.train.evaluate import evaluate, make_evaluate
-from llama_jax.train.loop import Calls, count_tokens, fit
-from llama_jax.train.loss import LossSums
+from llama_jax.train.loop import Callbacks, fit
+from llama_jax.train.losses import LossSums
 from llama_jax.train.optimizer import make_optimizer
+from llama_jax.train.pump import count_tokens
 from llama_jax.train.state import TrainState, init_state
 from llama_jax.train.step import StepMetrics, make_train_step
 
@@ -32,7 +33,7 @@ STEP = make_train_step(squares, make_optimizer(0.1, weight_decay=0.0, clip=None)
 
 def start(x: float = 5.0) -> TrainState:
     optimizer = make_optimizer(0.1, weight_decay=0.0, clip=None)
-    return init_state({"x": jnp.asarray(x)}, optimizer)
+    return init_state({"x": jnp.asarray(x, jnp.float32)}, optimizer)
 
 
 def batches(count: int, *, empty: int = 0, broken: tuple[int, ...] = ()) -> Any:
@@ -45,15 +46,17 @@ def batches(count: int, *, empty: int = 0, broken: tuple[int, ...] = ()) -> Any:
         yield {"wanted": wanted, "weights": weights}
 
 
-def train(count: int, calls: Calls | None = None, **options: Any) -> Any:
+def train(count: int, calls: Callbacks | None = None, **options: Any) -> Any:
     made = {key: options.pop(key) for key in ("empty", "broken") if key in options}
-    return fit(STEP, start(), {}, batches(count, **made), calls or Calls(), **options)
+    return fit(
+        STEP, start(), {}, batches(count, **made), calls or Callbacks(), **options
+    )
 
 
 def test_every_step_is_recorded_once_with_its_numbers() -> None:
     found: list[dict[str, Any]] = []
     fitted = train(
-        7, Calls(record=found.append), learning_rate=lambda update: 10.0 + update
+        7, Callbacks(record=found.append), learning_rate=lambda update: 10.0 + update
     )
     assert [record["step"] for record in found] == list(range(1, 8))
     assert [record["learning_rate"] for record in found] == [10.0 + n for n in range(7)]
@@ -112,7 +115,7 @@ def test_what_is_due_happens_before_the_next_batch_is_taken() -> None:
         events.append(f"evaluate {int(state.step)}")
         return {"eval_loss": 9.0 - int(state.step)}
 
-    calls = Calls(
+    calls = Callbacks(
         record=lambda record: events.append(f"record {record['step']}"),
         evaluate=evaluation,
         sample=lambda _, record: events.append(f"sample {record['step']}"),
@@ -132,7 +135,7 @@ def test_what_is_due_happens_before_the_next_batch_is_taken() -> None:
 
 def test_the_end_is_evaluated_and_saved_even_if_nothing_was_due() -> None:
     saved: list[dict[str, Any]] = []
-    calls = Calls(
+    calls = Callbacks(
         evaluate=lambda state: {"eval_loss": float(state.params["x"])},
         save=lambda state, record: saved.append(dict(record)),
         eval_every=100,
@@ -146,7 +149,7 @@ def test_the_end_is_evaluated_and_saved_even_if_nothing_was_due() -> None:
 def test_a_better_evaluation_is_saved_at_once() -> None:
     values = iter([3.0, 5.0, 1.0, 2.0])
     saved: list[int] = []
-    calls = Calls(
+    calls = Callbacks(
         evaluate=lambda _: {"eval_loss": next(values)},
         save=lambda _, record: saved.append(record["step"]),
         eval_every=1,
@@ -159,7 +162,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(
     tmp_path: pathlib.Path,
 ) -> None:
     found: list[dict[str, Any]] = []
-    calls = Calls(record=found.append)
+    calls = Callbacks(record=found.append)
     fitted = train(
         4, calls, broken=(2,), folder=tmp_path, learning_rate=lambda update: update
     )
@@ -176,8 +179,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(
 
 def test_too_many_steps_that_are_not_finite_end_the_run_saved() -> None:
     saved: list[int] = []
-    calls = Calls(save=lambda state, _: saved.append(int(state.step)))
-    with pytest.raises(TrainError, match=r"3 steps had a loss.* more than the 2 that"):
+    calls = Callbacks(save=lambda state, _: saved.append(int(state.step)))
+    with pytest.raises(
+        TrainError, match=r"3 steps had a loss.* more than max_skipped 2"
+    ):
         train(20, calls, broken=(2, 3, 5, 9), max_skipped=2)
     assert len(saved) == 1
     assert saved[0] >= 5
@@ -188,7 +193,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_saved() -> None:
 
 
 def test_a_batch_without_a_target_ends_the_run() -> None:
-    with pytest.raises(DataError, match="step 3: no token of its batch is a target"):
+    with pytest.raises(DataError, match="step 3: batch has no target tokens"):
         train(9, empty=3)
 
 
@@ -196,7 +201,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_returns() -> None:
     saved: list[int] = []
     found: list[int] = []
     asked = iter([False, False, True])
-    calls = Calls(
+    calls = Callbacks(
         record=lambda record: found.append(record["step"]),
         save=lambda _, record: saved.append(record["step"]),
         stop=lambda: next(asked),
@@ -218,7 +223,7 @@ def test_a_run_goes_on_where_its_state_is() -> None:
 
 
 def test_a_run_with_nothing_left_to_do_does_nothing() -> None:
-    calls = Calls(record=lambda _: pytest.fail("a step was made"))
+    calls = Callbacks(record=lambda _: pytest.fail("a step was made"))
     assert int(fit(STEP, start(), {}, [], calls).state.step) == 0
 
 
@@ -246,6 +251,6 @@ def test_tokens_are_counted_without_padding() -> None:
 def test_the_step_is_compiled_once() -> None:
     before = STEP.programs
     train(3)
-    train(4, Calls(save=lambda *_: None, save_every=1))
+    train(4, Callbacks(save=lambda *_: None, save_every=1))
     assert STEP.programs <= max(before, 1)
     assert jax.tree.leaves(start().params)

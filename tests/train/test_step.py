@@ -25,7 +25,7 @@ from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten, unflatten, unstack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
-from llama_jax.train.loss import LossSums, next_token_loss
+from llama_jax.train.losses import LossSums, next_token_loss
 from llama_jax.train.optimizer import (
     OptimizerName,
     decayed,

@@ -22,7 +22,7 @@ from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten, stack_layers, unstack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train.loss import next_token_loss
+from llama_jax.train.losses import next_token_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import init_state
 from llama_jax.train.step import make_train_step
