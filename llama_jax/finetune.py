@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from llama_jax.checkpoint.model_folder import read_tokenizer
 from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
+from llama_jax.cli.processes import start_processes
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
@@ -67,7 +68,8 @@ def train(args: argparse.Namespace) -> int:
             f"{output}: there is no run to resume; give --data to start one"
         )
     args.mesh = settings.get("mesh")
-    cli.start_processes(args)
+    resume = f"python -m llama_jax.finetune --resume --output {output}"
+    start_processes(args, resume=None if output is None else resume)
     config = FinetuneConfig.from_settings(settings)
     mesh = make_mesh(parse_mesh(config.mesh)) if config.mesh else None
     opened = find_model(config)
@@ -339,7 +341,7 @@ def make_tokenizer(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--vocab-size",
-        type=cli.positive,
+        type=cli.positive_int,
         default=32_000,
         metavar="V",
         help="number of pieces, 259 of which are bytes and control pieces (default: "

@@ -174,13 +174,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--batch",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="B",
         help="rows of the whole mesh (default: the best power of two)",
     )
     group.add_argument(
         "--seq",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="T",
         help="tokens per row in training and prefill; slots of the cache in decoding "
         f"(default: the model's context, at most {DEFAULT_SEQ})",
@@ -216,7 +216,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--lora-rank",
-        type=cli.positive,
+        type=cli.positive_int,
         default=16,
         metavar="R",
         help="rank of LoRA adapters (default: %(default)s)",

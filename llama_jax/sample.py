@@ -19,7 +19,8 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
 from llama_jax.cli.chat import Conversation
 from llama_jax.cli.output import Clock, print_json, print_text
-from llama_jax.distributed import agreed
+from llama_jax.cli.processes import add_process_arguments, start_processes
+from llama_jax.distributed import broadcast_from_main
 from llama_jax.errors import PromptError
 from llama_jax.generation.generate import stream
 from llama_jax.generation.request import (
@@ -44,7 +45,7 @@ STORY = "Once upon a time"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status."""
     args = parse(argv)
-    several = cli.start_processes(args)
+    several = start_processes(args)
     clock = Clock()
     sampling = Sampling(
         temperature=args.temperature,
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         repetition_penalty=args.repetition_penalty,
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
-        seed=agreed(secrets.randbits(32)) if args.seed is None else args.seed,
+        seed=broadcast_from_main(secrets.randbits(32))
+        if args.seed is None
+        else args.seed,
     )
     if several and (args.prompt_file == "-" or not can_begin(args)):
         raise PromptError(
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "name of a --prompt-file that all of them can read"
         )
     prompt = read_prompt(args)
-    loaded = cli.load_from(args)
+    loaded = cli.load_model(args)
     clock.loaded()
     settings: Settings = {
         "max_new_tokens": args.max_new_tokens,
@@ -116,8 +119,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "story. Ctrl-C stops.",
     )
     cli.add_model_arguments(parser)
-    cli.add_holding_arguments(parser)
-    cli.add_process_arguments(parser)
+    cli.add_storage_arguments(parser)
+    add_process_arguments(parser)
     group = parser.add_argument_group("what to write")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--prompt", metavar="TEXT", help="text to continue, or a message")
@@ -153,14 +156,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--max-new-tokens",
-        type=cli.positive,
+        type=cli.positive_int,
         default=512,
         metavar="N",
         help="length limit of a completion (default: 512)",
     )
     group.add_argument(
         "--num-samples",
-        type=cli.positive,
+        type=cli.positive_int,
         default=1,
         metavar="N",
         help="completions of the prompt (default: 1)",

@@ -20,7 +20,7 @@ LAYERS = (
     ("_version", "kernels"),
     ("errors", "config", "runtime", "types"),
     ("params", "presets", "weights"),
-    ("sharding", "clusters", "sockets", "meeting", "distributed"),
+    ("sharding", "distributed"),
     ("model", "text"),
     ("checkpoint",),
     ("conversion",),
@@ -35,9 +35,6 @@ LAYERS = (
 )
 LAYER = {name: number for number, row in enumerate(LAYERS) for name in row}
 MAX_LINES = 400
-USES_THE_TERMINAL = {
-    "llama_jax.distributed",
-}
 FOLDERS = {
     name: pathlib.Path(spec.origin).parent
     for name in ("llama_jax", "llama_jax.kernels", "llama_jax.conversion")
@@ -162,7 +159,7 @@ CALLS = {"print", "input", "exit", "quit"}
 def test_only_commands_use_arguments_environment_terminal_and_exit() -> None:
     offenders = []
     for name in MODULES:
-        if is_command(name) or name in USES_THE_TERMINAL:
+        if is_command(name):
             continue
         if "argparse" in set(imports(name)):
             offenders.append(f"{name} imports argparse")

@@ -5,10 +5,11 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
-from llama_jax.distributed import agreed, is_main, place
+from llama_jax.distributed import broadcast_from_main, is_main
 from llama_jax.errors import CheckpointError
 
 # What process 0 tells the others: to stop, or to take part in reading leaf n - _FIRST.
@@ -27,7 +28,7 @@ def gathered_to_main(
     Raises:
       CheckpointError: in the other processes, if process 0 failed.
     """
-    if place()[1] == 1:
+    if jax.process_count() == 1:
         yield leaves
         return
     if is_main():
@@ -37,12 +38,12 @@ def gathered_to_main(
                 for n, (path, leaf) in enumerate(leaves.items())
             }
         except BaseException:
-            agreed(_FAILED)
+            broadcast_from_main(_FAILED)
             raise
-        agreed(_DONE)
+        broadcast_from_main(_DONE)
         return
     in_order = list(leaves.values())
-    while (message := agreed(_DONE)) >= _FIRST:
+    while (message := broadcast_from_main(_DONE)) >= _FIRST:
         in_order[message - _FIRST].read()
     if message == _FAILED:
         raise CheckpointError(
@@ -52,5 +53,5 @@ def gathered_to_main(
 
 
 def _read(number: int, leaf: LazyLeaf) -> np.ndarray:
-    agreed(_FIRST + number)
+    broadcast_from_main(_FIRST + number)
     return leaf.read()

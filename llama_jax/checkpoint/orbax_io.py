@@ -15,10 +15,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import DTYPES, LazyLeaf, Progress, lazy_leaf
-from llama_jax.distributed import place
 from llama_jax.errors import CheckpointError, LlamaJaxError
 from llama_jax.params import flatten, unflatten
 
@@ -119,8 +119,10 @@ def write_leaves(
             )
             # Only the main process writes (`gather_to_main`), without Orbax's barriers.
             alone = ocp.options.MultiprocessingOptions(
-                primary_host=place()[0],
-                active_processes={place()[0]} if place()[1] > 1 else None,
+                primary_host=jax.process_index(),
+                active_processes=(
+                    {jax.process_index()} if jax.process_count() > 1 else None
+                ),
             )
             with ocp.Checkpointer(
                 handler, multiprocessing_options=alone

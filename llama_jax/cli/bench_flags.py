@@ -7,7 +7,7 @@ from typing import get_args
 from llama_jax.bench.attention_work import KINDS
 from llama_jax.bench.schedule import CORES
 from llama_jax.bench.train import PeerName
-from llama_jax.cli.command import positive
+from llama_jax.cli.command import positive_int
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
 from llama_jax.presets import EXAMPLE_MODEL
@@ -56,7 +56,7 @@ def _add_numbers(parser: argparse.ArgumentParser, **numbers: tuple[int, str]) ->
     for name, (default, meaning) in numbers.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=positive,
+            type=positive_int,
             default=default,
             metavar="N",
             help=f"{meaning} (default: %(default)s)",
@@ -201,7 +201,10 @@ def _add_conversion(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s, which needs 41 GB of disk)",
     )
     parser.add_argument(
-        "--layers", type=positive, metavar="N", help="use only N layers, at full width"
+        "--layers",
+        type=positive_int,
+        metavar="N",
+        help="use only N layers, at full width",
     )
     _add_numbers(parser, ranks=(2, "model-parallel files"))
     parser.add_argument(

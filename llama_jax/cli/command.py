@@ -1,16 +1,18 @@
-"""What the commands share: flags of the same name and meaning, and how they fail."""
+"""What all commands share: the flags of a model, and how a command ends."""
 
 import argparse
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, get_args
 
-from llama_jax import distributed
+import jax
+
 from llama_jax.checkpoint.model_folder import Loaded
-from llama_jax.errors import LlamaJaxError, ProcessError
+from llama_jax.errors import LlamaJaxError
 from llama_jax.loading import default_runtime, load
 from llama_jax.runtime import CacheDType, DType
 from llama_jax.sharding import make_mesh, parse_mesh
@@ -18,7 +20,7 @@ from llama_jax.weights import Kind
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model runs, and how."""
+    """Add the flags that choose a model and how it runs."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint",
@@ -29,104 +31,53 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer.model or tokenizer.json, where none lies with the checkpoint",
+        help="tokenizer.model or tokenizer.json, if the checkpoint has none",
     )
     group.add_argument(
         "--max-seq-len",
-        type=positive,
+        type=positive_int,
         metavar="N",
-        help="context in tokens, in place of the checkpoint's own",
+        help="context length in tokens (default: the checkpoint's)",
     )
     group.add_argument(
         "--dtype",
         choices=get_args(DType),
-        help="of weights and activations (default: float32 on CPUs, bfloat16 where it "
-        "is fast, else float16)",
+        help="dtype of weights and activations (default: float32 on CPUs, bfloat16 "
+        "where it is fast, else float16)",
     )
     group.add_argument(
         "--mesh",
         metavar="AXES",
-        help="devices to split the model over, as in data=1,fsdp=-1,tensor=1; -1 takes "
-        "what is left (default: one device)",
+        help="mesh of devices that share the model, as in data=1,fsdp=-1,tensor=1; -1 "
+        "takes the remaining devices (default: one device)",
     )
 
 
-def add_holding_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how weights that are not trained and caches are held."""
+def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose how frozen weights and caches are stored."""
     group = parser.add_argument_group("weights and cache")
     group.add_argument(
         "--adapter",
         metavar="DIR",
-        help="LoRA adapters of `python -m llama_jax.finetune` or of peft, which stay "
-        "beside the weights",
+        help="LoRA adapters of `python -m llama_jax.finetune` or peft, not merged into "
+        "the weights",
     )
     group.add_argument(
         "--quantize",
         choices=get_args(Kind),
-        help="hold the layers' projections in eight or four bits; on CPUs jax before "
+        help="store the layers' projections in eight or four bits; on CPUs jax before "
         "0.12 widens those of all layers at once, unless XLA_FLAGS has "
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     )
     group.add_argument(
         "--cache-dtype",
         choices=get_args(CacheDType),
-        help="hold keys and values of what was read and written in eight bits",
+        help="store keys and values in eight bits",
     )
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a run over several processes; `start_processes` reads them."""
-    group = parser.add_argument_group(
-        "several processes",
-        "Each is started with the same arguments and a number of its own. On a TPU pod "
-        "and under srun they find each other without these flags. Needs --mesh.",
-    )
-    group.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="where process 0 listens, as the others see it",
-    )
-    group.add_argument(
-        "--num-processes", type=int, metavar="N", help="how many there are"
-    )
-    group.add_argument(
-        "--process-id", type=int, metavar="I", help="which this one is, from 0"
-    )
-
-
-def start_processes(args: argparse.Namespace) -> bool:
-    """Find the other processes, if there are any; only process 0 prints from then on.
-
-    To be called before anything of JAX's. What commands write goes to `sys.stdout` and
-    `sys.stderr`, which lead nowhere in all processes but 0. Errors are seen of all.
-
-    Returns:
-      Whether there are others.
-    """
-    several = distributed.initialize(
-        args.coordinator, args.num_processes, args.process_id, environ=os.environ
-    )
-    if not several:
-        return False
-    if args.mesh is None:
-        raise ProcessError(
-            "several processes need --mesh, which says how they share the model, as "
-            "in --mesh fsdp=-1"
-        )
-    sys.stdout.flush()
-    if distributed.is_main():
-        # Libraries in C++ write to standard output, which is for results.
-        results = os.dup(1)
-        os.dup2(2, 1)
-        sys.stdout = os.fdopen(results, "w", encoding="utf-8", errors="replace")
-    else:
-        os.dup2(2, 1)
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    return True
-
-
-def load_from(args: argparse.Namespace) -> Loaded:
-    """The model that the flags of the two functions above name."""
+def load_model(args: argparse.Namespace) -> Loaded:
+    """Load the model that the flags of the two functions above choose."""
     runtime = default_runtime()
     if args.dtype:
         runtime = runtime.replace(dtype=args.dtype)
@@ -143,8 +94,8 @@ def load_from(args: argparse.Namespace) -> Loaded:
     )
 
 
-def positive(text: str) -> int:
-    """An argument that must be an integer of at least 1."""
+def positive_int(text: str) -> int:
+    """Parse an argument that must be an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
@@ -154,33 +105,50 @@ def positive(text: str) -> int:
 def run(
     main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run a command and exit: 2 after one sentence for bad input, 130 after Ctrl-C."""
-    # Model output is Unicode whatever the locale says.
+    """Run a command and exit with its status.
+
+    Bad input is one sentence on standard error and status 2, Ctrl-C status 130.
+
+    Args:
+      main: takes the arguments and returns the status.
+      argv: arguments; defaults to those of the process.
+    """
+    # Models write Unicode, whatever the locale is.
     for channel in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             channel.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     try:
         status = main(argv)
         sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(0)
     except (LlamaJaxError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        status = _say_and_end(f"error: {error}", error, 2)
-    except KeyboardInterrupt as error:
-        status = _say_and_end("interrupted", error, 130)
-    except Exception as error:
-        if distributed.place()[1] > 1:
-            sys.stderr = sys.__stderr__  # where the traceback is seen
-            traceback.print_exc()
-            distributed.fail(error)
-        raise
+        _end(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        _end(
+            1,
+            f"{traceback.format_exc()}error: this process failed; if a collective "
+            "operation did (Gloo, NCCL), see the other processes' output for the cause",
+        )
     sys.exit(status)
 
 
-def _say_and_end(text: str, error: BaseException, status: int) -> int:
+def _end(status: int, message: str | None = None) -> NoReturn:
+    """Say why this process ends before its time, and end it."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    print(text, file=sys.__stderr__ if distributed.place()[1] > 1 else sys.stderr)
-    distributed.fail(error, status)
-    return status
+    if not jax.distributed.is_initialized():
+        if message:
+            print(message, file=sys.stderr)
+        sys.exit(status)
+    if message:  # `sys.stderr` discards it in all processes but the main one
+        print(message, file=sys.__stderr__, flush=True)
+    # JAX ends all others as soon as process 0 is gone; let them print their errors.
+    time.sleep(1.0)
+    # At a usual exit JAX waits five minutes for the other processes.
+    os._exit(status)

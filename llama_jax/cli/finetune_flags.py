@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from llama_jax.cli import command as cli
+from llama_jax.cli.processes import add_process_arguments
 from llama_jax.data.encode import DATA_FORMATS, OnLong
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing
@@ -28,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "settings of the Llama 2 paper.",
     )
     cli.add_model_arguments(parser)
-    cli.add_process_arguments(parser)
+    add_process_arguments(parser)
     _add_data(parser.add_argument_group("data"))
     _add_method(parser.add_argument_group("what is trained"))
     _add_training(parser.add_argument_group("training"))
@@ -69,13 +70,13 @@ def _add_data(group: Any) -> None:
     )
     group.add_argument(
         "--seq-length",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="T",
         help="tokens of a row (default: 4096, or the model's context if shorter)",
     )
     group.add_argument(
         "--batch-size",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="B",
         help="rows of a step, on all devices together (default: 64; adapters 16)",
     )
@@ -110,7 +111,7 @@ def _add_data(group: Any) -> None:
     )
     group.add_argument(
         "--show-batch",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="N",
         help="print N rows as they will be trained on, what is learnt in green (in "
         "brackets where there is no colour), and end",
@@ -125,7 +126,10 @@ def _add_method(group: Any) -> None:
         "bits (default: full)",
     )
     group.add_argument(
-        "--lora-rank", type=cli.positive, metavar="R", help="of adapters (default: 16)"
+        "--lora-rank",
+        type=cli.positive_int,
+        metavar="R",
+        help="of adapters (default: 16)",
     )
     group.add_argument(
         "--lora-alpha",
@@ -168,14 +172,17 @@ def _add_method(group: Any) -> None:
 
 def _add_training(group: Any) -> None:
     group.add_argument(
-        "--epochs", type=cli.positive, metavar="E", help="(default: 2; from scratch 1)"
+        "--epochs",
+        type=cli.positive_int,
+        metavar="E",
+        help="(default: 2; from scratch 1)",
     )
     group.add_argument(
-        "--steps", type=cli.positive, metavar="N", help="in place of --epochs"
+        "--steps", type=cli.positive_int, metavar="N", help="in place of --epochs"
     )
     group.add_argument(
         "--accumulate",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="G",
         help="parts of a batch that go one after another, to save memory (default: 1)",
     )
@@ -262,13 +269,13 @@ def _add_output(group: Any) -> None:
     ):
         group.add_argument(
             flag,
-            type=cli.positive,
+            type=cli.positive_int,
             metavar="N",
             help=f"steps between which there is {what} (default: 100)",
         )
     group.add_argument(
         "--keep",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="N",
         help="latest checkpoints that are kept, the best besides (default: 2)",
     )
@@ -280,7 +287,7 @@ def _add_output(group: Any) -> None:
     )
     group.add_argument(
         "--sample-tokens",
-        type=cli.positive,
+        type=cli.positive_int,
         metavar="N",
         help="most that a sample has (default: 128)",
     )

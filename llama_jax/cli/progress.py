@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from llama_jax.data.loader import Loader
-from llama_jax.distributed import place
 from llama_jax.train.metrics import Record
 from llama_jax.train.report import peak_memory_bytes
 from llama_jax.train.reporter import RunStart, Sample
@@ -127,7 +128,7 @@ class TerminalReporter:
         self._bar.update(record)
         step = record["step"]
         if record["skipped"]:
-            of_process = "-of-process-*" if place()[1] > 1 else ""
+            of_process = "-of-process-*" if jax.process_count() > 1 else ""
             self._bar.print(
                 f"step {step}: skipped, as loss or gradient is not finite; its batch "
                 f"is in skipped-{step:06d}{of_process}.npz"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.distributed import agreed
+from llama_jax.distributed import broadcast_from_main
 from llama_jax.generation.decode import bucket
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling, SamplingRows, sampling_rows
@@ -67,7 +67,7 @@ def cut_batches(
     if not requests:
         return []
     if max_bytes is None:
-        max_bytes = agreed(free_bytes(model.mesh))
+        max_bytes = broadcast_from_main(free_bytes(model.mesh))
     config = model.config
     needs = [slots_needed(request, config) for request in requests]
     scored = any(r.echo and r.logprobs is not None for r in requests)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llama_jax.distributed import place as place_of_process
 from llama_jax.distributed import to_host
 from llama_jax.errors import DataError
 from llama_jax.train.metrics import Record
@@ -133,8 +132,8 @@ class Pump:
             "skipped_steps": self.skipped,
         }
         if skipped and self._folder is not None:
-            index, count = place_of_process()
-            suffix = f"-of-process-{index}" if count > 1 else ""
+            several = jax.process_count() > 1
+            suffix = f"-of-process-{jax.process_index()}" if several else ""
             save_batch(self._folder / f"skipped-{step:06d}{suffix}.npz", batch)
         return record
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import optax
 
-from llama_jax.distributed import agreed, barrier, from_host_rows
+from llama_jax.distributed import barrier, broadcast_from_main, from_host_rows
 from llama_jax.distributed import is_main as is_main_process
 from llama_jax.errors import ConfigError, TrainError
 from llama_jax.params import count_params
@@ -226,7 +226,9 @@ class _Session:
             if facts["best"] is not None:
                 self.best = facts["best"]
             state = checkpoints.restore(first, shapes)
-        if agreed(self.path.exists() and (self.folder / "report.html").exists()):
+        if broadcast_from_main(
+            self.path.exists() and (self.folder / "report.html").exists()
+        ):
             return RunResult("complete", first or 0, self.path)
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
@@ -343,7 +345,7 @@ class _Session:
 
     def save_result(self, path: pathlib.Path, state: TrainState) -> None:
         # It exists if the run was killed after this. All look before one writes.
-        if not agreed(path.exists()):
+        if not broadcast_from_main(path.exists()):
             self.method.save(
                 path,
                 state.params,

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.distributed import place
 from llama_jax.types import Array
 
 
@@ -37,7 +36,7 @@ class Stop:
 
     def __call__(self) -> bool:
         """Whether to stop now; the same in all processes."""
-        if place()[1] == 1:
+        if jax.process_count() == 1:
             return self.requested
         before, self._votes = self._votes, _vote(self.requested)
         return before is not None and bool(before)

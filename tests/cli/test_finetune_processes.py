@@ -1,4 +1,4 @@
-"""A run over several processes has the losses of one, and others may go on with it."""
+"""Runs in several processes have the losses of one; any number of them can resume."""
 
 import pathlib
 import signal
@@ -127,19 +127,21 @@ def test_what_one_began_two_go_on_with(place: Place, alone: list[Any]) -> None:
     check_visits(place, "grown", EPOCHS)
 
 
-def test_two_of_which_one_is_killed_go_on(place: Place, alone: list[Any]) -> None:
+def test_if_one_of_two_is_killed_the_other_ends_and_one_process_resumes(
+    place: Place, alone: list[Any]
+) -> None:
     flags = (*ON_TWO, *watched(place))
     [(status, _, err), (status_1, _, _)] = two(
         place, "torn", *flags, pause=0.2, delays=(-1, 1.5)
     )
     assert status_1 == -signal.SIGKILL
-    assert status == 1
-    assert "error: process 1 (" in err
-    assert "Traceback" not in err
-    [(status, _, err), (status_1, _, err_1)] = two(place, "torn")
-    assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
-    check(place.metrics("torn"), alone)
-    check_visits(place, "torn", EPOCHS)
+    assert status in (1, -signal.SIGABRT)
+    folder = place.folder / "torn"
+    assert (
+        f"resume with: python -m llama_jax.finetune --resume --output {folder}" in err
+    )
+    assert 0 < len(place.metrics("torn")) < STEPS
+    check(place.finish("torn", "--mesh", "fsdp=1", epochs=EPOCHS), alone)
 
 
 def test_two_processes_write_one_adapter(place: Place) -> None:
@@ -165,8 +167,7 @@ def test_each_process_keeps_its_rows_of_a_batch_that_is_skipped(
     place = make_place(tmp_path, broken=True)
     flags = ("--mesh", "data=2", "--max-skipped", "2")
     (status, _, err), (status_1, _, _) = two(place, "skipped", *flags)
-    # 1 is that of a process which heard of it from the other one.
-    assert (status, status_1) in ((2, 2), (2, 1), (1, 2))
+    assert (status, status_1) == (2, 2), err
     assert "4 steps had a loss or a gradient that was not finite" in err
     assert (place.folder / "skipped" / "checkpoints" / "4").is_dir()
     assert "skipped-000001-of-process-*.npz" in err

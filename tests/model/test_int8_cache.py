@@ -474,6 +474,6 @@ def test_the_command_that_samples_holds_its_cache_so(
         asked.append(runtime)
 
     monkeypatch.setattr(cli, "load", load)
-    cli.load_from(sample.parse(["--cache-dtype", "int8"]))
-    cli.load_from(sample.parse([]))
+    cli.load_model(sample.parse(["--cache-dtype", "int8"]))
+    cli.load_model(sample.parse([]))
     assert [runtime.cache_dtype for runtime in asked] == ["int8", None]

@@ -18,13 +18,14 @@ from typing import Any
 
 import jax
 
-from llama_jax import finetune
+from llama_jax import distributed, finetune
 from llama_jax.cli import command as cli
 from llama_jax.data.loader import Loader
 
 
 def main(log: str, pause: str, delay: str, *argv: str) -> None:
     """Run the command with what is to happen to it."""
+    distributed.HEARTBEAT_TIMEOUT = 10
     cache = pathlib.Path(log).with_name("compiled")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

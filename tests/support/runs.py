@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from support.models import TALKING, random_params, tiny_tokenizer
+from support.ports import free_port
 
 from llama_jax.checkpoint.model_folder import save_params
-from llama_jax.sockets import free_port
 from llama_jax.train.metrics import read_metrics
 
 HERE = pathlib.Path(__file__).resolve().parent

@@ -1,30 +1,33 @@
-"""Processes that wait for each other until something happens to one of them.
+"""Processes that run collective operations until something happens to one of them.
 
 python tests/support/waiters.py TASK PORT COUNT INDEX FOLDER
 """
 
 import pathlib
 import sys
-import time
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from llama_jax import distributed
+from llama_jax.cli import command as cli
+
+HEARTBEAT_TIMEOUT = 10
 
 
-def main(task: str, port: str, count: str, index: str, folder: str) -> None:
-    """Meet, say so in the folder, and do the task."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Connect, leave a file in the folder, and do the task."""
+    assert argv is not None
+    task, port, count, index, folder = argv
     distributed.initialize(
-        f"localhost:{port}", int(count), int(index), timeout=60, silence=3
+        f"localhost:{port}",
+        int(count),
+        int(index),
+        heartbeat_timeout=HEARTBEAT_TIMEOUT,
     )
-    multihost_utils.process_allgather(jnp.ones(3))
     distributed.barrier("begin")
     (pathlib.Path(folder) / f"{index}.ready").touch()
-    if task == "barrier":
-        if int(index) == 1:
-            time.sleep(60)
-        distributed.barrier("middle", 1.0)
     if task == "raise" and int(index) == 1:
         raise KeyError("no such thing")
     while True:
@@ -32,4 +35,4 @@ def main(task: str, port: str, count: str, index: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -1,11 +1,12 @@
-"""What the tests of several processes run in each of them, and in one alone.
+"""What each process of a test runs, and one process for comparison.
 
-python tests/support/workers.py TASK PORT COUNT INDEX FOLDER MESH
+python tests/support/workers.py PORT COUNT INDEX FOLDER MESH
 """
 
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from llama_jax import distributed
 from llama_jax.checkpoint.device_put import device_put_leaves
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
 from llama_jax.checkpoint.model_folder import save_params
+from llama_jax.cli import command as cli
 from llama_jax.data.batch import Batch
 from llama_jax.generation.generate import generate
 from llama_jax.generation.request import Request
@@ -36,12 +38,12 @@ PROMPTS = [[1, 50, 60], [1, 70], [1, 80, 90, 100, 110]]
 
 
 def rows_of_step(step: int, rows: slice) -> Batch:
-    """Some rows of a global batch; those of others are never made."""
-    made = []
+    """Return some rows of a global batch without making the others."""
+    made_rows = []
     for row in range(*rows.indices(B)):
         rng = np.random.default_rng([step, row])
-        made.append(rng.integers(CONFIG.vocab_size, size=T + 1))
-    ids = np.stack(made).astype(np.int32)
+        made_rows.append(rng.integers(CONFIG.vocab_size, size=T + 1))
+    ids = np.stack(made_rows).astype(np.int32)
     return Batch(
         tokens=ids[:, :-1],
         targets=ids[:, 1:],
@@ -51,8 +53,8 @@ def rows_of_step(step: int, rows: slice) -> Batch:
     )
 
 
-def here(tree: Any) -> list[float]:
-    """Which part of each matrix's bytes this process holds."""
+def local_parts(tree: Any) -> list[float]:
+    """Return the fraction of each matrix's bytes that this process stores."""
     parts = []
     for leaf in jax.tree.leaves(tree):
         if leaf.ndim > 1 and leaf.size > 500:
@@ -62,7 +64,7 @@ def here(tree: Any) -> list[float]:
 
 
 def train(mesh: Any, folder: pathlib.Path | None = None) -> dict[str, Any]:
-    """A few steps from random weights, and where everything lies."""
+    """Train a few steps from random weights."""
     model = Llama(CONFIG, TRAIN, mesh)
     optimizer = make_optimizer(1e-2)
     step = make_train_step(
@@ -75,21 +77,21 @@ def train(mesh: Any, folder: pathlib.Path | None = None) -> dict[str, Any]:
     metrics = []
     for number in range(STEPS):
         batch = distributed.from_host_rows(rows_of_step(number, rows), mesh)
-        state, found = step(state, {}, batch)
-        found = distributed.to_host(found)
-        metrics.append([float(found.loss), float(found.grad_norm)])
+        state, on_device = step(state, {}, batch)
+        of_step = distributed.to_host(on_device)
+        metrics.append([float(of_step.loss), float(of_step.grad_norm)])
     if folder is not None:
         save_params(folder, state.params, CONFIG)
     return {
         "metrics": metrics,
         "rows": [rows.start, rows.stop],
-        "params": here(state.params),
-        "opt_state": here(state.opt_state),
+        "params": local_parts(state.params),
+        "opt_state": local_parts(state.opt_state),
     }
 
 
-def write(mesh: Any) -> list[list[int]]:
-    """What a random model says, drawn and not drawn."""
+def generate_tokens(mesh: Any) -> list[list[int]]:
+    """Generate from a random model, greedily and sampled."""
     alone = talking_model(CONFIG)
     model = Llama(CONFIG, Runtime(), mesh)
     leaves = lazy_leaves(random_params(CONFIG, 1))
@@ -103,31 +105,31 @@ def write(mesh: Any) -> list[list[int]]:
     return [list(completion.token_ids) for completion in generate(loaded, requests)]
 
 
-class Watched(np.ndarray):
-    """An array that knows how many bytes were taken out of it."""
+class CountingArray(np.ndarray):
+    """An array that counts the bytes read from it."""
 
-    taken: list[int]
+    bytes_read: list[int]
 
     def __array_finalize__(self, source: Any) -> None:
-        """Views count for the array that they are of."""
-        self.taken = getattr(source, "taken", [])
+        """Let views count for their base."""
+        self.bytes_read = getattr(source, "bytes_read", [])
 
     def __getitem__(self, index: Any) -> Any:
-        """A part of it."""
-        found = super().__getitem__(index)
-        self.taken.append(found.nbytes)
-        return found
+        """Read a part."""
+        part = super().__getitem__(index)
+        self.bytes_read.append(part.nbytes)
+        return part
 
 
-def read(mesh: Any) -> float:
-    """Which part of the matrices' bytes this process reads when it loads them."""
-    taken: list[int] = []
-    whole = 0
+def part_read(mesh: Any) -> float:
+    """Load the weights; return the fraction of the matrices' bytes that were read."""
+    bytes_read: list[int] = []
+    total = 0
 
-    def watched(leaf: LazyLeaf) -> LazyLeaf:
+    def counting(leaf: LazyLeaf) -> LazyLeaf:
         def read() -> np.ndarray:
-            array = leaf.read().view(Watched)
-            array.taken = taken
+            array = leaf.read().view(CountingArray)
+            array.bytes_read = bytes_read
             return array
 
         return LazyLeaf(leaf.shape, leaf.dtype, read)
@@ -135,23 +137,28 @@ def read(mesh: Any) -> float:
     leaves = lazy_leaves(random_params(CONFIG))
     for path, leaf in leaves.items():
         if len(leaf.shape) > 1:
-            leaves[path] = watched(leaf)
-            whole += leaf.nbytes
+            leaves[path] = counting(leaf)
+            total += leaf.nbytes
     device_put_leaves(leaves, CONFIG, runtime=Runtime(), mesh=mesh)
-    return sum(taken) / whole
+    return sum(bytes_read) / total
 
 
-def main(port: str, count: str, index: str, folder: str, mesh: str) -> None:
-    """Do it all, and leave what was found in the folder."""
-    distributed.initialize(f"localhost:{port}", int(count), int(index), timeout=60)
-    out = pathlib.Path(folder)
-    devices = make_mesh(parse_mesh(mesh))
-    found = train(devices, out / "saved") | {"tokens": write(devices)}
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run everything and write the results into the folder."""
+    assert argv is not None
+    port, count, index, folder, mesh_text = argv
     if int(count) > 1:
-        found |= {"read": read(devices)}
-    found |= {"agreed": distributed.agreed(1 << 40 | int(index))}
-    (out / f"{index}.json").write_text(json.dumps(found))
+        distributed.initialize(f"localhost:{port}", int(count), int(index))
+    out = pathlib.Path(folder)
+    mesh = make_mesh(parse_mesh(mesh_text))
+    results = train(mesh, out / "saved") | {"tokens": generate_tokens(mesh)}
+    if int(count) > 1:
+        results |= {"read": part_read(mesh)}
+    broadcast = distributed.broadcast_from_main(1 << 40 | int(index))
+    results |= {"broadcast": broadcast}
+    (out / f"{index}.json").write_text(json.dumps(results))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli.run(main, sys.argv[1:])
