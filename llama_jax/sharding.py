@@ -14,7 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, unflatten
 from llama_jax.runtime import MESH_AXES, MeshAxes, Rules, Runtime
-from llama_jax.types import Array, Mesh, Params
+from llama_jax.types import AnyMesh, Array, Mesh, Params
 from llama_jax.weights import Adapted, Quantized
 
 
@@ -124,7 +124,7 @@ def keep_layout(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
 
 
 def divisible(
-    shape: Sequence[int], axes: str, rules: Rules, mesh: Mesh
+    shape: Sequence[int], axes: str, rules: Rules, mesh: AnyMesh
 ) -> PartitionSpec:
     """The placement of an activation of this shape.
 
@@ -142,7 +142,7 @@ def divisible(
     return PartitionSpec(*(_entry(cut[letter]) for letter in letters))
 
 
-def _dividing(size: int, names: MeshAxes, mesh: Mesh) -> MeshAxes:
+def _dividing(size: int, names: MeshAxes, mesh: AnyMesh) -> MeshAxes:
     """As many of these mesh axes as divide a size together, the first ones first."""
     while names and size % axes_size(mesh, names):
         names = names[:-1]
@@ -154,7 +154,7 @@ def _entry(names: MeshAxes) -> str | MeshAxes | None:
 
 
 def param_shardings(
-    config: LlamaConfig, runtime: Runtime, mesh: Mesh
+    config: LlamaConfig, runtime: Runtime, mesh: AnyMesh
 ) -> dict[str, Any]:
     """The tree of `NamedSharding`s of a model's weights on a mesh.
 
@@ -176,7 +176,7 @@ def param_shardings(
 
 
 def weight_spec(
-    axes: str, config: LlamaConfig, rules: Rules, mesh: Mesh
+    axes: str, config: LlamaConfig, rules: Rules, mesh: AnyMesh
 ) -> PartitionSpec:
     """The placement of a weight whose axes are these letters.
 
@@ -252,7 +252,7 @@ def weight_shardings(
     return unflatten({path: placed(path, leaf) for path, leaf in flatten(tree).items()})
 
 
-def axes_size(mesh: Mesh, names: str | MeshAxes) -> int:
+def axes_size(mesh: AnyMesh, names: str | MeshAxes) -> int:
     """How many parts these axes of a mesh make."""
     names = (names,) if isinstance(names, str) else names
     return math.prod(mesh.shape[name] for name in names)

@@ -20,6 +20,7 @@ FlatParams: TypeAlias = Mapping[str, Any]
 Path: TypeAlias = str | os.PathLike[str]
 
 Mesh: TypeAlias = jax.sharding.Mesh
+AnyMesh: TypeAlias = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 Tokens: TypeAlias = Int[Array, "B T"]
 Lengths: TypeAlias = Int[Array, " B"]
@@ -27,6 +28,7 @@ Hidden: TypeAlias = Float[Array, "B T D"]
 Logits: TypeAlias = Float[Array, "B V"]
 
 __all__ = [
+    "AnyMesh",
     "Array",
     "Bool",
     "FlatParams",

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-Known = np.ndarray | None
+Known = np.ndarray | jax.Array | None
 """A value, or None if only its shape is known."""
 
 KernelScalars = tuple[str, list[np.ndarray]]

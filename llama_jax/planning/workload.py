@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -28,7 +28,6 @@ from llama_jax.runtime import (
     Runtime,
 )
 from llama_jax.sharding import param_shardings
-from llama_jax.types import Mesh
 
 Task = Literal["train", "lora", "qlora", "prefill", "decode"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
@@ -231,7 +230,6 @@ def sizes_of(mesh: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(mesh.get(axis, 1) for axis in MESH_AXES)
 
 
-def abstract_mesh(mesh: Mapping[str, int]) -> Mesh:
-    """A mesh without devices."""
-    # Shardings need a mesh's sizes only, so an abstract mesh can stand in for one.
-    return cast(Mesh, AbstractMesh(sizes_of(mesh), MESH_AXES))
+def abstract_mesh(mesh: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, for functions that need its sizes only."""
+    return AbstractMesh(sizes_of(mesh), MESH_AXES)
