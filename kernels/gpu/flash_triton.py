@@ -116,7 +116,7 @@ def check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
 def blocks_for(
     q: Array, slots: int, block_q: int | None = None, block_kv: int | None = None
 ) -> Blocks:
-    """The given tile sizes, or those that fit 99 kB of shared memory twice."""
+    """The given tile sizes, or what fits 99 kB of shared memory with a prefetch."""
     for name, size in (("block_q", block_q), ("block_kv", block_kv)):
         if size is not None and (size < 16 or size & (size - 1)):
             raise ValueError(f"{name} must be a power of two, at least 16, got {size}")

@@ -56,10 +56,8 @@ def flash_attention(
       interpret: run in interpret mode, on any device.
     """
     settings = blocks or blocks_for(q.dtype), interpret
-    slots = k.astype(q.dtype), v.astype(q.dtype)
-    return _attend(settings, q.swapaxes(1, 2), *slots, q_start, segment_ids).swapaxes(
-        1, 2
-    )
+    q, k, v = q.swapaxes(1, 2), k.astype(q.dtype), v.astype(q.dtype)
+    return _attend(settings, q, k, v, q_start, segment_ids).swapaxes(1, 2)
 
 
 def _forward(

@@ -75,7 +75,7 @@ def quantized(*slots: Any) -> list[QuantizedSlots]:
 
 
 def with_gradient(attend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Output and gradients of q, k and v, for a given gradient of the output."""
+    """Output and gradients of q, k and v, from the gradient of the output."""
 
     def both(q: Any, k: Any, v: Any, d_out: Any) -> tuple[Any, ...]:
         out, backward = jax.vjp(functools.partial(attend, **settings), q, k, v)

@@ -1,8 +1,8 @@
-"""Llama in NumPy float64: the judge that every implementation is held to.
+"""Llama in NumPy float64: the oracle that every implementation is compared with.
 
-Written from the papers alone, one row, one query and one head at a time, with nothing
-in common with the library but the names in the tree of weights (unrolled) and in the
-configuration. Slow on purpose: no masks, no broadcasting over heads, no cache.
+Written from the papers, one row, one query and one head at a time. It shares only the
+names in the (unrolled) tree of weights and in the configuration with the library. Slow
+on purpose: no masks, no broadcasting over heads, no cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def logits(
     positions: Sequence[Sequence[int]] | None = None,
     segment_ids: Sequence[Sequence[int]] | None = None,
 ) -> Floats:
-    """Logits of the token that follows each token, `[B, T, V]`."""
+    """Logits of the next token of each token, `[B, T, V]`."""
     hidden = _transformer(config, params["transformer"], tokens, positions, segment_ids)
     if config.tied_embeddings:
         return hidden @ _float64(params["transformer"]["embedding"]).T
@@ -34,13 +34,13 @@ def logits(
 def scalars(
     config: LlamaConfig, params: Mapping[str, Any], tokens: Sequence[Sequence[int]]
 ) -> Floats:
-    """A scalar model's number for each token, `[B, T]`."""
+    """Scalars of a scalar model for each token, `[B, T]`."""
     hidden = _transformer(config, params["transformer"], tokens, None, None)
     return hidden @ _float64(params["scalar_head"])
 
 
 def log_softmax(x: Floats) -> Floats:
-    """Logarithms of the probabilities along the last axis."""
+    """Log-probabilities along the last axis."""
     x = _float64(x)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
@@ -77,20 +77,20 @@ def rotate(
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> Floats:
-    """Each head `[T, N, H]` turned by its position; pairs are (i, i + H/2)."""
+    """Rotate each head `[T, N, H]` by its position; pairs are (i, i + H/2)."""
     half = heads.shape[-1] // 2
-    turned = _float64(heads).copy()
+    rotated = _float64(heads).copy()
     for time, position in enumerate(positions):
         for i in range(half):
-            angle = position * stretched(theta ** (-i / half), scaling)
-            x, y = turned[time, :, i].copy(), turned[time, :, i + half].copy()
-            turned[time, :, i] = x * np.cos(angle) - y * np.sin(angle)
-            turned[time, :, i + half] = x * np.sin(angle) + y * np.cos(angle)
-    return turned
+            angle = position * scaled_frequency(theta ** (-i / half), scaling)
+            x, y = rotated[time, :, i].copy(), rotated[time, :, i + half].copy()
+            rotated[time, :, i] = x * np.cos(angle) - y * np.sin(angle)
+            rotated[time, :, i + half] = x * np.sin(angle) + y * np.cos(angle)
+    return rotated
 
 
-def stretched(frequency: float, scaling: RopeScaling | None) -> float:
-    """One frequency, in radians per position, of a model for longer contexts."""
+def scaled_frequency(frequency: float, scaling: RopeScaling | None) -> float:
+    """A frequency in radians per position, after RoPE scaling for longer contexts."""
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
@@ -116,44 +116,46 @@ def loss_and_gradient(
     positions: Sequence[Sequence[int]] | None = None,
     segment_ids: Sequence[Sequence[int]] | None = None,
 ) -> tuple[float, dict[str, Any]]:
-    """The weighted mean of -log p of the targets, and its derivative by each weight.
+    """Weighted mean of -log p of the targets, and its gradient by each weight.
 
-    Derived by hand, from the chain rule and the forward pass above.
+    Derived by hand, by the chain rule, from the forward pass.
     """
     tree = jax.tree.map(_float64, dict(params))
     grads = jax.tree.map(np.zeros_like, tree)
-    body, of_body = tree["transformer"], grads["transformer"]
+    body, d_body = tree["transformer"], grads["transformer"]
     loss = 0.0
     for row, ids in enumerate(tokens):
-        where = range(len(ids)) if positions is None else positions[row]
+        row_positions = range(len(ids)) if positions is None else positions[row]
         segments = [0] * len(ids) if segment_ids is None else segment_ids[row]
         share = _float64(weights[row]) / np.sum(_float64(weights))
         streams = [body["embedding"][np.asarray(ids)]]
         for layer in range(config.num_layers):
             block = body["layers"][str(layer)]
-            streams.append(_block(config, block, streams[-1], where, segments))
+            streams.append(_block(config, block, streams[-1], row_positions, segments))
         normed = _norm(config, body["final_norm"], streams[-1])
         head = body["embedding"].T if config.tied_embeddings else tree["lm_head"]
         logp = log_softmax(normed @ head)
-        wanted = np.eye(config.vocab_size)[np.asarray(targets[row])]
-        loss -= np.sum(logp * wanted * share[:, None])
-        of_logits = (np.exp(logp) - wanted) * share[:, None]
+        one_hot = np.eye(config.vocab_size)[np.asarray(targets[row])]
+        loss -= np.sum(logp * one_hot * share[:, None])
+        d_logits = (np.exp(logp) - one_hot) * share[:, None]
         if config.tied_embeddings:
-            of_body["embedding"] += of_logits.T @ normed
+            d_body["embedding"] += d_logits.T @ normed
         else:
-            grads["lm_head"] += normed.T @ of_logits
+            grads["lm_head"] += normed.T @ d_logits
         g = _norm_back(
             config,
             body["final_norm"],
             streams.pop(),
-            of_logits @ head.T,
-            of_body["final_norm"],
+            d_logits @ head.T,
+            d_body["final_norm"],
         )
         for layer in reversed(range(config.num_layers)):
             name = str(layer)
-            block, of_block = body["layers"][name], of_body["layers"][name]
-            g = _block_back(config, block, streams.pop(), where, segments, g, of_block)
-        np.add.at(of_body["embedding"], np.asarray(ids), g)
+            block, d_block = body["layers"][name], d_body["layers"][name]
+            g = _block_back(
+                config, block, streams.pop(), row_positions, segments, g, d_block
+            )
+        np.add.at(d_body["embedding"], np.asarray(ids), g)
     return loss, grads
 
 
@@ -166,11 +168,11 @@ def _block_back(
     g: Floats,
     grads: Mapping[str, Any],
 ) -> Floats:
-    """From the derivative by a block's output to that by its input."""
+    """From the gradient of a block's output to that of its input."""
     T, H = len(x), config.head_dim
     rope = config.rope_theta, config.rope_scaling
-    back = [-position for position in positions]
-    w, of_w = layer["attention"], grads["attention"]
+    backwards = [-position for position in positions]
+    w, d_w = layer["attention"], grads["attention"]
     normed = _norm(config, layer["attention_norm"], x)
     q = rotate((normed @ w["q_proj"]).reshape(T, -1, H), positions, *rope)
     k = rotate((normed @ w["k_proj"]).reshape(T, -1, H), positions, *rope)
@@ -178,22 +180,22 @@ def _block_back(
     out = attend(q, k, v, segments=segments).reshape(T, -1)
     middle = x + out @ w["o_proj"]
 
-    m, of_m = layer["mlp"], grads["mlp"]
+    m, d_m = layer["mlp"], grads["mlp"]
     inside = _norm(config, layer["mlp_norm"], middle)
     gate, up = inside @ m["gate_proj"], inside @ m["up_proj"]
     sigmoid = 1 / (1 + np.exp(-gate))
-    of_m["down_proj"] += (gate * sigmoid * up).T @ g
-    of_hidden = g @ m["down_proj"].T
-    of_up = of_hidden * gate * sigmoid
-    of_gate = of_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-    of_m["gate_proj"] += inside.T @ of_gate
-    of_m["up_proj"] += inside.T @ of_up
-    of_inside = of_gate @ m["gate_proj"].T + of_up @ m["up_proj"].T
-    g = g + _norm_back(config, layer["mlp_norm"], middle, of_inside, grads["mlp_norm"])
+    d_m["down_proj"] += (gate * sigmoid * up).T @ g
+    d_hidden = g @ m["down_proj"].T
+    d_up = d_hidden * gate * sigmoid
+    d_gate = d_hidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_m["gate_proj"] += inside.T @ d_gate
+    d_m["up_proj"] += inside.T @ d_up
+    d_inside = d_gate @ m["gate_proj"].T + d_up @ m["up_proj"].T
+    g = g + _norm_back(config, layer["mlp_norm"], middle, d_inside, grads["mlp_norm"])
 
-    of_w["o_proj"] += out.T @ g
-    of_out = (g @ w["o_proj"].T).reshape(T, -1, H)
-    of_q, of_k, of_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    d_w["o_proj"] += out.T @ g
+    d_out = (g @ w["o_proj"].T).reshape(T, -1, H)
+    d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     group = q.shape[1] // k.shape[1]
     for t in range(T):
         seen = [s for s in range(t + 1) if segments[s] == segments[t]]
@@ -201,21 +203,21 @@ def _block_back(
             kv = n // group
             scores = k[seen, kv] @ q[t, n] / np.sqrt(H)
             p = np.exp(log_softmax(scores))
-            of_p = v[seen, kv] @ of_out[t, n]
-            of_scores = p * (of_p - p @ of_p) / np.sqrt(H)
-            of_v[seen, kv] += np.outer(p, of_out[t, n])
-            of_k[seen, kv] += np.outer(of_scores, q[t, n])
-            of_q[t, n] += of_scores @ k[seen, kv]
-    of_normed = np.zeros_like(x)
-    for name, of_heads in (
-        ("q_proj", rotate(of_q, back, *rope)),
-        ("k_proj", rotate(of_k, back, *rope)),
-        ("v_proj", of_v),
+            d_p = v[seen, kv] @ d_out[t, n]
+            d_scores = p * (d_p - p @ d_p) / np.sqrt(H)
+            d_v[seen, kv] += np.outer(p, d_out[t, n])
+            d_k[seen, kv] += np.outer(d_scores, q[t, n])
+            d_q[t, n] += d_scores @ k[seen, kv]
+    d_normed = np.zeros_like(x)
+    for name, d_heads in (
+        ("q_proj", rotate(d_q, backwards, *rope)),
+        ("k_proj", rotate(d_k, backwards, *rope)),
+        ("v_proj", d_v),
     ):
-        of_w[name] += normed.T @ of_heads.reshape(T, -1)
-        of_normed += of_heads.reshape(T, -1) @ w[name].T
+        d_w[name] += normed.T @ d_heads.reshape(T, -1)
+        d_normed += d_heads.reshape(T, -1) @ w[name].T
     norm = layer["attention_norm"]
-    return g + _norm_back(config, norm, x, of_normed, grads["attention_norm"])
+    return g + _norm_back(config, norm, x, d_normed, grads["attention_norm"])
 
 
 def _norm_back(
@@ -240,11 +242,11 @@ def _transformer(
 ) -> Floats:
     rows = []
     for number, row in enumerate(tokens):
-        where = range(len(row)) if positions is None else positions[number]
+        row_positions = range(len(row)) if positions is None else positions[number]
         segments = None if segment_ids is None else segment_ids[number]
         x = _float64(tree["embedding"])[np.asarray(row)]
         for layer in range(config.num_layers):
-            x = _block(config, tree["layers"][str(layer)], x, where, segments)
+            x = _block(config, tree["layers"][str(layer)], x, row_positions, segments)
         rows.append(_norm(config, tree["final_norm"], x))
     return np.stack(rows)
 

@@ -1,4 +1,4 @@
-"""Compiled programs, and what in them moves whole weights or cache layers about."""
+"""Compiled programs, and which of their operations copy whole weights or caches."""
 
 import collections
 import importlib.util
@@ -31,9 +31,9 @@ _INSTRUCTION = re.compile(
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*{$")
 _CALLED = re.compile(r"calls=%?([\w.-]+)")
 
-# These name bytes that are there already, or write a part of them in place. On TPUs the
-# asynchronous ones (and the custom call that joins their pieces) fetch what comes next
-# into the chip's fast memory, which is the streaming that we want.
+# These alias existing arrays, or write a part of them in place. The asynchronous ones
+# (and the custom call that joins their parts) prefetch arrays into the fast memory of a
+# TPU, which is intended.
 _IN_PLACE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "dynamic-update-slice", "copy-start", "copy-done", "slice-start", "slice-done",
@@ -46,27 +46,27 @@ LEAST_MEMORY = (
     if jax.__version_info__ < (0, 12)
     else None
 )
-"""Compiler options under which a CPU that generates widens no weight before its turn.
+"""Compiler options with which a CPU dequantizes a weight only when it is used.
 
-That of jax 0.12 does not anyway; older ones want to be told so in XLA_FLAGS.
+The default of jax 0.12; with older versions users set it in XLA_FLAGS.
 """
 
 
 def whole_results(text: str, sizes: Iterable[int]) -> collections.Counter[str]:
-    """Operations whose result is computed anew and has one of these many elements.
+    """Count operations that write a new array with one of these numbers of elements.
 
     Args:
       text: an optimized program.
-      sizes: numbers of elements, of weights and cache layers for example.
+      sizes: numbers of elements, such as those of weights and cache layers.
 
     Returns:
-      How often each operation occurs, by name and shape; a fusion counts as what its
-      root is, and what happens inside it does not count.
+      Number of occurrences of each operation, by name and shape; a fusion counts as its
+      root, and operations inside it do not count.
     """
-    wanted = set(sizes)
+    sizes = set(sizes)
     fused = set(_CALLED.findall(text))
     roots: dict[str, str] = {}
-    found: list[tuple[str, str, str | None]] = []
+    results: list[tuple[str, str, str | None]] = []
     inside = ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
@@ -77,11 +77,11 @@ def whole_results(text: str, sizes: Iterable[int]) -> collections.Counter[str]:
         if root:
             roots[inside] = operation
         size = math.prod(int(dim) for dim in dims.split(",") if dim)
-        if inside not in fused and size in wanted:
+        if inside not in fused and size in sizes:
             called = _CALLED.search(line) if operation == "fusion" else None
-            found.append((operation, dims, called[1] if called else None))
+            results.append((operation, dims, called[1] if called else None))
     counts: collections.Counter[str] = collections.Counter()
-    for operation, dims, called in found:
+    for operation, dims, called in results:
         if called is not None and roots[called] == "dynamic-update-slice":
             continue
         if operation not in _IN_PLACE:
@@ -101,27 +101,27 @@ def compile_decoding(
     attention: Implementation = "auto",
     cache_dtype: CacheDType | None = None,
 ) -> Any:
-    """`decoding.decode_step` or `decoding.advance`, compiled from shapes alone."""
+    """Compile `decoding.decode_step` or `decoding.advance` from shapes."""
     runtime = Runtime(dtype=dtype, attention=attention, cache_dtype=cache_dtype)
     model = Llama(config, runtime)
-    place = None if device is None else SingleDeviceSharding(device)
+    sharding = None if device is None else SingleDeviceSharding(device)
 
-    def placed(tree: Any) -> Any:
+    def shapes(tree: Any) -> Any:
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
     def ids(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
-    params = placed(param_shapes(config, dtype=jnp.dtype(dtype)))
+    params = shapes(param_shapes(config, dtype=jnp.dtype(dtype)))
     greedy = [Sampling(temperature=0)] * batch
-    rows = placed(jax.eval_shape(lambda: sampling_rows(greedy, config.vocab_size)))
+    rows = shapes(jax.eval_shape(lambda: sampling_rows(greedy, config.vocab_size)))
     lanes, _, _ = jax.eval_shape(
         lambda *arguments: decoding.start(model, *arguments, num_slots=slots),
         *(params, ids(batch, 16), ids(batch), rows, ids(batch, 8), ids(batch)),
     )
-    lanes = placed(lanes)
+    lanes = shapes(lanes)
     if program == "decode_step":
         lowered = decoding.decode_step.lower(model, params, lanes.cache, ids(batch))
     else:
@@ -130,11 +130,11 @@ def compile_decoding(
 
 
 def weight_sizes(config: LlamaConfig) -> set[int]:
-    """Elements of each kind of projection, the embedding and the head."""
+    """Numbers of elements of the projections, the embedding and the head."""
     leaves = jax.tree.leaves(param_shapes(config))
     return {math.prod(leaf.shape) for leaf in leaves if len(leaf.shape) > 1}
 
 
 def cache_layer_size(config: LlamaConfig, batch: int, slots: int) -> int:
-    """Elements of one layer's keys (its values are as many)."""
+    """Number of elements of one layer's keys, or of its values."""
     return batch * config.num_kv_heads * slots * config.head_dim
