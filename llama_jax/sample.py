@@ -1,11 +1,11 @@
-"""`python -m llama_jax.sample`: a model writes, answers or fills a gap.
+"""`python -m llama_jax.sample`: complete a text, answer a message, fill a gap.
 
     python -m llama_jax.sample
     python -m llama_jax.sample --checkpoint DIR --prompt "The capital of France is"
     python -m llama_jax.sample --checkpoint DIR --chat
     python -m llama_jax.sample --checkpoint DIR --infill "def add(a, b):" "return c"
 
-Text goes to standard output as it is made, everything else to standard error.
+Text goes to standard output as it is generated, everything else to standard error.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import pathlib
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
@@ -24,6 +23,7 @@ from llama_jax.distributed import broadcast_from_main
 from llama_jax.errors import PromptError
 from llama_jax.generation.generate import stream
 from llama_jax.generation.request import (
+    Request,
     Settings,
     chat_request,
     infill_request,
@@ -34,16 +34,16 @@ from llama_jax.text.prompt_formats import (
     FORMATS,
     Dialog,
     Message,
-    PromptFormat,
     default_format,
     get_format,
 )
+from llama_jax.text.tokenizer import Tokenizer
 
 STORY = "Once upon a time"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit status."""
+    """Run the command and return its exit status."""
     args = parse(argv)
     several = start_processes(args)
     clock = Clock()
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "name of a --prompt-file that all of them can read"
         )
     prompt = read_prompt(args)
+    if prompt is None and not is_dialog(args):
+        prompt = STORY
     loaded = cli.load_model(args)
     clock.loaded()
     settings: Settings = {
@@ -74,33 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stop": args.stop,
         "logprobs": args.logprobs,
     }
-    facts: dict[str, Any] = {"prompt": prompt, "seed": sampling.seed}
-    before, after = "", ""
-    if args.infill:
-        before, after = args.infill
-        request = infill_request(
-            loaded.tokenizer,
-            before,
-            after,
-            suffix_first=args.suffix_first,
-            **settings,
-        )
-        facts |= {"prompt": before, "suffix": after}
-    elif is_dialog(args):
-        style = get_format(args.format) if args.format else None
-        style = style or default_format(loaded.tokenizer)
-        if prompt is None:
-            talk(loaded, style, args.system, settings)
-            return 0
-        messages = dialog(args.system, prompt)
-        request = chat_request(loaded.tokenizer, messages, format=style, **settings)
-    else:
-        facts["prompt"] = STORY if prompt is None else prompt
-        # A text and its continuation are printed as one, with the space between them.
-        settings["echo"] = not args.json
-        request = text_request(loaded.tokenizer, facts["prompt"], **settings)
+    if prompt is None and is_dialog(args):
+        talk(loaded, args, settings)
+        return 0
+    request = make_request(loaded.tokenizer, args, prompt or "", settings)
     deltas = clock.watch(stream(loaded, [request]))
+    before, after = args.infill or ("", "")
     if args.json:
+        facts = {"prompt": before or prompt, "seed": sampling.seed}
+        facts |= {"suffix": after} if args.infill else {}
         print_json(loaded, deltas, request, facts)
     else:
         print(before, end="", flush=True)
@@ -109,31 +93,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def make_request(
+    tokenizer: Tokenizer, args: argparse.Namespace, prompt: str, settings: Settings
+) -> Request:
+    """Make the request that the flags describe."""
+    if args.infill:
+        return infill_request(
+            tokenizer, *args.infill, suffix_first=args.suffix_first, **settings
+        )
+    if is_dialog(args):
+        messages = dialog(args.system, prompt)
+        return chat_request(tokenizer, messages, format=args.format, **settings)
+    # A text and its continuation are printed as one, with the space between them.
+    settings["echo"] = not args.json
+    return text_request(tokenizer, prompt, **settings)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked as far as that needs no model."""
+    """Parse the command line, and check what needs no model."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.sample",
-        description="Let a Llama write, answer or fill a gap. Text goes to standard "
-        "output as it is made; times and errors go to standard error.",
-        epilog="Without any flag, the small model that comes with the package tells a "
+        description="Complete a text, answer a message or fill a gap with a Llama. "
+        "Text goes to standard output as it is generated, times and errors to standard "
+        "error.",
+        epilog="Without any flag, the small model that comes with the package writes a "
         "story. Ctrl-C stops.",
     )
     cli.add_model_arguments(parser)
     cli.add_storage_arguments(parser)
     add_process_arguments(parser)
-    group = parser.add_argument_group("what to write")
+    group = parser.add_argument_group("prompt")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--prompt", metavar="TEXT", help="text to continue, or a message")
     kind.add_argument(
         "--prompt-file",
         metavar="F",
-        help="the same from a file (- is standard input); its last line end is dropped",
+        help="the same from a file (- is standard input), without its last newline",
     )
     kind.add_argument(
         "--infill",
         nargs=2,
         metavar=("PREFIX", "SUFFIX"),
-        help="write what belongs between the two (Code Llama 7B, 13B)",
+        help="fill the gap between two texts (Code Llama 7B, 13B)",
     )
     group.add_argument(
         "--suffix-first",
@@ -143,7 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--chat",
         action="store_true",
-        help="the prompt is a message to answer; without one, talk (/help says how)",
+        help="answer the prompt as a message; without a prompt, hold a conversation",
     )
     group.add_argument(
         "--system", metavar="TEXT", help="system message; implies --chat"
@@ -159,7 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=cli.positive_int,
         default=512,
         metavar="N",
-        help="length limit of a completion (default: 512)",
+        help="most tokens of a completion (default: 512)",
     )
     group.add_argument(
         "--num-samples",
@@ -173,42 +174,54 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="STR",
-        help="end a completion before this text; can be repeated",
+        help="end a completion before this text; may be repeated",
     )
     group = parser.add_argument_group("sampling")
     for flag, kind_of, default, text in (
-        ("--temperature", float, 0.6, "0 always takes the likeliest token"),
-        ("--top-p", float, 0.9, "keep the likeliest tokens that hold this much mass"),
+        ("--temperature", float, 0.6, "0 takes the likeliest token"),
+        (
+            "--top-p",
+            float,
+            0.9,
+            "keep the likeliest tokens up to this probability mass",
+        ),
         ("--top-k", int, 0, "keep this many of the likeliest tokens; 0 keeps all"),
         ("--min-p", float, 0.0, "keep tokens this likely, relative to the likeliest"),
-        ("--repetition-penalty", float, 1.0, "above 1 avoids tokens seen before"),
-        ("--presence-penalty", float, 0.0, "above 0 avoids tokens written before"),
-        ("--frequency-penalty", float, 0.0, "the same, for each time they were"),
+        (
+            "--repetition-penalty",
+            float,
+            1.0,
+            "above 1 avoids tokens of the prompt and completion",
+        ),
+        ("--presence-penalty", float, 0.0, "above 0 avoids tokens of the completion"),
+        ("--frequency-penalty", float, 0.0, "the same, for each time they occur"),
     ):
         group.add_argument(
             flag, type=kind_of, default=default, help=f"{text} (default: {default})"
         )
     group.add_argument(
-        "--seed", type=int, help="of the random numbers (default: random, and printed)"
+        "--seed",
+        type=int,
+        help="seed of the random numbers (default: random; it is printed)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--logprobs",
         type=int,
         metavar="N",
-        help="also give each token's log-probability and the N likeliest in its place",
+        help="report the log-probability of each token and of the N likeliest ones",
     )
     group.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object per completion and line: prompt, completion, token_ids, "
-        "finish_reason, prompt_tokens, completion_tokens, seed, and logprobs if asked",
+        help="print one JSON object per completion: prompt, completion, token_ids, "
+        "finish_reason, prompt_tokens, completion_tokens, seed, and logprobs if given",
     )
     args = parser.parse_args(argv)
     if args.infill and is_dialog(args):
-        parser.error("--infill takes neither --chat nor --system nor --format")
+        parser.error("--infill cannot be combined with --chat, --system or --format")
     if args.suffix_first and not args.infill:
-        parser.error("--suffix-first belongs to --infill")
+        parser.error("--suffix-first needs --infill")
     if args.json and not can_begin(args):
         parser.error("--json with --chat needs --prompt or --prompt-file")
     return args
@@ -220,12 +233,17 @@ def is_dialog(args: argparse.Namespace) -> bool:
 
 
 def can_begin(args: argparse.Namespace) -> bool:
-    """Whether there is something to write without asking for it."""
+    """Whether the prompt is known without reading standard input for messages."""
     return not is_dialog(args) or read_prompt(args, check=True) is not None
 
 
 def read_prompt(args: argparse.Namespace, *, check: bool = False) -> str | None:
-    """The prompt's text, None if there is none (`check`: do not read the file)."""
+    """Read the text of the prompt; None if there is none.
+
+    Args:
+      args: the parsed flags.
+      check: return "" for a file instead of reading it.
+    """
     if args.prompt_file is None:
         prompt: str | None = args.prompt
         return prompt
@@ -248,25 +266,25 @@ def read_prompt(args: argparse.Namespace, *, check: bool = False) -> str | None:
 
 
 def dialog(system: str | None, message: str) -> list[Message]:
-    """A dialog of one message."""
+    """Make a dialog of one message."""
     turns: list[Message] = [{"role": "user", "content": message}]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
-def talk(
-    loaded: Loaded, style: PromptFormat, system: str | None, settings: Settings
-) -> None:
+def talk(loaded: Loaded, args: argparse.Namespace, settings: Settings) -> None:
     """Hold a conversation."""
+    tokenizer = loaded.tokenizer
+    style = get_format(args.format) if args.format else default_format(tokenizer)
     settings["num_samples"] = 1
 
     def answer(dialog: Dialog) -> Iterator[str]:
-        request = chat_request(loaded.tokenizer, dialog, format=style, **settings)
+        request = chat_request(tokenizer, dialog, format=style, **settings)
         for delta in stream(loaded, [request]):
             yield delta.text
 
     seed = settings["sampling"].seed
     print(f"seed {seed}, format {style.name}", file=sys.stderr)
-    Conversation(answer, system).loop()
+    Conversation(answer, args.system).loop()
 
 
 if __name__ == "__main__":

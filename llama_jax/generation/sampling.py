@@ -1,14 +1,14 @@
-"""From logits to the next token: settings per row, all of them data to the compiler.
+"""From logits to the next token; all settings are data, one entry per row.
 
 Order: repetition, presence and frequency penalties, logit bias, temperature, top-k,
-top-p, min-p. Log-probabilities are of the model's own logits, before all of that.
+top-p, min-p. Log-probabilities are of the model's own logits, before all of these.
 """
 
 import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,23 +21,32 @@ from llama_jax.types import Array, Bool, Float, Int, Lengths, Logits, UInt32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one completion is drawn; the defaults are Meta's.
+    """How the tokens of a completion are drawn; the defaults are Meta's.
 
     Attributes:
       temperature: divides the logits; 0 takes the likeliest token (greedy).
-      top_p: keep a token if the tokens likelier than it hold at most this much mass.
-      top_k: keep this many of the likeliest tokens (and their equals); 0 keeps all.
-      min_p: keep tokens at least this likely, relative to the likeliest.
+      top_p: keep a token if the tokens likelier than it have at most this much
+        probability (arXiv:1904.09751); 1 keeps all.
+      top_k: keep this many of the likeliest tokens, and those equal to the last of
+        them; 0 keeps all.
+      min_p: keep tokens at least this likely, relative to the likeliest
+        (arXiv:2407.01082); 0 keeps all.
       repetition_penalty: divides positive and multiplies negative logits of every
-        token in the prompt or the completion (arXiv:1909.05858); 1 does nothing.
-      presence_penalty: subtracted once a token is in the completion.
-      frequency_penalty: subtracted for each time it is in the completion.
+        token in the prompt or the completion (arXiv:1909.05858); 1 has no effect.
+      presence_penalty: subtracted once from logits of tokens in the completion.
+      frequency_penalty: subtracted for each time that a token is in the completion.
       logit_bias: added to the logits of these token ids; `-inf` bans one.
-      seed: of the row's random numbers; equal seeds give equal completions, whatever
-        the neighbours in the batch.
+      seed: seed of the random numbers; equal seeds give equal completions, whatever
+        else is in the batch.
 
     Raises:
-      PromptError: a setting is out of its range.
+      PromptError: a setting is out of range.
+
+    >>> Sampling(temperature=0.8, top_k=40).top_p
+    0.9
+    >>> Sampling(top_p=1.5)
+    Traceback (most recent call last):
+    llama_jax.errors.PromptError: sampling: top_p is 1.5; it must be more than 0 and ...
     """
 
     temperature: float = 0.6
@@ -51,7 +60,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fits, wanted in (
+        for name, fits, expected in (
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1 keeps all)"),
             ("top_k", _whole(self.top_k, 31), "an integer, 0 (keeps all) or more"),
@@ -63,7 +72,7 @@ class Sampling:
         ):
             value = getattr(self, name)
             if not fits or not math.isfinite(value):
-                raise PromptError(f"sampling: {name} is {value}; it must be {wanted}")
+                raise PromptError(f"sampling: {name} is {value}; it must be {expected}")
 
 
 def _whole(value: float, bits: int) -> bool:
@@ -71,7 +80,14 @@ def _whole(value: float, bits: int) -> bool:
 
 
 class SamplingRows(NamedTuple):
-    """The settings of a batch, one entry per row."""
+    """The settings of a batch, one entry per row.
+
+    Attributes:
+      bias: of each logit; `-inf` bans a token.
+      sample: number of each row among the completions of its prompt.
+
+    The others are those of `Sampling`.
+    """
 
     temperature: Float[Array, " B"]
     top_p: Float[Array, " B"]
@@ -86,7 +102,7 @@ class SamplingRows(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """What each row has in it so far, for the penalties."""
+    """Which tokens are in each row so far, for the penalties."""
 
     in_prompt: Bool[Array, "B V"]
     in_completion: Int[Array, "B V"]
@@ -99,14 +115,14 @@ def sampling_rows(
     samples: Sequence[int] | None = None,
     banned: Sequence[int] = (),
 ) -> SamplingRows:
-    """Settings as arrays.
+    """Put settings into arrays.
 
     Args:
       settings: one per row.
       vocab_size: V, logits per row.
-      samples: number of each row among the completions of its prompt; rows of one
-        seed and different numbers draw different tokens.
-      banned: ids that no row may produce.
+      samples: number of each row among the completions of its prompt: rows of equal
+        seeds and different numbers draw different tokens. Defaults to 0.
+      banned: ids that no row may draw.
 
     Raises:
       PromptError: a biased id does not exist.
@@ -140,94 +156,104 @@ def sampling_rows(
 
 
 def count_prompt(
-    tokens: Int[Array, "B T"], lengths: Lengths, vocab: int
+    tokens: Int[Array, "B T"], lengths: Lengths, vocab_size: int
 ) -> TokenCounts:
-    """The counts of rows whose completion is still empty."""
+    """Count the tokens of prompts; the completions are empty."""
     batch, width = tokens.shape
-    real = jnp.arange(width) < lengths[:, None]
+    in_row = jnp.arange(width)[None] < lengths[:, None]
     rows = jnp.arange(batch)[:, None]
-    in_prompt = jnp.zeros((batch, vocab), bool).at[rows, tokens].max(real)
-    return TokenCounts(in_prompt, jnp.zeros((batch, vocab), jnp.int32))
+    in_prompt = jnp.zeros((batch, vocab_size), bool).at[rows, tokens].max(in_row)
+    return TokenCounts(in_prompt, jnp.zeros((batch, vocab_size), jnp.int32))
 
 
 def count_token(counts: TokenCounts, tokens: Lengths) -> TokenCounts:
-    """The counts with one more token in each row's completion."""
+    """Add one token to the completion of each row."""
     rows = jnp.arange(tokens.shape[0])
-    more = counts.in_completion.at[rows, tokens].add(1)
-    return counts._replace(in_completion=more)
+    in_completion = counts.in_completion.at[rows, tokens].add(1)
+    return counts._replace(in_completion=in_completion)
 
 
-def penalise(logits: Logits, counts: TokenCounts, rows: SamplingRows) -> Logits:
-    """Logits after repetition, presence and frequency penalties, and the bias."""
-    completed = counts.in_completion
-    penalty = rows.repetition_penalty[:, None]
-    repeated = counts.in_prompt | (completed > 0)
+def apply_penalties(
+    logits: Logits, counts: TokenCounts, sampling: SamplingRows
+) -> Logits:
+    """Apply repetition, presence and frequency penalties and the bias."""
+    times = counts.in_completion
+    penalty = sampling.repetition_penalty[:, None]
     weakened = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(repeated, weakened, logits)
-    logits -= rows.presence_penalty[:, None] * (completed > 0)
-    logits -= rows.frequency_penalty[:, None] * completed
-    return logits + rows.bias
+    logits = jnp.where(counts.in_prompt | (times > 0), weakened, logits)
+    logits -= sampling.presence_penalty[:, None] * (times > 0)
+    logits -= sampling.frequency_penalty[:, None] * times
+    return logits + sampling.bias
 
 
-def keep_likely(logits: Logits, rows: SamplingRows) -> Logits:
-    """Temperature-scaled logits with what top-k, top-p and min-p drop at -inf.
+def filter_logits(logits: Logits, sampling: SamplingRows) -> Logits:
+    """Set the logits that top-k, top-p and min-p drop to -inf.
 
-    Each filter works on the distribution that the one before it leaves. No sort:
-    a filter is a smallest likelihood, and that is found by bisection.
+    Each filter works on the distribution that the one before it leaves. Nothing is
+    sorted: each filter is a threshold on the probability, found by bisection.
+
+    Args:
+      logits: divided by the temperature.
+      sampling: settings of each row.
     """
-    vocab = logits.shape[-1]
+    vocab_size = logits.shape[-1]
     probs = jax.nn.softmax(logits, axis=-1)
-    top_k = jnp.where(rows.top_k == 0, vocab, rows.top_k)
+    top_k = jnp.where(sampling.top_k == 0, vocab_size, sampling.top_k)
 
-    def fewer_than_k(bar: Array) -> Array:
-        return jnp.sum(probs > bar, axis=-1, keepdims=True) < top_k[:, None]
+    def fewer_than_k(threshold: Array) -> Array:
+        return jnp.sum(probs > threshold, axis=-1, keepdims=True) < top_k[:, None]
 
-    probs = jnp.where(probs >= _smallest_bar(probs, fewer_than_k), probs, 0.0)
+    probs = jnp.where(probs >= _least_threshold(probs, fewer_than_k), probs, 0.0)
     probs /= jnp.sum(probs, axis=-1, keepdims=True)
 
-    def little_mass_above(bar: Array) -> Array:
-        above = jnp.sum(jnp.where(probs > bar, probs, 0.0), axis=-1, keepdims=True)
-        return above <= rows.top_p[:, None]
+    def at_most_p(threshold: Array) -> Array:
+        above = jnp.where(probs > threshold, probs, 0.0)
+        return jnp.sum(above, axis=-1, keepdims=True) <= sampling.top_p[:, None]
 
-    bar = _smallest_bar(probs, little_mass_above)
-    # What rounding leaves above a mass of one must not cost a token its place.
-    bar = jnp.where(rows.top_p[:, None] < 1, bar, 0.0)
-    floor = rows.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True)
-    kept = (probs >= jnp.maximum(bar, floor)) & (probs > 0)
-    return jnp.where(kept, logits, -jnp.inf)
+    threshold = _least_threshold(probs, at_most_p)
+    # Rounding can put the sum above one, which must not drop a token.
+    threshold = jnp.where(sampling.top_p[:, None] < 1, threshold, 0.0)
+    floor = sampling.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True)
+    keep = (probs >= jnp.maximum(threshold, floor)) & (probs > 0)
+    return jnp.where(keep, logits, -jnp.inf)
 
 
-def _smallest_bar(probs: Float[Array, "B V"], holds: object) -> Float[Array, "B 1"]:
-    """The smallest float in [0, 1] for which a test holds that holds for 1.
+def _least_threshold(
+    probs: Float[Array, "B V"], passes: Callable[[Array], Array]
+) -> Float[Array, "B 1"]:
+    """The smallest float in [0, 1] that passes a monotone test which 1 passes.
 
-    Non-negative floats are ordered as their bits are, so 30 halvings are exact.
+    Non-negative floats are ordered as their bits are, so 30 bisections are exact.
     """
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def bisect(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
-        enough = holds(jax.lax.bitcast_convert_type(middle, jnp.float32))  # type: ignore[operator]
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+        passed = passes(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(passed, low, middle + 1), jnp.where(passed, middle, high)
 
     low = jnp.zeros((probs.shape[0], 1), jnp.int32)
     high = jnp.full_like(low, np.float32(1.0).view(np.int32))
-    _, bar = jax.lax.fori_loop(0, 30, halve, (low, high))
-    return jax.lax.bitcast_convert_type(bar, jnp.float32)
+    _, bits = jax.lax.fori_loop(0, 30, bisect, (low, high))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def sample_token(
-    logits: Logits, counts: TokenCounts, rows: SamplingRows, slots: Int[Array, " B"]
+    logits: Logits,
+    counts: TokenCounts,
+    sampling: SamplingRows,
+    slots: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """The next token of every row.
+    """Draw the next token of every row.
 
     Args:
-      logits: the model's, float32.
-      counts: what is in the rows, for the penalties.
-      rows: the settings.
-      slots: where the new token will stand; folded into the row's random key, so
-        that a row draws the same numbers in any batch and any chunking.
+      logits: of the model, float32.
+      counts: tokens in the rows, for the penalties.
+      sampling: settings of each row.
+      slots: cache index of each new token. It is folded into the row's random key, so
+        that a row draws the same numbers in any batch and with any chunking.
     """
-    logits = penalise(logits, counts, rows)
+    logits = apply_penalties(logits, counts, sampling)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def noise(seed: Array, sample: Array, slot: Array) -> Array:
@@ -236,20 +262,20 @@ def sample_token(
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     def draw() -> Array:
-        temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
-        # From the likeliest down: a compiler may divide twice with different rounding,
-        # which at a tiny temperature would part a logit from its own maximum.
+        temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+        # Subtract the maximum first: a compiler may divide twice with different
+        # rounding, which at a tiny temperature separates a logit from its own maximum.
         below = logits - jnp.max(logits, axis=-1, keepdims=True)
-        likely = keep_likely(below / temperature[:, None], rows)
-        gumbel = jax.vmap(noise)(rows.seed, rows.sample, slots)
-        drawn = jnp.argmax(likely + gumbel, axis=-1).astype(jnp.int32)
-        return jnp.where(rows.temperature > 0, drawn, likeliest)
+        filtered = filter_logits(below / temperature[:, None], sampling)
+        gumbel = jax.vmap(noise)(sampling.seed, sampling.sample, slots)
+        drawn = jnp.argmax(filtered + gumbel, axis=-1).astype(jnp.int32)
+        return jnp.where(sampling.temperature > 0, drawn, likeliest)
 
-    return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: likeliest)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: likeliest)
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities of the chosen tokens and of the likeliest ones."""
+    """Log-probabilities (nats) of the chosen tokens and of the likeliest ones."""
 
     chosen: Float[Array, "*batch"]
     top_ids: Int[Array, "*batch top"]
@@ -260,7 +286,7 @@ class TokenLogprobs(NamedTuple):
 def token_logprobs(
     logits: Float[Array, "*batch V"], tokens: Int[Array, "*batch"], top: int = 0
 ) -> TokenLogprobs:
-    """Log softmax of the logits at the tokens, and at the `top` likeliest."""
+    """Compute the log softmax of the logits at the tokens and the `top` likeliest."""
     normed = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(normed, tokens[..., None], axis=-1)[..., 0]
     best, ids = jax.lax.top_k(normed, top)

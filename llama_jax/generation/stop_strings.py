@@ -6,48 +6,58 @@ from llama_jax.errors import PromptError
 
 
 class StopScanner:
-    """Passes text on until a stop string appears, however the pieces are cut.
+    """Returns text until a stop string appears, however the text is cut.
 
-    Text that might be the beginning of a stop string is held back until it is clear
-    what it is, so nobody ever sees a part of one.
+    Text that may be the beginning of a stop string is buffered until that is decided,
+    so that no part of a stop string is ever returned.
+
+    Args:
+      stops: stop strings, none of them empty.
+
+    Raises:
+      PromptError: `stops` is no such list.
+
+    >>> scanner = StopScanner(["END"])
+    >>> scanner.push("one E"), scanner.push("ND two"), scanner.stopped
+    ('one ', '', True)
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str) or not all(stops):
             raise PromptError(
-                f"stop: {stops!r} must be a list of strings, none of them empty"
+                f"stop: must be a list of strings, none of them empty, got {stops!r}"
             )
         self._stops = tuple(stops)
-        self._held = ""
+        self._buffer = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What may be shown now. Sets `stopped` once a stop string is complete.
+        """Add text and return what cannot belong to a stop string.
 
-        Of several, the one that is complete first counts; of those that are complete
-        with the same character, the one that begins first.
+        Sets `stopped` once a stop string is complete. Of several, the one that is
+        complete first counts; of those that end together, the one that begins first.
         """
         if self.stopped or not self._stops:
             return "" if self.stopped else text
-        text = self._held + text
+        text = self._buffer + text
         ends = [
             (at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0
         ]
         if ends:
-            self.stopped, self._held = True, ""
+            self.stopped, self._buffer = True, ""
             return text[: min(ends)[1]]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        size = max(_overlap(text, stop) for stop in self._stops)
+        self._buffer = text[len(text) - size :]
+        return text[: len(text) - size]
 
     def flush(self) -> str:
-        """What was held back, once there is no more text."""
-        held, self._held = self._held, ""
-        return held
+        """Return the buffered text at the end of the input."""
+        text, self._buffer = self._buffer, ""
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     for size in range(longest, 0, -1):
         if stop.startswith(text[len(text) - size :]):

@@ -10,7 +10,7 @@ from llama_jax.errors import PromptError
 
 
 class Echo:
-    """Answers with the number of messages, and remembers what it was given."""
+    """Answers with the number of messages, and records the dialogs."""
 
     def __init__(self):
         self.dialogs = []
@@ -35,7 +35,7 @@ def talk(monkeypatch, conversation, *lines):
     conversation.loop()
 
 
-def test_the_history_grows_with_both_sides(monkeypatch, capsys, echo):
+def test_the_history_contains_messages_and_answers(monkeypatch, capsys, echo):
     talk(monkeypatch, Conversation(echo, "Be brief."), "Hello", "And?")
     assert [message["role"] for message in echo.dialogs[1]] == [
         "system", "user", "assistant", "user",
@@ -50,19 +50,19 @@ def test_a_message_may_have_several_lines(monkeypatch, echo):
     assert contents == ["one\ntwo", "a\n\nb"]
 
 
-def test_reset_forgets_and_system_starts_anew(monkeypatch, echo):
+def test_reset_and_system_start_a_new_conversation(monkeypatch, echo):
     lines = ("Hello", "/reset", "Again", "/system Rhyme.", "Now", "/system", "Plain")
     talk(monkeypatch, Conversation(echo), *lines)
     assert [len(dialog) for dialog in echo.dialogs] == [1, 1, 2, 1]
     assert echo.dialogs[2][0] == {"role": "system", "content": "Rhyme."}
 
 
-def test_an_interrupted_answer_stays_as_far_as_it_came(monkeypatch, echo):
+def test_the_history_keeps_the_text_of_an_interrupted_answer(monkeypatch, echo):
     talk(monkeypatch, Conversation(echo), "interrupt", "Go on")
     assert echo.dialogs[1][1] == {"role": "assistant", "content": "I have "}
 
 
-def test_a_message_that_cannot_be_sent_is_not_kept(monkeypatch, capsys, echo):
+def test_a_message_that_cannot_be_sent_is_removed(monkeypatch, capsys, echo):
     talk(monkeypatch, Conversation(echo), "too long", "Hello")
     assert len(echo.dialogs[1]) == 1
     assert "error: the conversation is too long" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and how it refuses."""
+"""The command line: what it prints, and how it reports bad input."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def run(capsys, *argv):
     return exit.value.code, out, err
 
 
-def test_a_story_is_told_without_any_flag(capsys):
+def test_without_flags_the_bundled_model_writes_a_story(capsys):
     status, out, err = run(capsys, "--seed", "1")
     assert status == 0
     assert out.startswith(sample.STORY)
@@ -29,7 +29,7 @@ def test_a_story_is_told_without_any_flag(capsys):
     assert "tokens/s" in err
 
 
-def test_equal_seeds_tell_equal_stories_and_others_do_not(capsys):
+def test_equal_seeds_give_equal_stories_and_different_seeds_do_not(capsys):
     flags = ("--max-new-tokens", "24", "--temperature", "1")
     _, first, _ = run(capsys, "--seed", "5", *flags)
     _, again, _ = run(capsys, "--seed", "5", *flags)
@@ -60,12 +60,12 @@ def test_json_has_a_line_for_each_completion(capsys):
         assert [len(top) for top in line["top_logprobs"]] == [2] * 5
 
 
-def test_json_has_no_logprobs_unless_asked(capsys):
+def test_json_has_logprobs_only_with_the_flag(capsys):
     _, out, _ = run(capsys, "--json", "--max-new-tokens", "24")
     assert "logprobs" not in json.loads(out)
 
 
-def test_a_stop_string_ends_the_text_in_front_of_it(capsys):
+def test_a_stop_string_ends_the_text_before_it(capsys):
     _, whole, _ = run(capsys, "--temperature", "0", "--max-new-tokens", "24")
     stop = whole.split()[8]
     _, cut, _ = run(
@@ -74,7 +74,7 @@ def test_a_stop_string_ends_the_text_in_front_of_it(capsys):
     assert cut.rstrip("\n") == whole[: whole.index(stop, len(sample.STORY))]
 
 
-def test_a_prompt_file_is_read_without_its_last_line_end(capsys, tmp_path):
+def test_a_prompt_file_is_read_without_its_last_newline(capsys, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("One day, a dog\n")
     flags = ("--json", "--temperature", "0", "--max-new-tokens", "24")
@@ -111,7 +111,7 @@ def test_chat_answers_one_message(capsys):
         (("--seed", "-4"), "seed is -4"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_status_2(capsys, argv, words):
+def test_bad_input_exits_with_one_sentence_and_status_2(capsys, argv, words):
     status, out, err = run(capsys, *argv)
     assert status == 2
     assert out == ""
@@ -138,7 +138,7 @@ def test_flags_that_contradict_each_other_are_refused(capsys, argv):
     assert "error: " in err
 
 
-def test_text_arrives_before_the_end_and_a_closed_pipe_is_no_error():
+def test_text_is_printed_as_it_is_generated_and_a_closed_pipe_is_no_error():
     command = [sys.executable, "-m", "llama_jax.sample", "--seed", "1"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -152,7 +152,7 @@ def test_text_arrives_before_the_end_and_a_closed_pipe_is_no_error():
     assert "Traceback" not in err
 
 
-def test_a_meta_checkpoint_speaks(capsys, assets):
+def test_a_meta_checkpoint_fills_a_gap(capsys, assets):
     status, out, _ = run(
         capsys, "--checkpoint", str(assets / "meta/codellama-tiny"),
         "--tokenizer", str(assets / "tokenizers/codellama.model"),

@@ -95,15 +95,15 @@ def mixed_requests() -> list[Request]:
 
 def test_completions_come_in_the_order_of_the_requests(loaded: Loaded) -> None:
     requests = mixed_requests()
-    wanted = [
+    expected = [
         (tuple(request.prompt_ids), request.max_new_tokens)
         for request in requests
         for _ in range(request.num_samples)
     ]
     budget = batch_bytes(loaded.language_model, 4, 16)
     completions = generate(loaded, requests, max_batch_bytes=budget)
-    found = [(c.prompt_ids, len(c.token_ids)) for c in completions]
-    assert found == wanted
+    result = [(c.prompt_ids, len(c.token_ids)) for c in completions]
+    assert result == expected
     whole = generate(loaded, requests)
     assert [c.text for c in completions] == [c.text for c in whole]
 

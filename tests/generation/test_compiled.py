@@ -1,4 +1,4 @@
-"""What the compilers make of decoding: nothing copied, nothing compiled twice."""
+"""Compiled decoding: no copies of caches or weights, no second compilation."""
 
 import functools
 import importlib.util
@@ -52,7 +52,7 @@ batches = pytest.mark.parametrize("batch", [1, 16])
 def check_nothing_is_copied(
     compiled: Any, config: LlamaConfig, batch: int, slots: int, itemsize: int
 ) -> None:
-    """Neither a weight nor a layer of the cache is made anew, in or around the loop."""
+    """No weight and no layer of the cache is copied, in or around the loop."""
     layer = cache_layer_size(config, batch, slots)
     weights = weight_sizes(config)
     assert not whole_results(compiled.as_text(), {layer, *weights})
@@ -74,14 +74,14 @@ def test_decoding_copies_no_weight_and_no_cache(
     check_nothing_is_copied(compiled, config, batch, SLOTS, itemsize=4)
 
 
-def test_a_copied_cache_would_be_noticed() -> None:
+def test_a_copied_cache_is_detected() -> None:
     cache = jax.ShapeDtypeStruct((4, SLOTS, 32), jnp.float32)
     turned = jax.jit(lambda cache: jnp.sin(cache.swapaxes(0, 1)))
-    found = whole_results(turned.lower(cache).compile().as_text(), {4 * SLOTS * 32})
-    assert found.total() == 1
+    copies = whole_results(turned.lower(cache).compile().as_text(), {4 * SLOTS * 32})
+    assert copies.total() == 1
 
 
-def test_decoding_writes_into_the_cache_that_it_was_given() -> None:
+def test_decoding_writes_into_the_donated_cache() -> None:
     model = Llama(TINY, Runtime())
     params = random_params(TINY)
     cache = init_cache(TINY, batch=2, num_slots=16, dtype="float32")
@@ -119,16 +119,16 @@ _compilations: list[str] = []
 
 @functools.cache
 def _listen() -> None:
-    def heard(event: str, _: float, **__: Any) -> None:
+    def record(event: str, _: float, **__: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             _compilations.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(record)
 
 
 @pytest.fixture
 def compilations() -> list[str]:
-    """Grows by one with every program that is compiled."""
+    """One entry for each program that is compiled during the test."""
     _listen()
     _compilations.clear()
     return _compilations
@@ -141,7 +141,7 @@ def requests(*prompts: list[int], **settings: Any) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def warm() -> Loaded:
-    """A model that has answered once: two rows, buckets of 16 tokens and 32 slots."""
+    """A model that has run once: two rows, buckets of 16 tokens and 32 slots."""
     _listen()
     _compilations.clear()
     loaded = talking_model(TALKING.replace(max_seq_len=128))

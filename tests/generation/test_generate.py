@@ -63,7 +63,7 @@ def greedy(loaded: Loaded) -> list[Completion]:
     return run(loaded, sampling=GREEDY)
 
 
-def test_completions_are_as_long_as_asked_and_are_the_tokens_text(
+def test_completions_have_the_length_and_the_text_of_their_tokens(
     loaded: Loaded, sampled: list[Completion]
 ) -> None:
     assert [completion.prompt_ids for completion in sampled] == list(
@@ -102,16 +102,16 @@ def test_logprobs_equal_those_of_one_forward(
         assert whole.top_logprobs is not None
         row = jnp.asarray([[*whole.prompt_ids, *whole.token_ids, *[0] * 6]])[:, :32]
         logits, _ = forward(model, params, row)
-        wanted = oracle.log_softmax(logits[0])[len(whole.prompt_ids) - 1 :]
+        expected = oracle.log_softmax(logits[0])[len(whole.prompt_ids) - 1 :]
         for step, token in enumerate(whole.token_ids):
             near = {"abs": LOGPROBS_FLOAT32, "rel": LOGPROBS_FLOAT32}
-            assert whole.logprobs[step] == pytest.approx(wanted[step, token], **near)
+            assert whole.logprobs[step] == pytest.approx(expected[step, token], **near)
             top = whole.top_logprobs[step]
             assert [logprob for _, logprob in top] == pytest.approx(
-                sorted(wanted[step], reverse=True)[:3], **near
+                sorted(expected[step], reverse=True)[:3], **near
             )
             for id, logprob in top:
-                assert logprob == pytest.approx(wanted[step, id], **near)
+                assert logprob == pytest.approx(expected[step, id], **near)
 
 
 def test_the_greedy_token_is_the_first_of_the_likeliest(
@@ -131,9 +131,7 @@ def test_the_greedy_token_is_the_first_of_the_likeliest(
     assert not any(token in unnamed for c in greedy for token in c.token_ids)
 
 
-def test_without_logprobs_there_are_none(
-    loaded: Loaded, greedy: list[Completion]
-) -> None:
+def test_logprobs_are_none_by_default(loaded: Loaded, greedy: list[Completion]) -> None:
     plain = run(loaded, sampling=GREEDY, logprobs=None)
     assert [c.token_ids for c in plain] == [c.token_ids for c in greedy]
     assert all(c.logprobs is None and c.top_logprobs is None for c in plain)
@@ -157,7 +155,7 @@ def test_neighbours_change_no_bit_of_a_completion(
     assert mixed[0] != sampled[0]
 
 
-def test_each_prompt_has_the_sampling_it_was_given(
+def test_each_request_has_its_own_sampling(
     loaded: Loaded, sampled: list[Completion], greedy: list[Completion]
 ) -> None:
     samplings = [GREEDY, RANDOM, GREEDY, RANDOM]
@@ -165,7 +163,7 @@ def test_each_prompt_has_the_sampling_it_was_given(
     assert mixed == [greedy[0], sampled[1], greedy[2], sampled[3]]
 
 
-def test_samples_of_a_prompt_differ_and_the_first_is_that_of_one(
+def test_samples_of_a_prompt_differ_and_the_first_equals_a_single_one(
     loaded: Loaded, sampled: list[Completion]
 ) -> None:
     several = run(loaded, prompts=PROMPTS[:2], num_samples=2)
@@ -192,14 +190,14 @@ def test_a_stop_id_ends_a_row_and_is_not_part_of_it(
     loaded: Loaded, sampled: list[Completion]
 ) -> None:
     ends = {sampled[0].token_ids[0], sampled[1].token_ids[9]}
-    for found, whole in zip(run(loaded, stop_ids=[*ends]), sampled, strict=True):
+    for result, whole in zip(run(loaded, stop_ids=[*ends]), sampled, strict=True):
         at = [i for i, token in enumerate(whole.token_ids) if token in ends]
         end = at[0] if at else NEW
-        assert found.token_ids == whole.token_ids[:end]
-        assert found.text == loaded.tokenizer.decode(whole.token_ids[:end])
-        assert found.finish_reason == ("stop" if at else "length")
+        assert result.token_ids == whole.token_ids[:end]
+        assert result.text == loaded.tokenizer.decode(whole.token_ids[:end])
+        assert result.finish_reason == ("stop" if at else "length")
         assert whole.logprobs is not None
-        assert found.logprobs == whole.logprobs[:end]
+        assert result.logprobs == whole.logprobs[:end]
 
 
 def test_text_requests_stop_at_the_end_of_sequence_and_plain_ones_do_not(
@@ -245,54 +243,54 @@ def test_a_stop_string_ends_the_text_wherever_it_falls(
     stop = text[begin:end]
     chunk = data.draw(st.integers(1, 8))
     stopped = generate(loaded, requests(stop=[stop]), chunk=chunk)
-    for found, whole in zip(stopped, sampled, strict=True):
-        assert found.text == whole.text.partition(stop)[0]
-        assert found.token_ids == whole.token_ids[: len(found.token_ids)]
-        if found.finish_reason == "stop":
+    for result, whole in zip(stopped, sampled, strict=True):
+        assert result.text == whole.text.partition(stop)[0]
+        assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+        if result.finish_reason == "stop":
             # No token follows the one that completed the stop string. (One that ends
-            # with the last token's unfinished character is found behind the last.)
+            # in an unfinished last character is only seen at the end.)
             decoder = StreamDecoder(loaded.tokenizer)
-            assert stop not in decoder.push(found.token_ids[:-1])
+            assert stop not in decoder.push(result.token_ids[:-1])
             assert stop in whole.text
         else:
-            assert len(found.token_ids) == NEW
+            assert len(result.token_ids) == NEW
     assert stop not in stopped[number].text
 
 
 def test_a_completion_ends_with_the_context(loaded: Loaded) -> None:
     prompts = [list(range(100, 112)), list(range(100, 116)), [1, 270], [1]]
-    found = run(loaded, prompts=prompts, max_new_tokens=None)
-    assert [len(c.token_ids) for c in found] == [20, 16, 30, 31]
-    assert {c.finish_reason for c in found} == {"length"}
+    results = run(loaded, prompts=prompts, max_new_tokens=None)
+    assert [len(c.token_ids) for c in results] == [20, 16, 30, 31]
+    assert {c.finish_reason for c in results} == {"length"}
 
 
 # Echo
 
 
-def test_echo_puts_the_prompt_in_front(
+def test_echo_puts_the_prompt_before_the_completion(
     loaded: Loaded, greedy: list[Completion]
 ) -> None:
     model, params, tokenizer = loaded
     echoed = run(loaded, sampling=GREEDY, echo=True)
-    for found, whole in zip(echoed, greedy, strict=True):
-        assert found.prompt_ids == whole.prompt_ids
-        assert found.token_ids == whole.prompt_ids + whole.token_ids
-        assert found.text == tokenizer.decode(found.token_ids)
-        assert found.logprobs is not None
-        assert found.top_logprobs is not None
+    for result, whole in zip(echoed, greedy, strict=True):
+        assert result.prompt_ids == whole.prompt_ids
+        assert result.token_ids == whole.prompt_ids + whole.token_ids
+        assert result.text == tokenizer.decode(result.token_ids)
+        assert result.logprobs is not None
+        assert result.top_logprobs is not None
         assert whole.logprobs is not None
         length = len(whole.prompt_ids)
-        assert found.logprobs[0] == 0
-        assert found.top_logprobs[0] == ()
+        assert result.logprobs[0] == 0
+        assert result.top_logprobs[0] == ()
         near = {"abs": LOGPROBS_FLOAT32, "rel": LOGPROBS_FLOAT32}
-        assert found.logprobs[length:] == pytest.approx(whole.logprobs, **near)
-        row = jnp.asarray([[*found.token_ids, *[0] * 6]])[:, :32]
-        wanted = oracle.log_softmax(forward(model, params, row)[0][0])
+        assert result.logprobs[length:] == pytest.approx(whole.logprobs, **near)
+        row = jnp.asarray([[*result.token_ids, *[0] * 6]])[:, :32]
+        expected = oracle.log_softmax(forward(model, params, row)[0][0])
         for at in range(1, length):
-            token = found.token_ids[at]
-            assert found.logprobs[at] == pytest.approx(wanted[at - 1, token], **near)
-            best = int(np.argmax(wanted[at - 1]))
-            assert found.top_logprobs[at][0][0] == best
+            token = result.token_ids[at]
+            assert result.logprobs[at] == pytest.approx(expected[at - 1, token], **near)
+            best = int(np.argmax(expected[at - 1]))
+            assert result.top_logprobs[at][0][0] == best
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(
@@ -301,39 +299,39 @@ def test_a_stop_string_in_the_prompt_stops_nothing(
     prompt = loaded.tokenizer.decode(PROMPTS[0])
     stop = [prompt, loaded.tokenizer.decode(PROMPTS[3])]
     assert not any(text in whole.text for text in stop for whole in sampled)
-    found = run(loaded, stop=stop, echo=True, logprobs=None)
-    assert all(c.finish_reason == "length" for c in found)
+    results = run(loaded, stop=stop, echo=True, logprobs=None)
+    assert all(c.finish_reason == "length" for c in results)
 
 
 # Texts and dialogs
 
 
-def test_texts_are_completed_as_their_tokens(loaded: Loaded) -> None:
+def test_text_completion_completes_the_tokens_of_the_texts(loaded: Loaded) -> None:
     texts = ["she was", "the sun", "a day", "hello"]
     tokenizer = loaded.tokenizer
     settings: Any = {"sampling": GREEDY, "max_new_tokens": 20}
     ends = (tokenizer.eos_id, tokenizer.bos_id)
-    wanted = [
+    expected = [
         Request(tokenizer.encode(text, bos=True, eos=False), stop_ids=ends, **settings)
         for text in texts
     ]
     completions = text_completion(loaded, texts, **settings)
-    assert completions == generate(loaded, wanted)
+    assert completions == generate(loaded, expected)
 
 
-def test_an_unsafe_dialog_is_answered_without_the_model(loaded: Loaded) -> None:
+def test_an_unsafe_dialog_gets_a_fixed_answer(loaded: Loaded) -> None:
     safe = [{"role": "user", "content": "hi"}]
     unsafe = [{"role": "user", "content": "a [INST] b"}]
-    found = chat_completion(
+    answers = chat_completion(
         loaded,
         [unsafe, safe],  # type: ignore[list-item]
         num_samples=2,
         max_new_tokens=1,
         sampling=GREEDY,
     )
-    assert [c.text for c in found[:2]] == [UNSAFE_ANSWER] * 2
-    assert [c.finish_reason for c in found[:2]] == ["unsafe"] * 2
-    assert [c.finish_reason for c in found[2:]] == ["length"] * 2
+    assert [c.text for c in answers[:2]] == [UNSAFE_ANSWER] * 2
+    assert [c.finish_reason for c in answers[:2]] == ["unsafe"] * 2
+    assert [c.finish_reason for c in answers[2:]] == ["length"] * 2
 
 
 # Errors
@@ -362,7 +360,7 @@ def test_stacked_layers_are_refused() -> None:
         generate(stacked, [Request([1, 2])])
 
 
-def test_no_prompts_have_no_completions(loaded: Loaded) -> None:
+def test_no_requests_have_no_completions(loaded: Loaded) -> None:
     assert generate(loaded, []) == []
 
 
@@ -370,7 +368,7 @@ def test_no_prompts_have_no_completions(loaded: Loaded) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "limit", "smallest", "wanted"),
+    ("size", "limit", "smallest", "expected"),
     [
         (1, 64, 16, 16),
         (17, 64, 16, 32),
@@ -380,6 +378,6 @@ def test_no_prompts_have_no_completions(loaded: Loaded) -> None:
     ],
 )
 def test_buckets_are_powers_of_two_within_their_limits(
-    size: int, limit: int, smallest: int, wanted: int
+    size: int, limit: int, smallest: int, expected: int
 ) -> None:
-    assert decoding.bucket(size, limit, smallest) == wanted
+    assert decoding.bucket(size, limit, smallest) == expected

@@ -117,9 +117,9 @@ def test_a_lane_is_used_again_without_a_trace(loaded: Loaded) -> None:
         return advance(model, params, insert(lanes, 0, prefix), 19)
 
     used, _ = run(new_lanes(loaded), 2)
-    _, wanted = run(new_lanes(loaded), 0)
+    _, expected = run(new_lanes(loaded), 0)
     _, emitted = run(used, 0)
-    for part, other in zip(*map(jax.tree.leaves, (emitted, wanted)), strict=True):
+    for part, other in zip(*map(jax.tree.leaves, (emitted, expected)), strict=True):
         np.testing.assert_array_equal(part[0], other[0])
 
 
@@ -131,7 +131,7 @@ def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(
     prompt = [1, *range(263, 276)]
     ids = jnp.asarray([prompt], jnp.int32)
     width, config = 16, model.config
-    wanted, whole = prefill(model, params, ids, jnp.asarray([len(prompt)]), SLOTS)
+    expected, whole = prefill(model, params, ids, jnp.asarray([len(prompt)]), SLOTS)
     cache = init_cache(config, 1, SLOTS, model.runtime.slot_dtype)
     logits = None
     for first, last in zip([0, *cuts], [*cuts, len(prompt)], strict=True):
@@ -143,7 +143,7 @@ def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(
     assert logits is not None
     assert cache.length.tolist() == whole.length.tolist() == [len(prompt)]
     tolerance = 1e-5 if model.runtime.cache_dtype is None else 0.2
-    np.testing.assert_allclose(logits[:, 0], wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(logits[:, 0], expected, rtol=tolerance, atol=tolerance)
     inputs = start_inputs([REQUESTS[0]], config, loaded.tokenizer)
     lanes, emitted = begin(cache, logits[:, 0], ids, lengths, *inputs[2:])
     assert emitted.tokens.shape == (1, 1)

@@ -1,4 +1,4 @@
-"""Sampling: filters and penalties against plain versions, and what is really drawn."""
+"""Sampling: filters and penalties against plain versions, frequencies of draws."""
 
 from typing import Any
 
@@ -17,26 +17,26 @@ from llama_jax.generation.sampling import (
     Sampling,
     SamplingRows,
     TokenCounts,
+    apply_penalties,
     count_prompt,
     count_token,
-    keep_likely,
-    penalise,
+    filter_logits,
     sample_token,
     sampling_rows,
     token_logprobs,
 )
 
 V = 12
-likely = jax.jit(keep_likely)
+likely = jax.jit(filter_logits)
 draw = jax.jit(sample_token)
-punish = jax.jit(penalise)
+penalties = jax.jit(apply_penalties)
 
 
 def rows(*settings: Sampling, **options: Any) -> SamplingRows:
     return sampling_rows(settings, V, **options)
 
 
-def nothing_yet(batch: int, vocab: int = V) -> TokenCounts:
+def no_counts(batch: int, vocab: int = V) -> TokenCounts:
     return TokenCounts(
         jnp.zeros((batch, vocab), bool), jnp.zeros((batch, vocab), jnp.int32)
     )
@@ -54,10 +54,10 @@ def distinct_logits() -> st.SearchStrategy[np.ndarray]:
 # Filters
 
 
-def kept_by_sorting(
+def filter_by_sorting(
     logits: np.ndarray, top_k: int, top_p: float, min_p: float
 ) -> tuple[set[int], float]:
-    """The tokens that the filters leave, and how near the decision about one was."""
+    """Tokens that the filters keep, and the distance of the closest decision."""
     order = np.argsort(-logits)
     probs = np.exp(oracle.log_softmax(logits))[order]
     if top_k:
@@ -73,33 +73,33 @@ def kept_by_sorting(
 
 
 @given(distinct_logits(), st.floats(0.01, 1.0))
-def test_top_p_keeps_what_has_at_most_p_in_front(
+def test_top_p_keeps_tokens_with_at_most_p_before_them(
     logits: np.ndarray, top_p: float
 ) -> None:
-    wanted, nearest = kept_by_sorting(logits, 0, top_p, 0.0)
+    expected, nearest = filter_by_sorting(logits, 0, top_p, 0.0)
     assume(nearest > SAMPLING_MASS or top_p == 1.0)
-    found = likely(logits[None], rows(Sampling(temperature=1, top_p=top_p)))[0]
-    assert set(np.flatnonzero(np.isfinite(found)).tolist()) == wanted
+    result = likely(logits[None], rows(Sampling(temperature=1, top_p=top_p)))[0]
+    assert set(np.flatnonzero(np.isfinite(result)).tolist()) == expected
 
 
 @given(
     distinct_logits(), st.integers(0, V + 2), st.floats(0.01, 1.0), st.floats(0.0, 1.0)
 )
-def test_filters_act_in_order_each_on_what_is_left(
+def test_filters_apply_in_order_each_to_what_the_last_one_kept(
     logits: np.ndarray, top_k: int, top_p: float, min_p: float
 ) -> None:
-    wanted, nearest = kept_by_sorting(logits, top_k, top_p, min_p)
+    expected, nearest = filter_by_sorting(logits, top_k, top_p, min_p)
     assume(nearest > SAMPLING_MASS or (top_p == 1.0 and min_p == 0.0))
     setting = Sampling(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p)
-    found = np.asarray(likely(logits[None], rows(setting))[0])
-    kept = np.isfinite(found)
-    assert set(np.flatnonzero(kept).tolist()) == wanted
-    np.testing.assert_array_equal(found[kept], logits[kept])  # not changed otherwise
+    result = np.asarray(likely(logits[None], rows(setting))[0])
+    kept = np.isfinite(result)
+    assert set(np.flatnonzero(kept).tolist()) == expected
+    np.testing.assert_array_equal(result[kept], logits[kept])  # not changed otherwise
 
 
 def test_top_k_comes_before_top_p() -> None:
     # 0.4, 0.3, 0.2, 0.1: of the two likeliest the first holds 4/7, so that a p of 0.5
-    # stops behind it; the other way round it would not have.
+    # stops after it; in the other order it would keep both.
     logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1] + [1e-9] * 8]))
     both = likely(logits, rows(Sampling(temperature=1, top_k=2, top_p=0.5)))
     alone = likely(logits, rows(Sampling(temperature=1, top_p=0.5)))
@@ -107,7 +107,7 @@ def test_top_k_comes_before_top_p() -> None:
     assert np.isfinite(alone[0]).sum() == 2
 
 
-def test_equally_likely_tokens_stay_or_go_together() -> None:
+def test_equally_likely_tokens_are_kept_or_dropped_together() -> None:
     logits = jnp.asarray([[2.0, 1.0, 1.0, 1.0] + [-9.0] * 8])
     for setting in (Sampling(temperature=1, top_k=2), Sampling(top_p=0.5)):
         kept = np.isfinite(likely(logits, rows(setting))[0])
@@ -115,7 +115,7 @@ def test_equally_likely_tokens_stay_or_go_together() -> None:
 
 
 def test_filters_of_zero_and_one_keep_everything() -> None:
-    # A token of e^-60 is lost in a float32 sum, and must stay possible all the same.
+    # A token of e^-60 is lost in a float32 sum, and must still be possible.
     logits = jnp.asarray([[0.0, -60.0, *range(10)]])
     off = Sampling(temperature=1, top_p=1.0, top_k=0, min_p=0.0)
     assert np.isfinite(likely(logits, rows(off))[0]).all()
@@ -160,16 +160,16 @@ def test_penalties_equal_plain_python(
     counts = count_prompt(padded([prompt], 8), jnp.asarray([len(prompt)]), V)
     for token in completion:
         counts = count_token(counts, jnp.asarray([token]))
-    found = punish(jnp.asarray(logits)[None], counts, rows(setting))[0]
+    result = penalties(jnp.asarray(logits)[None], counts, rows(setting))[0]
     for token in range(V):
-        wanted = float(logits[token])
+        expected = float(logits[token])
         if token in prompt or token in completion:
-            wanted = wanted / repetition if wanted > 0 else wanted * repetition
+            expected = expected / repetition if expected > 0 else expected * repetition
         if token in completion:
-            wanted -= presence + frequency * completion.count(token)
-        wanted += bias.get(token, 0.0)
-        assert float(found[token]) == pytest.approx(
-            wanted, rel=LOGPROBS_FLOAT32, abs=LOGPROBS_FLOAT32
+            expected -= presence + frequency * completion.count(token)
+        expected += bias.get(token, 0.0)
+        assert float(result[token]) == pytest.approx(
+            expected, rel=LOGPROBS_FLOAT32, abs=LOGPROBS_FLOAT32
         )
 
 
@@ -182,8 +182,8 @@ def test_padding_is_no_part_of_the_prompt() -> None:
 
 def test_neutral_penalties_change_no_bit() -> None:
     logits = jax.random.normal(jax.random.key(0), (1, V))
-    counts = count_token(nothing_yet(1), jnp.asarray([3]))
-    np.testing.assert_array_equal(punish(logits, counts, rows(Sampling())), logits)
+    counts = count_token(no_counts(1), jnp.asarray([3]))
+    np.testing.assert_array_equal(penalties(logits, counts, rows(Sampling())), logits)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -195,7 +195,7 @@ def test_a_banned_token_is_never_drawn(temperature: float) -> None:
     ):
         arrays = rows(setting, banned=banned)
         tokens = [
-            draw(logits, nothing_yet(1), arrays, jnp.asarray([s])) for s in range(9)
+            draw(logits, no_counts(1), arrays, jnp.asarray([s])) for s in range(9)
         ]
         assert {int(token[0]) for token in tokens} == {4}
 
@@ -203,7 +203,7 @@ def test_a_banned_token_is_never_drawn(temperature: float) -> None:
 def test_a_bias_can_make_any_token_the_likeliest() -> None:
     logits = jnp.arange(V, dtype=jnp.float32)[None]
     setting = Sampling(temperature=0, logit_bias={2: 100.0})
-    assert int(draw(logits, nothing_yet(1), rows(setting), jnp.asarray([0]))[0]) == 2
+    assert int(draw(logits, no_counts(1), rows(setting), jnp.asarray([0]))[0]) == 2
 
 
 # Drawing
@@ -212,16 +212,16 @@ def test_a_bias_can_make_any_token_the_likeliest() -> None:
 @given(distinct_logits())
 def test_temperature_zero_takes_the_likeliest(logits: np.ndarray) -> None:
     setting = Sampling(temperature=0, top_p=0.1, top_k=3, seed=5)
-    found = draw(logits[None], nothing_yet(1), rows(setting), jnp.asarray([3]))
-    assert int(found[0]) == int(np.argmax(logits))
+    result = draw(logits[None], no_counts(1), rows(setting), jnp.asarray([3]))
+    assert int(result[0]) == int(np.argmax(logits))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-7, 1e-20, 1e-37, 1e-44])
 def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
     logits = jnp.asarray([[5.0, 30.0, 29.0, *[-40.0] * (V - 3)]])
     setting = Sampling(temperature=temperature)
-    found = draw(logits, nothing_yet(1), rows(setting), jnp.asarray([3]))
-    assert int(found[0]) == 1
+    result = draw(logits, no_counts(1), rows(setting), jnp.asarray([3]))
+    assert int(result[0]) == 1
 
 
 def test_greedy_and_random_rows_share_a_batch() -> None:
@@ -231,9 +231,9 @@ def test_greedy_and_random_rows_share_a_batch() -> None:
     drawn = []
     for slot in range(20):
         slots = jnp.asarray([slot, slot])
-        greedy, random = draw(logits, nothing_yet(2), both, slots)
+        greedy, random = draw(logits, no_counts(2), both, slots)
         assert int(greedy) == V - 1
-        single = draw(logits[:1], nothing_yet(1), alone, slots[:1])
+        single = draw(logits[:1], no_counts(1), alone, slots[:1])
         assert int(random) == int(single[0])
         drawn.append(int(random))
     assert len(set(drawn)) > 4
@@ -246,9 +246,9 @@ N = 20_000
 def test_draws_follow_the_filtered_softmax(varied: str) -> None:
     logits = np.linspace(0, 3, V, dtype=np.float32)
     setting = Sampling(temperature=0.7, top_k=9, top_p=0.9, min_p=0.05)
-    kept, _ = kept_by_sorting(logits / 0.7, 9, 0.9, 0.05)
+    kept, _ = filter_by_sorting(logits / 0.7, 9, 0.9, 0.05)
     scaled = np.where([t in kept for t in range(V)], logits / 0.7, -np.inf)
-    wanted = np.exp(oracle.log_softmax(scaled))
+    expected = np.exp(oracle.log_softmax(scaled))
     assert 4 < len(kept) < V
     number = np.arange(N)
     arrays = jax.tree.map(lambda x: jnp.repeat(x, N, axis=0), rows(setting))
@@ -258,20 +258,22 @@ def test_draws_follow_the_filtered_softmax(varied: str) -> None:
         arrays = arrays._replace(sample=jnp.asarray(number, jnp.int32))
     slots = jnp.asarray(number if varied == "slot" else np.full(N, 17), jnp.int32)
     tiled = jnp.tile(jnp.asarray(logits), (N, 1))
-    tokens = np.asarray(draw(tiled, nothing_yet(N), arrays, slots))
-    found = np.bincount(tokens, minlength=V) / N
+    tokens = np.asarray(draw(tiled, no_counts(N), arrays, slots))
+    result = np.bincount(tokens, minlength=V) / N
     # Five standard errors: one run in a million would fail, and the seeds are fixed.
-    assert np.all(np.abs(found - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / N))
+    assert np.all(
+        np.abs(result - expected) <= 5 * np.sqrt(expected * (1 - expected) / N)
+    )
 
 
-def test_seed_and_slot_decide_alone() -> None:
+def test_draws_depend_on_seed_and_slot_alone() -> None:
     logits = jax.random.normal(jax.random.key(1), (4, V))
     settings = [Sampling(temperature=1, seed=seed) for seed in (7, 8, 7, 9)]
     same = logits.at[2].set(logits[0])
     slots = jnp.asarray([3, 4, 3, 5])
-    tokens = draw(same, nothing_yet(4), rows(*settings), slots)
+    tokens = draw(same, no_counts(4), rows(*settings), slots)
     assert int(tokens[0]) == int(tokens[2])
-    moved = draw(same[::-1], nothing_yet(4), rows(*settings[::-1]), slots[::-1])
+    moved = draw(same[::-1], no_counts(4), rows(*settings[::-1]), slots[::-1])
     assert moved.tolist() == tokens.tolist()[::-1]
 
 
@@ -281,20 +283,20 @@ def test_seed_and_slot_decide_alone() -> None:
 def test_logprobs_are_of_the_plain_softmax() -> None:
     logits = 5 * jax.random.normal(jax.random.key(2), (2, 3, V))
     tokens = jnp.asarray([[0, 5, 11], [3, 3, 1]])
-    found = token_logprobs(logits, tokens, 4)
-    wanted = oracle.log_softmax(logits)
-    chosen = np.take_along_axis(wanted, np.asarray(tokens)[..., None], axis=-1)
+    result = token_logprobs(logits, tokens, 4)
+    expected = oracle.log_softmax(logits)
+    chosen = np.take_along_axis(expected, np.asarray(tokens)[..., None], axis=-1)
     exact = {"rtol": LOGPROBS_FLOAT32, "atol": LOGPROBS_FLOAT32}
-    np.testing.assert_allclose(found.chosen, chosen[..., 0], **exact)
-    order = np.argsort(-wanted, axis=-1)[..., :4]
-    np.testing.assert_array_equal(found.top_ids, order)
-    best = np.take_along_axis(wanted, order, axis=-1)
-    np.testing.assert_allclose(found.top, best, **exact)
+    np.testing.assert_allclose(result.chosen, chosen[..., 0], **exact)
+    order = np.argsort(-expected, axis=-1)[..., :4]
+    np.testing.assert_array_equal(result.top_ids, order)
+    best = np.take_along_axis(expected, order, axis=-1)
+    np.testing.assert_allclose(result.top, best, **exact)
 
 
-def test_no_top_logprobs_where_none_are_asked_for() -> None:
-    found = token_logprobs(jnp.zeros((2, V)), jnp.asarray([1, 2]))
-    assert found.top.shape == found.top_ids.shape == (2, 0)
+def test_top_logprobs_are_empty_by_default() -> None:
+    result = token_logprobs(jnp.zeros((2, V)), jnp.asarray([1, 2]))
+    assert result.top.shape == result.top_ids.shape == (2, 0)
 
 
 # Settings
@@ -327,7 +329,7 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any) -> Non
 @pytest.mark.parametrize(
     "bias", [{V: 1.0}, {-1: 1.0}, {0: float("nan")}, {0: float("inf")}]
 )
-def test_a_bias_that_means_nothing_is_refused(bias: dict[int, float]) -> None:
+def test_a_bias_without_a_meaning_is_refused(bias: dict[int, float]) -> None:
     with pytest.raises(PromptError, match="needs a token id below 12"):
         rows(Sampling(logit_bias=bias))
 

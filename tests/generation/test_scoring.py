@@ -33,8 +33,8 @@ def loaded(request: Any) -> Any:
     return talking_model(runtime=Runtime(dtype=request.param))
 
 
-def assert_same(scores: list[Score], wanted: list[Score]) -> None:
-    for one, other in zip(scores, wanted, strict=True):
+def assert_same(scores: list[Score], expected: list[Score]) -> None:
+    for one, other in zip(scores, expected, strict=True):
         np.testing.assert_array_equal(one.logprobs, other.logprobs, strict=True)
         np.testing.assert_array_equal(one.greedy, other.greedy, strict=True)
 
@@ -46,17 +46,17 @@ def test_scores_are_those_of_one_forward() -> None:
         ids = np.zeros((1, 32), np.int32)
         ids[0, :length] = request.prompt_ids
         logits, _ = forward(loaded.model, loaded.params, jnp.asarray(ids))
-        wanted = oracle.log_softmax(logits[0, : length - 1])
+        expected = oracle.log_softmax(logits[0, : length - 1])
         assert result.logprobs.shape == result.greedy.shape == (length,)
         assert (result.logprobs[0], result.greedy[0]) == (0, False)
         np.testing.assert_allclose(
             result.logprobs[1:],
-            wanted[np.arange(length - 1), ids[0, 1:length]],
+            expected[np.arange(length - 1), ids[0, 1:length]],
             rtol=LOGPROBS_FLOAT32,
             atol=LOGPROBS_FLOAT32,
         )
         np.testing.assert_array_equal(
-            result.greedy[1:], wanted.argmax(-1) == ids[0, 1:length]
+            result.greedy[1:], expected.argmax(-1) == ids[0, 1:length]
         )
 
 
@@ -87,11 +87,11 @@ def test_a_mesh_gives_the_same_scores() -> None:
     model = Llama(TALKING, Runtime(), mesh)
     params = jax.device_put(alone.params, param_shardings(TALKING, Runtime(), mesh))
     scores = score(alone._replace(model=model, params=params), REQUESTS)
-    for result, wanted in zip(scores, score(alone, REQUESTS), strict=True):
+    for result, expected in zip(scores, score(alone, REQUESTS), strict=True):
         np.testing.assert_allclose(
-            result.logprobs, wanted.logprobs, rtol=1e-5, atol=1e-5
+            result.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5
         )
-        np.testing.assert_array_equal(result.greedy, wanted.greedy)
+        np.testing.assert_array_equal(result.greedy, expected.greedy)
 
 
 def test_scoring_compiles_once_per_bucket_and_has_no_logits_of_a_batch() -> None:

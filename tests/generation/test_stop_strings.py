@@ -40,20 +40,20 @@ def test_scanner_equals_a_search_in_the_whole_text(
 
 
 @given(texts, stop_lists, cuts)
-def test_no_part_of_a_stop_is_ever_shown(
+def test_no_part_of_a_stop_string_is_ever_returned(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     scanner = StopScanner(stops)
-    wanted, _ = cut_at_first_stop(text, stops)
+    expected, _ = cut_at_first_stop(text, stops)
     shown = ""
     for piece in pieces(text, cuts):
         shown += scanner.push(piece)
-        assert wanted.startswith(shown)
+        assert expected.startswith(shown)
         assert not any(stop in shown for stop in stops)
 
 
 @given(texts, stop_lists, cuts)
-def test_nothing_is_held_back_that_no_stop_can_begin_with(
+def test_only_the_beginning_of_a_stop_string_is_buffered(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
     scanner = StopScanner(stops)
@@ -63,11 +63,11 @@ def test_nothing_is_held_back_that_no_stop_can_begin_with(
         shown += scanner.push(piece)
         if scanner.stopped:
             break
-        held = read[len(shown) :]
-        assert not held or any(stop.startswith(held) for stop in stops)
+        buffered = read[len(shown) :]
+        assert not buffered or any(stop.startswith(buffered) for stop in stops)
 
 
-def test_nothing_follows_a_stop() -> None:
+def test_nothing_follows_a_stop_string() -> None:
     scanner = StopScanner(["END"])
     assert scanner.push("abcEND, more") == "abc"
     assert scanner.stopped
@@ -75,7 +75,7 @@ def test_nothing_follows_a_stop() -> None:
     assert scanner.flush() == ""
 
 
-def test_an_unfinished_stop_is_text_in_the_end() -> None:
+def test_an_unfinished_stop_string_is_flushed() -> None:
     scanner = StopScanner(["END"])
     assert scanner.push("abcEN") == "abc"
     assert scanner.flush() == "EN"
@@ -87,6 +87,6 @@ def test_of_two_that_end_together_the_longer_counts() -> None:
 
 
 @pytest.mark.parametrize("stops", ["END", [""], ["a", ""]])
-def test_stops_that_are_no_list_of_texts_are_refused(stops: Sequence[str]) -> None:
+def test_anything_but_a_list_of_texts_is_refused(stops: Sequence[str]) -> None:
     with pytest.raises(PromptError, match="must be a list of strings"):
         StopScanner(stops)

@@ -23,7 +23,7 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.generation.completion import chat_completion, text_infilling
 from llama_jax.generation.generate import Completion, generate
 from llama_jax.generation.request import Request
-from llama_jax.generation.sampling import Sampling, keep_likely, sampling_rows
+from llama_jax.generation.sampling import Sampling, filter_logits, sampling_rows
 from llama_jax.loading import load
 from llama_jax.text.prompt_formats import (
     completion_prompt,
@@ -276,7 +276,7 @@ def test_every_token_that_metas_code_drew_is_in_our_top_p_set(case: Case) -> Non
         scaled = logits[row, len(prompt) - 1 : len(text) - 1] / 0.6
         setting = [Sampling(temperature=0.6, top_p=0.9)] * len(scaled)
         settings = sampling_rows(setting, scaled.shape[-1])
-        kept = np.isfinite(jax.jit(keep_likely)(scaled, settings))
+        kept = np.isfinite(jax.jit(filter_logits)(scaled, settings))
         for at, token in enumerate(text[len(prompt) :]):
             assert kept[at, token], (row, at)
             checked += 1
