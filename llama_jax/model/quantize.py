@@ -148,7 +148,7 @@ def quantize(weight: Float[Array, "I O"], kind: Kind, *, group: int = GROUP) -> 
     """
     if kind == "int8":
         steps = jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=0) / 127
-        values = _rounded(weight.astype(jnp.float32), steps, 127)
+        values = _rounded(weight.astype(jnp.float32), steps[None], 127)
         return Int8(values.astype(jnp.int8), steps)
     inputs, outputs = weight.shape
     grouped = weight.reshape(-1, group_size(inputs, group), outputs)
