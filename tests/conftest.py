@@ -1,29 +1,37 @@
-"""Fixtures every test may use; eight CPU devices unless the environment says else."""
+"""Environment of the test run and fixtures for every test."""
 
-# ruff: noqa: E402 (what follows the first block may import jax, which reads it)
+# ruff: noqa: E402 (JAX reads the environment when it is imported)
 
 import os
 import pathlib
+from collections.abc import Iterator
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices; and programs that are compiled in half the time and run once. The
-# optimizations of users' programs are tested by `.ci/run --all`, which says so in
-# XLA_FLAGS.
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_backend_optimization_level", 0),
-):
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        _flags = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}"
-        os.environ["XLA_FLAGS"] = _flags.strip()
-
-# Processes that tests start find `support` as the tests do.
 _TESTS = pathlib.Path(__file__).resolve().parent
+
+for _name, _value in {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Compiled programs are shared by all processes of a run, and kept for the next one.
+    "JAX_COMPILATION_CACHE_DIR": str(_TESTS.parent / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(_name, _value)
+# Eight devices; and programs that are compiled in half the time and run once. The
+# optimizations of users' programs are tested by `.ci/run --all`, through XLA_FLAGS.
+for _flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+):
+    if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+# Processes that tests start find `support` as the tests do.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")])
 )
 
 import hypothesis
+import jaxtyping
 import pytest
 
 from llama_jax.text.tokenizer import Tokenizer
@@ -35,17 +43,24 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-_ROOT = _TESTS.parent
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Do not execute annotations in tests that pass wrong types on purpose."""
+    jaxtyping.config.jaxtyping_disable = bool(item.get_closest_marker("wrong_types"))
+    try:
+        return (yield)
+    finally:
+        jaxtyping.config.jaxtyping_disable = False
 
 
 @pytest.fixture(scope="session")
 def assets() -> pathlib.Path:
     """Folder of real tokenizers, weights and golden outputs; skips where absent."""
-    named = os.environ.get("LLAMA_JAX_ASSETS", "../shared/assets")
-    path = (_ROOT / named).resolve()
+    path = _TESTS.parent / os.environ.get("LLAMA_JAX_ASSETS", "../shared/assets")
     if not path.is_dir():
-        pytest.skip(f"no assets at {path}; name their folder in LLAMA_JAX_ASSETS")
-    return path
+        pytest.skip(f"no assets at {path.resolve()}; set LLAMA_JAX_ASSETS")
+    return path.resolve()
 
 
 @pytest.fixture(scope="session")
