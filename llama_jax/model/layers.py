@@ -90,7 +90,7 @@ class RMSNorm(Module):
         exact = x.astype(jnp.float32)
         mean_square = jnp.mean(exact * exact, axis=-1, keepdims=True)
         normed = exact * jax.lax.rsqrt(mean_square + self.config.norm_eps)
-        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+        return (normed * scale.astype(jnp.float32)[None, None]).astype(x.dtype)
 
 
 class SharedInputs(NamedTuple):

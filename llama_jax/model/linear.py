@@ -117,7 +117,7 @@ def _gradient(
         factor = jnp.ones((), jnp.float32)
         if dtype == jnp.float16:  # in which a gradient times a scale would be lost
             factor = jnp.max(w.scales) + jnp.finfo(jnp.float32).tiny
-        scaled = given.astype(jnp.float32) * (w.scales / factor)
+        scaled = given.astype(jnp.float32) * _per_output(w.scales / factor, given.ndim)
         whole = values_in(w, dtype)
     else:
         scaled, whole, factor = given, dequantize(w, dtype), jnp.ones(())
@@ -146,7 +146,8 @@ def _in_turn(x: Array, w: Quantized) -> Any:
 def _forward(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
     """The product in float32."""
     if isinstance(w, Int8):
-        return _product(x, values_in(w, x.dtype), jnp.float32) * w.scales
+        product = _product(x, values_in(w, x.dtype), jnp.float32)
+        return product * _per_output(w.scales, x.ndim)
     return _product(x, dequantize(w, x.dtype), jnp.float32)
 
 
@@ -174,8 +175,13 @@ def _forward_in_chunks(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
     empty = jnp.zeros((rows.shape[1], outputs), jnp.float32)
     total, _ = jax.lax.scan(add, empty, (rows, chunks, scales))
     if isinstance(w, Int8):
-        total = total * w.scales
+        total = total * _per_output(w.scales, 2)
     return total.reshape(*x.shape[:-1], outputs)
+
+
+def _per_output(scales: Float[Array, " O"], ndim: int) -> Array:
+    """Scales as the last of `ndim` axes."""
+    return scales.reshape((1,) * (ndim - 1) + scales.shape)
 
 
 def _chunk(w: Quantized) -> int:
