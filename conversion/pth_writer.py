@@ -8,7 +8,6 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +42,7 @@ class PthWriter:
         self._write("data.pkl", memoryview(_pickle(tensors)))
         self._write("byteorder", memoryview(b"little"))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PthWriter":
         return self
 
     def __exit__(
