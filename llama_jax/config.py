@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, no_type_check
 
 from llama_jax.errors import ConfigError
 
@@ -13,6 +13,7 @@ Head = Literal["lm", "scalar"]
 _HEADS: dict[Head, str] = {"lm": "logits", "scalar": "a number per token"}
 
 
+@no_type_check  # at run time: it checks its own fields, which come from JSON files
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Scaling of the RoPE wavelengths for a longer context.
@@ -90,6 +91,7 @@ class RopeScaling:
         return cls(**fields)
 
 
+@no_type_check  # at run time: it checks its own fields, which come from JSON files
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """The facts of a checkpoint.

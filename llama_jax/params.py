@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
 from llama_jax.runtime import LayerLayout
-from llama_jax.types import FlatParams, Params
+from llama_jax.types import Array, FlatParams, Params
 
 AXES: dict[str, str] = {
     "transformer/embedding": "V D",
@@ -85,7 +86,9 @@ def init_std(path: str, config: LlamaConfig) -> float | None:
     return 0.02
 
 
-def draw(key: Any, shape: tuple[int, ...], dtype: Any, std: float | None) -> Any:
+def draw(
+    key: Array, shape: tuple[int, ...], dtype: DTypeLike, std: float | None
+) -> Array:
     """Initial values of a leaf: normal with standard deviation `std`, or ones."""
     if std is None:
         return jnp.ones(shape, dtype)
@@ -118,7 +121,7 @@ def param_shapes(
     config: LlamaConfig,
     layout: LayerLayout = "unrolled",
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Any]:
     """The parameters of a model as a tree of `jax.ShapeDtypeStruct`s."""
     return unflatten(

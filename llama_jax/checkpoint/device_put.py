@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
@@ -89,7 +90,9 @@ def device_put_leaves(
     return params
 
 
-def _device_put(leaf: LazyLeaf, dtype: Any, sharding: NamedSharding | None) -> Array:
+def _device_put(
+    leaf: LazyLeaf, dtype: np.dtype, sharding: NamedSharding | None
+) -> Array:
     array = leaf.read()
     if sharding is None:
         return jax.device_put(array.astype(dtype, copy=False))

@@ -153,7 +153,7 @@ def test_a_scalar_model_round_trips(
     assert loaded.model == model
     assert set(loaded.params) == {"transformer", "scalar_head"}
     assert_same(loaded.params, params)
-    values = apply(loaded.model, loaded.params, jnp.arange(8).reshape(2, 4))
+    values, _ = apply(loaded.model, loaded.params, jnp.arange(8).reshape(2, 4))
     assert values.shape == (2, 4)
 
 

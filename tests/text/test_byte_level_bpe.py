@@ -204,9 +204,9 @@ def test_ids_must_fit_the_model(llama3: Tokenizer) -> None:
     assert llama3.unnamed_ids(128_258) == (128_256, 128_257)
     with pytest.raises(TokenizerError, match="-1 is not a token id"):
         llama3.decode([-1])
-    with pytest.raises(TokenizerError, match="128256 is no token id"):
+    with pytest.raises(TokenizerError, match="128256 is not a token id"):
         llama3.piece(128_256)
-    with pytest.raises(TokenizerError, match="byte-level one, which cannot be writ"):
+    with pytest.raises(TokenizerError, match="byte-level BPE, which cannot be writ"):
         _ = llama3.model_proto
     with pytest.raises(TokenizerError, match="half of a surrogate"):
         llama3.encode("\ud83d", bos=False, eos=False)
