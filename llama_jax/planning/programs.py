@@ -29,10 +29,10 @@ from llama_jax.params import param_shapes
 from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import divisible, weight_shardings
-from llama_jax.train.losses import Loss, trained_loss
+from llama_jax.train.losses import trained_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import state_shapes
-from llama_jax.train.step import Step, make_train_step
+from llama_jax.train.step import make_train_step
 from llama_jax.types import Mesh
 
 Tree = Any
@@ -91,8 +91,8 @@ def make_program(
     model = Llama(work.config, runtime, mesh)
     make: Callable[[Workload, Llama, Mesh], Program] = {
         "train": _train,
-        "lora": _train_adapters,
-        "qlora": _train_adapters,
+        "lora": _train,
+        "qlora": _train,
         "prefill": _prefill,
         "decode": _decode,
     }[work.task]
@@ -123,30 +123,18 @@ def choose_attention(work: Workload, device: jax.Device) -> Implementation:
 
 
 def _train(work: Workload, model: Llama, mesh: Mesh) -> Program:
-    return _step(
-        work, model, mesh, trained_loss(model), _weights(work, model, mesh), {}
-    )
-
-
-def _train_adapters(work: Workload, model: Llama, mesh: Mesh) -> Program:
-    lora = Lora(rank=work.rank, alpha=float(work.rank))
-
-    shapes = lora_shapes(work.config, lora, dtype=work.param_dtype)
-    adapters = _shard_weights(shapes, model, mesh)
-    loss = trained_loss(model, lora=lora)
-    return _step(work, model, mesh, loss, adapters, _weights(work, model, mesh))
-
-
-def _step(
-    work: Workload, model: Llama, mesh: Mesh, loss: Loss, trained: Tree, frozen: Tree
-) -> Program:
+    trained, frozen, lora = _weights(work, model, mesh), {}, None
+    if work.task != "train":
+        lora = Lora(rank=work.rank, alpha=float(work.rank))
+        shapes = lora_shapes(work.config, lora, dtype=work.param_dtype)
+        trained, frozen = _shard_weights(shapes, model, mesh), trained
     optimizer = make_optimizer(make_schedule("cosine", 3e-4, steps=1000, warmup=10))
     state = state_shapes(trained, optimizer, mesh)
     ids, mask = _tokens(work, mesh), _tokens(work, mesh, jnp.float32)
     batch = Batch(ids, ids, mask, ids, ids)
     kinds = {"weights": (state.params, frozen), "optimizer": state.opt_state}
     kinds["batch"] = batch
-    step: Step = make_train_step(loss, optimizer)
+    step = make_train_step(trained_loss(model, lora=lora), optimizer)
     return _program(model, mesh, step, (state, frozen, batch), kinds)
 
 
