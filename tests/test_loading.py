@@ -1,4 +1,4 @@
-"""`load`, from our folders and from foreign ones."""
+"""Loading llama_jax checkpoints and foreign formats."""
 
 import pathlib
 import subprocess
@@ -40,17 +40,17 @@ GOLDEN = [
 
 @pytest.fixture
 def foreign(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A llama2.c checkpoint with a tokenizer beside it."""
+    """A llama2.c checkpoint with its tokenizer in the same folder."""
     write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
     return write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
 
 
 def assert_golden(loaded: Loaded, golden: pathlib.Path) -> None:
-    wanted = np.load(golden / "golden.npz")
-    tokens, positions = jnp.asarray(wanted["tokens"]), wanted["positions"]
+    expected = np.load(golden / "golden.npz")
+    tokens, positions = jnp.asarray(expected["tokens"]), expected["positions"]
     at = jnp.asarray(np.broadcast_to(positions, (len(tokens), len(positions))))
     logits, _ = apply(loaded.model, loaded.params, tokens, logits_at=at)
-    np.testing.assert_allclose(logits, wanted["logits"], rtol=0, atol=GOLDEN_LOGITS)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=GOLDEN_LOGITS)
 
 
 @pytest.mark.parametrize(("source", "tokenizer", "golden"), GOLDEN)
@@ -101,9 +101,9 @@ def test_every_way_of_loading_gives_the_same_logits(
     loaded = load(path, runtime=Runtime(layer_layout=layout), mesh=mesh)
     plain = load(foreign, runtime=Runtime())
     tokens = jnp.arange(12).reshape(2, 6)
-    found, _ = apply(loaded.model, loaded.params, tokens)
-    wanted, _ = apply(plain.model, plain.params, tokens)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=GOLDEN_LOGITS)
+    actual, _ = apply(loaded.model, loaded.params, tokens)
+    expected, _ = apply(plain.model, plain.params, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=GOLDEN_LOGITS)
 
 
 @pytest.mark.parametrize("target", ["meta", "hf", "gguf", "orbax"])
@@ -116,12 +116,12 @@ def test_every_format_is_loaded_onto_a_mesh_as_it_is(
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     packed = foreign.with_name("tokenizer.bin")
     options: dict[str, Any] = {"tokenizer": packed, "max_seq_len": 64}
-    wanted = load(foreign, runtime=runtime, **options)
-    found = load(foreign.parent / "other", runtime=runtime, mesh=mesh, **options)
-    assert found.model.config == wanted.model.config
+    expected = load(foreign, runtime=runtime, **options)
+    actual = load(foreign.parent / "other", runtime=runtime, mesh=mesh, **options)
+    assert actual.model.config == expected.model.config
     whole, part = 0, 0
-    for path, leaf in flatten(found.params).items():
-        np.testing.assert_array_equal(leaf, flatten(wanted.params)[path], path)
+    for path, leaf in flatten(actual.params).items():
+        np.testing.assert_array_equal(leaf, flatten(expected.params)[path], path)
         whole += leaf.nbytes
         part += leaf.addressable_shards[0].data.nbytes
     assert part < whole / 7  # the norms are in fewer parts
@@ -131,12 +131,12 @@ def test_loading_a_foreign_checkpoint_writes_nothing(foreign: pathlib.Path) -> N
     before = sorted(foreign.parent.rglob("*"))
     loaded = load(foreign, runtime=Runtime(dtype="bfloat16"))
     assert sorted(foreign.parent.rglob("*")) == before
-    wanted = ours_from_meta(TINY, meta_tensors(TINY))
+    expected = ours_from_meta(TINY, meta_tensors(TINY))
     for path, leaf in flatten(loaded.params).items():
-        np.testing.assert_array_equal(leaf, wanted[path].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(leaf, expected[path].astype(jnp.bfloat16))
 
 
-def test_a_given_tokenizer_and_context_win(foreign: pathlib.Path) -> None:
+def test_tokenizer_and_context_arguments_take_precedence(foreign: pathlib.Path) -> None:
     smaller = write_llama2c_tokenizer(foreign.parent / "smaller.bin", 270)
     convert(foreign, foreign.parent / "ours")
     for path in (foreign, foreign.parent / "ours"):
@@ -166,7 +166,7 @@ def test_a_checkpoint_without_tokenizer_needs_one(foreign: pathlib.Path) -> None
     assert isinstance(loaded.tokenizer, Tokenizer)
 
 
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+def test_paths_without_a_checkpoint_are_refused_by_name(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "hf").mkdir()
@@ -213,7 +213,7 @@ def test_the_bundled_model_is_the_only_one_in_its_folder(
 
 
 class Device:
-    """What `default_runtime` looks at."""
+    """A device with the attributes that `default_runtime` reads."""
 
     def __init__(self, platform: str, capability: str | None = None) -> None:
         self.platform = platform
@@ -231,7 +231,7 @@ class Device:
         (Device("gpu", "10.0"), "bfloat16"),
     ],
 )
-def test_the_default_dtype_is_what_the_device_is_fast_at(
+def test_the_default_dtype_is_fast_on_the_device(
     device: Device, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [device])

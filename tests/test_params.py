@@ -53,7 +53,7 @@ def test_table_of_axes_describes_the_models_own_tree(
     assert list(leaf_paths(config, layout)) == list(flatten(table))
 
 
-def test_every_row_of_the_table_is_some_models() -> None:
+def test_every_row_of_the_table_is_used_by_a_model() -> None:
     scalar = TINY.replace(head="scalar")
     assert {*leaf_paths(TINY, "stacked"), *leaf_paths(scalar, "stacked")} == set(AXES)
 
@@ -106,13 +106,13 @@ def test_stacking_and_unstacking_are_inverses(config: LlamaConfig, head: Head) -
     )
     stacked = stack_layers(unrolled, np.stack)
     table = flatten(param_shapes(config, "stacked"))
-    found = flatten(stacked)
-    assert list(found) == list(table)
-    assert all(found[path].shape == table[path].shape for path in table)
+    actual = flatten(stacked)
+    assert list(actual) == list(table)
+    assert all(actual[path].shape == table[path].shape for path in table)
     again = flatten(unstack_layers(stacked))
     assert list(again) == list(shapes)
     for path, leaf in flatten(unrolled).items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
     restacked = flatten(stack_layers(unstack_layers(stacked), np.stack))
-    for path, leaf in found.items():
+    for path, leaf in actual.items():
         np.testing.assert_array_equal(restacked[path], leaf, err_msg=path)

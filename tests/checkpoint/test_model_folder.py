@@ -1,4 +1,4 @@
-"""Our checkpoint folders: written, read back, and read by stock Orbax."""
+"""Model folders: round trips, damage, and reading with stock Orbax."""
 
 import json
 import pathlib
@@ -50,12 +50,12 @@ def random_params(config: LlamaConfig = TINY, dtype: Any = "float32") -> dict[st
     )
 
 
-def assert_same(found: Any, wanted: Any) -> None:
-    found, wanted = flatten(found), flatten(wanted)
-    assert found.keys() == wanted.keys()
-    for path, array in wanted.items():
-        assert found[path].dtype == array.dtype, path
-        assert np.asarray(found[path]).tobytes() == np.asarray(array).tobytes(), path
+def assert_same(actual: Any, expected: Any) -> None:
+    actual, expected = flatten(actual), flatten(expected)
+    assert actual.keys() == expected.keys()
+    for path, array in expected.items():
+        assert actual[path].dtype == array.dtype, path
+        assert np.asarray(actual[path]).tobytes() == np.asarray(array).tobytes(), path
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def saved(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @DTYPES
-def test_weights_come_back_bit_for_bit(tmp_path: pathlib.Path, dtype: Any) -> None:
+def test_weights_round_trip_bit_for_bit(tmp_path: pathlib.Path, dtype: Any) -> None:
     params = random_params(dtype=dtype)
     save_params(tmp_path / "model", params, TINY)
     assert read_config(tmp_path / "model") == TINY
@@ -110,16 +110,18 @@ def test_every_layout_dtype_and_placement_holds_the_same_numbers(
 ) -> None:
     mesh = make_mesh({"fsdp": 2, "tensor": 4}) if sharded else None
     runtime = Runtime(param_dtype=dtype, layer_layout=layout)
-    found = load_params(saved, TINY, runtime=runtime, mesh=mesh)
-    wanted = random_params()
+    actual = load_params(saved, TINY, runtime=runtime, mesh=mesh)
+    expected = random_params()
     if layout == "stacked":
-        wanted = stack_layers(wanted, np.stack)
-    assert_same(found, jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), wanted))
+        expected = stack_layers(expected, np.stack)
+    assert_same(
+        actual, jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), expected)
+    )
     if mesh is not None:
         for path, sharding in flatten(param_shardings(TINY, runtime, mesh)).items():
-            leaf = flatten(found)[path]
+            leaf = flatten(actual)[path]
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), path
-        embedding = found["transformer"]["embedding"]
+        embedding = actual["transformer"]["embedding"]
         assert embedding.addressable_shards[0].data.shape == (272 // 4, 32 // 2)
 
 
@@ -210,7 +212,7 @@ def test_lazy_leaves_are_read_once_each_and_in_order(tmp_path: pathlib.Path) -> 
     assert [done for _, done, _ in reports] == sorted(done for _, done, _ in reports)
 
 
-def test_a_tree_that_stock_orbax_wrote_with_its_defaults_is_read_too(
+def test_a_tree_written_by_stock_orbax_is_read(
     saved: pathlib.Path,
 ) -> None:
     params = random_params(dtype="bfloat16")
@@ -219,8 +221,8 @@ def test_a_tree_that_stock_orbax_wrote_with_its_defaults_is_read_too(
     (saved / "params").rmdir()
     with ocp.StandardCheckpointer() as standard:
         standard.save(saved / "params", params)
-    found = load_params(saved, TINY, runtime=Runtime(param_dtype="bfloat16"))
-    assert_same(found, params)
+    actual = load_params(saved, TINY, runtime=Runtime(param_dtype="bfloat16"))
+    assert_same(actual, params)
 
 
 def test_reading_a_checkpoint_does_not_import_orbax(saved: pathlib.Path) -> None:
@@ -248,17 +250,17 @@ def test_a_mapped_weight_cannot_change_its_file(saved: pathlib.Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_the_tokenizer_travels_with_the_weights(tmp_path: pathlib.Path) -> None:
+def test_the_tokenizer_is_saved_with_the_weights(tmp_path: pathlib.Path) -> None:
     model = read_llama2c_tokenizer(
         write_llama2c_tokenizer(tmp_path / "tokenizer.bin", 270)
     )
     for name, added in (("plain", {}), ("added", {270: "<pad>", 271: "é"})):
         tokenizer = Tokenizer(model, added_tokens=added)
         save_params(tmp_path / name, random_params(), TINY, tokenizer=tokenizer)
-        found = read_tokenizer(tmp_path / name)
-        assert found is not None
-        assert found.model_proto == model
-        assert dict(found.added_tokens) == added
+        actual = read_tokenizer(tmp_path / name)
+        assert actual is not None
+        assert actual.model_proto == model
+        assert dict(actual.added_tokens) == added
     assert not (tmp_path / "plain" / "added_tokens.json").exists()
     (tmp_path / "added" / "added_tokens.json").write_text('{"<pad>": "x"}')
     with pytest.raises(LlamaJaxError, match="integer"):
@@ -280,7 +282,7 @@ def test_nothing_is_overwritten(tmp_path: pathlib.Path) -> None:
     "failure", [RuntimeError("x"), CheckpointError("x"), KeyboardInterrupt()]
 )
 @pytest.mark.parametrize("number", [0, 1, 11, 20])
-def test_a_failed_save_leaves_nothing_behind(
+def test_a_failed_save_leaves_no_files(
     tmp_path: pathlib.Path, failure: BaseException, number: int
 ) -> None:
     leaves = flatten(random_params())
@@ -298,7 +300,7 @@ def test_a_failed_save_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_the_configs_are_refused(tmp_path: pathlib.Path) -> None:
+def test_weights_of_another_config_are_refused(tmp_path: pathlib.Path) -> None:
     def save(changes: dict[str, Any], drop: str = "") -> None:
         leaves = flatten(random_params()) | changes
         leaves.pop(drop, None)
@@ -397,8 +399,8 @@ def test_a_bfloat16_leaf_is_described_as_one(tmp_path: pathlib.Path) -> None:
     described = json.loads((leaf / ".zarray").read_text())
     assert described["dtype"] == "bfloat16"
     raw = np.frombuffer((leaf / "0.0").read_bytes(), ml_dtypes.bfloat16)
-    wanted = random_params(dtype="bfloat16")["lm_head"]
-    np.testing.assert_array_equal(raw.reshape(32, 272), wanted)
+    expected = random_params(dtype="bfloat16")["lm_head"]
+    np.testing.assert_array_equal(raw.reshape(32, 272), expected)
 
 
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
@@ -409,9 +411,9 @@ def test_weights_are_rounded_as_they_are_written(
     given = stack_layers(params) if layout == "stacked" else params
     save_params(tmp_path / "half", given, TINY, dtype="float16")
     leaves = open_leaves(tmp_path / "half" / "params")
-    wanted = flatten(params)
-    assert leaves.keys() == wanted.keys()
+    expected = flatten(params)
+    assert leaves.keys() == expected.keys()
     for path, leaf in leaves.items():
         assert leaf.dtype == np.float16
-        rounded = np.asarray(wanted[path]).astype(np.float16)
+        rounded = np.asarray(expected[path]).astype(np.float16)
         np.testing.assert_array_equal(leaf.read(), rounded)

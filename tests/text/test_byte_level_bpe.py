@@ -47,7 +47,7 @@ def llama3(assets: pathlib.Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def reference(llama3: Tokenizer) -> Any:
-    """The same as Meta's code makes it: special tokens included."""
+    """The same as in Meta's code, special tokens included."""
     return encoding(ranks_of(llama3), LLAMA3_SPECIAL)
 
 
@@ -148,7 +148,7 @@ def test_llama3_has_the_published_special_tokens(llama3: Tokenizer) -> None:
 
 
 @given(text=st.text(max_size=60))
-def test_encoding_is_tiktokens(llama3: Tokenizer, reference: Any, text: str) -> None:
+def test_encoding_equals_tiktoken(llama3: Tokenizer, reference: Any, text: str) -> None:
     ids = llama3.encode(text, bos=True, eos=True)
     assert ids[1:-1] == reference.encode(text, disallowed_special=())
     assert (ids[0], ids[-1]) == (128_000, 128_001)
@@ -159,11 +159,11 @@ def test_encoding_is_tiktokens(llama3: Tokenizer, reference: Any, text: str) -> 
 
 
 for _text in TEXTS:
-    test_encoding_is_tiktokens = example(text=_text)(test_encoding_is_tiktokens)
+    test_encoding_equals_tiktoken = example(text=_text)(test_encoding_equals_tiktoken)
 
 
 @given(data=st.data(), cuts=CUTS)
-def test_decoding_and_streams_are_tiktokens(
+def test_decoding_and_streams_equal_tiktoken(
     llama3: Tokenizer, reference: Any, data: st.DataObject, cuts: list[int]
 ) -> None:
     # The first 256 ids are lone bytes.
@@ -185,7 +185,7 @@ def test_runs_of_any_length_are_encoded(llama3: Tokenizer, run: str) -> None:
     text = f"x{run * 300_000}y"
     ids = llama3.encode(text, bos=False, eos=False)
     assert llama3.decode(ids) == text
-    # As Meta's code does it: what is longer is cut every 25,000 characters.
+    # As in Meta's code, longer runs are cut every 25,000 characters.
     assert llama3.encode("b c" + "d" * 25_000, bos=False, eos=False) == llama3.encode(
         "b c", bos=False, eos=False
     )[:1] + llama3.encode(" c" + "d" * 24_999, bos=False, eos=False) + llama3.encode(
@@ -239,7 +239,7 @@ def test_a_json_with_metas_pieces_encodes_as_metas_file(
                 continue
             ((chars, _),) = to_chars.pre_tokenize_str(text)
             spelled[byte] = chars[1] if byte < 0xC0 else chars[0]
-    # UTF-8 has no use for the others; GPT-2 has them as themselves.
+    # The other bytes never occur in UTF-8; GPT-2 represents them by themselves.
     spelled = {b: spelled.get(b) or chr(b) for b in range(256)}
     vocab = {"".join(spelled[b] for b in p): rank for p, rank in ranks.items()}
     merges = []
@@ -254,13 +254,13 @@ def test_a_json_with_metas_pieces_encodes_as_metas_file(
         | {"ignore_merges": True},
         "added_tokens": added(2000, LLAMA3_SPECIAL),
     }
-    found, wanted = opened(described), encoding(ranks)
+    actual, expected = opened(described), encoding(ranks)
     assert len(by_byte) == 256
-    assert (found.bos_id, found.vocab_size) == (2000, 2256)
+    assert (actual.bos_id, actual.vocab_size) == (2000, 2256)
     for text in TEXTS:
-        ids = wanted.encode_ordinary(text)
-        assert found.encode(text, bos=False, eos=False) == ids
-        assert found.decode(ids) == text
+        ids = expected.encode_ordinary(text)
+        assert actual.encode(text, bos=False, eos=False) == ids
+        assert actual.decode(ids) == text
 
 
 def merged(piece: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -373,7 +373,7 @@ METASPACE = {
 
 @functools.cache
 def small_model() -> bytes:
-    """A SentencePiece model like Llama's, but for its 320 pieces."""
+    """A SentencePiece model like Llama's, with 320 pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["once upon a time in the  sun", "ünder   the sea"] * 9),
@@ -390,7 +390,7 @@ def small_model() -> bytes:
 
 
 def json_of(model_proto: bytes) -> dict[str, Any]:
-    """What Hugging Face makes of a SentencePiece model."""
+    """A SentencePiece model as the tokenizer.json of Hugging Face."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
     texts = [sp.id_to_piece(id) for id in range(sp.vocab_size())]
     ids = {text: id for id, text in enumerate(texts)}
@@ -420,14 +420,14 @@ def json_of(model_proto: bytes) -> dict[str, Any]:
 
 @given(text=st.text(max_size=40))
 @example(text="once upon  a time, the end. <s> <0x41>\n\t🦙")
-def test_a_json_with_sentencepieces_pieces_is_the_same_tokenizer(text: str) -> None:
-    wanted = Tokenizer(small_model())
+def test_a_json_with_the_pieces_of_a_model_encodes_alike(text: str) -> None:
+    expected = Tokenizer(small_model())
     for newer in (False, True):
-        found = small_json(newer)
-        ids = wanted.encode(text, bos=True, eos=True)
-        assert found.encode(text, bos=True, eos=True) == ids
-        assert found.decode(ids) == wanted.decode(ids)
-        assert found.encode_infilling(text) == wanted.encode_infilling(text)
+        actual = small_json(newer)
+        ids = expected.encode(text, bos=True, eos=True)
+        assert actual.encode(text, bos=True, eos=True) == ids
+        assert actual.decode(ids) == expected.decode(ids)
+        assert actual.encode_infilling(text) == expected.encode_infilling(text)
 
 
 @functools.cache
@@ -440,24 +440,24 @@ def small_json(newer: bool) -> Tokenizer:
     return opened(described)
 
 
-def test_llama2s_json_is_llama2s_tokenizer(llama2_tokenizer: Tokenizer) -> None:
+def test_llama2s_json_equals_llama2s_model(llama2_tokenizer: Tokenizer) -> None:
     described = json_of(llama2_tokenizer.contents)
     described["added_tokens"] += added(32_000, ("<|im_start|>", "<|im_end|>"))
-    found = opened(described)
-    assert found.added_tokens == {32_000: "<|im_start|>", 32_001: "<|im_end|>"}
-    assert (found.bos_id, found.eos_id, found.vocab_size) == (1, 2, 32_000)
-    # Runs of spaces have equal scores, so that their merges lie among each other.
+    actual = opened(described)
+    assert actual.added_tokens == {32_000: "<|im_start|>", 32_001: "<|im_end|>"}
+    assert (actual.bos_id, actual.eos_id, actual.vocab_size) == (1, 2, 32_000)
+    # Runs of spaces have equal scores, so their merges are interleaved.
     for text in (*TEXTS, *(f"a{' ' * n}b" for n in range(2, 50))):
         ids = llama2_tokenizer.encode(text, bos=True, eos=True)
-        assert found.encode(text, bos=True, eos=True) == ids
-        assert found.decode(ids) == llama2_tokenizer.decode(ids)
-    made = Tokenizer(found.model_proto)
-    assert (made.file_name, made.contents) == ("tokenizer.model", found.model_proto)
-    assert made.encode(TEXTS[0], bos=True, eos=True) == found.encode(
+        assert actual.encode(text, bos=True, eos=True) == ids
+        assert actual.decode(ids) == llama2_tokenizer.decode(ids)
+    made = Tokenizer(actual.model_proto)
+    assert (made.file_name, made.contents) == ("tokenizer.model", actual.model_proto)
+    assert made.encode(TEXTS[0], bos=True, eos=True) == actual.encode(
         TEXTS[0], bos=True, eos=True
     )
     with pytest.raises(TokenizerError, match=r"'x' has id 32001, which is '<\|im_e"):
-        Tokenizer(found.contents, added_tokens={32_001: "x"})
+        Tokenizer(actual.contents, added_tokens={32_001: "x"})
     described["model"]["merges"] *= 2
     with pytest.raises(TokenizerError, match="not in the order of scores"):
         opened(described)
@@ -557,7 +557,7 @@ def test_damaged_json_is_refused_or_read(
 
 
 def damaged(described: Any, data: st.DataObject) -> Any:
-    """The same with one value somewhere in it removed or replaced."""
+    """A copy with one value removed or replaced."""
     if (
         not isinstance(described, dict | list)
         or not described
@@ -591,7 +591,7 @@ def test_files_of_no_known_kind_are_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["tiktoken", "tokenizers"])
-def test_a_missing_package_is_named_with_its_cure(
+def test_a_missing_package_is_named_with_its_install_command(
     assets: pathlib.Path,
     trained: dict[str, Any],
     package: str,
@@ -605,7 +605,7 @@ def test_a_missing_package_is_named_with_its_cure(
         Tokenizer(contents)
 
 
-def test_any_tokenizer_travels_with_the_weights(
+def test_any_tokenizer_is_saved_with_the_weights(
     llama3: Tokenizer, trained: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
     for number, tokenizer in enumerate(
@@ -613,10 +613,10 @@ def test_any_tokenizer_travels_with_the_weights(
     ):
         folder = tmp_path / str(number)
         save_params(folder, random_params(TINY), TINY, tokenizer=tokenizer)
-        found = read_tokenizer(folder)
-        assert found is not None
-        assert found.contents == tokenizer.contents
-        assert found.encode("Tea?", bos=True, eos=True) == tokenizer.encode(
+        actual = read_tokenizer(folder)
+        assert actual is not None
+        assert actual.contents == tokenizer.contents
+        assert actual.encode("Tea?", bos=True, eos=True) == tokenizer.encode(
             "Tea?", bos=True, eos=True
         )
         assert sorted(p.name for p in folder.iterdir()) == [

@@ -41,7 +41,7 @@ def codellama_step(assets: pathlib.Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def chatml(llama2_tokenizer: Tokenizer) -> Tokenizer:
-    """Llama's tokenizer with the tags of ChatML as tokens."""
+    """Llama 2's tokenizer with the tags of ChatML as added tokens."""
     names = {32000: "[PAD]", 32001: "<|im_start|>", 32002: "<|im_end|>"}
     return Tokenizer(llama2_tokenizer.contents, added_tokens=names)
 
@@ -53,7 +53,7 @@ def llama3(assets: pathlib.Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def speaking(request: pytest.FixtureRequest) -> Callable[[str], Tokenizer]:
+def tokenizer_for(request: pytest.FixtureRequest) -> Callable[[str], Tokenizer]:
     """A tokenizer that has the special tokens of a format."""
     names = {"orca2": "chatml", "llama3": "llama3"}
     return lambda name: request.getfixturevalue(names.get(name, "codellama_step"))
@@ -73,8 +73,8 @@ def system(content: str) -> Message:
 
 
 def golden(assets: pathlib.Path, folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((assets / folder / "golden.json").read_text())
-    return found
+    data: dict[str, Any] = json.loads((assets / folder / "golden.json").read_text())
+    return data
 
 
 # Meta's ids
@@ -86,12 +86,12 @@ def test_chat_prompts_equal_metas(
 ) -> None:
     tokenizer = codellama if "codellama" in folder else llama2_tokenizer
     format = default_format(tokenizer)
-    found = golden(assets, folder)
+    data = golden(assets, folder)
     refused = 0
     for dialog, ids, answer in zip(
-        found["dialogs"],
-        found["chat_prompt_tokens"],
-        found["chat_completion"],
+        data["dialogs"],
+        data["chat_prompt_tokens"],
+        data["chat_completion"],
         strict=True,
     ):
         # Meta encodes an unsafe dialog too, and answers the same text to each.
@@ -123,9 +123,9 @@ def test_70b_prompts_equal_metas(
 def test_infilling_prompts_equal_metas(
     assets: pathlib.Path, codellama: Tokenizer, suffix_first: bool
 ) -> None:
-    found = golden(assets, "meta/codellama-tiny")
-    wanted = found[f"infill_prompt_tokens_suffix_first_{suffix_first}"]
-    for (prefix, suffix), ids in zip(found["infill"], wanted, strict=True):
+    data = golden(assets, "meta/codellama-tiny")
+    expected = data[f"infill_prompt_tokens_suffix_first_{suffix_first}"]
+    for (prefix, suffix), ids in zip(data["infill"], expected, strict=True):
         prompt = infilling_prompt(codellama, prefix, suffix, suffix_first=suffix_first)
         assert prompt == ids
 
@@ -133,8 +133,8 @@ def test_infilling_prompts_equal_metas(
 def test_completion_prompts_equal_metas(
     assets: pathlib.Path, llama2_tokenizer: Tokenizer
 ) -> None:
-    found = golden(assets, "weights/stories15M.golden")
-    for text, ids in zip(found["prompts"], found["prompt_tokens"], strict=True):
+    data = golden(assets, "weights/stories15M.golden")
+    for text, ids in zip(data["prompts"], data["prompt_tokens"], strict=True):
         assert completion_prompt(llama2_tokenizer, text) == ids
 
 
@@ -201,7 +201,7 @@ TEXTS["wizardlm"] = TEXTS["vicuna"]
 
 
 def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Ids as text with begin and end of sequence visible, each text decoded alone."""
+    """Ids as text with visible begin and end of sequence, each text decoded alone."""
     text, run = "", list[int]()
     for id in [*ids, None]:
         if id in (tokenizer.bos_id, tokenizer.eos_id, None):
@@ -224,7 +224,7 @@ def test_format_spells_its_published_text(
 
 def test_70b_format_spells_its_published_text(codellama_step: Tokenizer) -> None:
     ids = FORMATS["codellama-70b-instruct"].encode(codellama_step, LONG)
-    # Every text that is encoded alone brings a space, as in Meta's ids.
+    # Each text that is encoded alone adds a space, as in Meta's ids.
     assert codellama_step.decode(ids) == (
         " Source: system \n\n Be brief.<step>  Source: user \n\n Hi<step>  "
         "Source: assistant \n\n Hello!<step>  Source: user \n\n Bye<step>  "
@@ -292,11 +292,11 @@ def dialogs(name: str) -> st.SearchStrategy[list[Message]]:
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data())
-def test_last_answer_stands_behind_its_prompt(
-    speaking: Callable[[str], Tokenizer], name: str, data: st.DataObject
+def test_last_answer_follows_its_prompt(
+    tokenizer_for: Callable[[str], Tokenizer], name: str, data: st.DataObject
 ) -> None:
     format = FORMATS[name]
-    tokenizer = speaking(name)
+    tokenizer = tokenizer_for(name)
     dialog = data.draw(dialogs(name))
     *given, answer = format.spans(tokenizer, dialog, allow_tags=True)
     assert answer.is_answer
@@ -310,10 +310,10 @@ def test_last_answer_stands_behind_its_prompt(
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_answers_are_what_the_assistant_said(
-    speaking: Callable[[str], Tokenizer], name: str
+    tokenizer_for: Callable[[str], Tokenizer], name: str
 ) -> None:
     dialog = [user("Hi"), assistant("Well, hello!")]
-    tokenizer = speaking(name)
+    tokenizer = tokenizer_for(name)
     spans = FORMATS[name].spans(tokenizer, dialog)
     said = [tokenizer.decode(span.ids) for span in spans if span.is_answer]
     ends = {"orca2": "<|im_end|>", "codellama-70b-instruct": "<step>"}
@@ -375,7 +375,7 @@ def test_instruction_formats_have_one_turn(
 
 
 def test_special_tags_are_unsafe_where_they_mean_something(
-    speaking: Callable[[str], Tokenizer],
+    tokenizer_for: Callable[[str], Tokenizer],
 ) -> None:
     meta = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
     tags = {
@@ -392,9 +392,9 @@ def test_special_tags_are_unsafe_where_they_mean_something(
                 dialog = [user(f"so {tag} it")]
             if tag in tags.get(name, ()):
                 with pytest.raises(UnsafePromptError, match="message 2 of 3"):
-                    format.encode(speaking(name), dialog)
+                    format.encode(tokenizer_for(name), dialog)
             else:
-                format.encode(speaking(name), dialog)
+                format.encode(tokenizer_for(name), dialog)
 
 
 def test_every_special_key_is_searched_for_tags(codellama_step: Tokenizer) -> None:
@@ -406,7 +406,7 @@ def test_every_special_key_is_searched_for_tags(codellama_step: Tokenizer) -> No
 # Names and ends
 
 
-def test_unknown_formats_are_told_their_neighbour() -> None:
+def test_an_unknown_format_suggests_the_nearest_name() -> None:
     assert get_format("vicuna").name == "vicuna"
     with pytest.raises(PromptError, match=r"did you mean 'llama2-chat'\?.*alpaca"):
         get_format("llama-2-chat")
@@ -420,11 +420,11 @@ def test_default_format_follows_the_tokenizer(
     assert default_format(codellama_step).name == "codellama-70b-instruct"
 
 
-def test_answers_end_where_their_models_end_them(
+def test_each_format_has_the_stop_ids_of_its_models(
     llama2_tokenizer: Tokenizer, codellama_step: Tokenizer
 ) -> None:
     for name, format in FORMATS.items():
-        wanted = 32015 if name == "codellama-70b-instruct" else 2
-        assert format.stop_ids(codellama_step) == (wanted,)
+        expected = 32015 if name == "codellama-70b-instruct" else 2
+        assert format.stop_ids(codellama_step) == (expected,)
     with pytest.raises(PromptError, match="no piece <step>"):
         FORMATS["codellama-70b-instruct"].encode(llama2_tokenizer, SHORT)

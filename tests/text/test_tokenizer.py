@@ -31,7 +31,7 @@ def codellama(assets: pathlib.Path) -> Tokenizer:
 
 
 def train(**options: Any) -> bytes:
-    """A SentencePiece model of a few hundred pieces, other than Llama's in kind."""
+    """A SentencePiece model of a few hundred pieces, of another kind than Llama's."""
     out = io.BytesIO()
     words = ["one fish two fish", "red  fish blue fish", "ünder the sea, Sam I am"]
     sentencepiece.SentencePieceTrainer.train(
@@ -124,14 +124,14 @@ def test_decode_inverts_encode(llama2_tokenizer: Tokenizer, text: str) -> None:
     ids = llama2_tokenizer.encode(text, bos=True, eos=True)
     assert (ids[0], ids[-1]) == (1, 2)
     assert not {0, 1, 2} & set(ids[1:-1])
-    # U+2581 is how pieces spell a space.
+    # Pieces have spaces as U+2581.
     assert llama2_tokenizer.decode(ids) == text.replace("▁", " ")
     middle = llama2_tokenizer.encode_infilling(text)
     assert llama2_tokenizer.decode_infilling(middle) == text.replace("▁", " ")
 
 
 @given(data=st.data())
-def test_decode_is_sentencepieces(
+def test_decode_equals_sentencepiece(
     llama2_tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
     ids = data.draw(mixtures(llama2_tokenizer.vocab_size))
@@ -191,7 +191,7 @@ def test_unreadable_files_are_named(
     assert Tokenizer.from_file(str(path)).contents == llama2_tokenizer.contents
 
 
-def test_importing_it_does_not_import_jax() -> None:
+def test_importing_text_does_not_import_jax() -> None:
     code = "import sys, llama_jax.text.prompt_formats; print('jax' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
