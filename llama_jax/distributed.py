@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from llama_jax.errors import MeshError, ProcessError
 from llama_jax.runtime import Rules
-from llama_jax.sharding import axes_size, divisible, spec
+from llama_jax.sharding import activation_spec, axes_size, partition_spec
 from llama_jax.types import Mesh
 
 Launcher = Literal["slurm", "ompi", "gketpu", "gcetpu"]
@@ -177,7 +177,7 @@ def row_shares(
 ) -> dict[int, tuple[int, int]]:
     """Return `share_of_rows` of every process, given the process of each device."""
     num_blocks = axes_size(mesh, dict(rules.activations)["B"])
-    rows = NamedSharding(mesh, spec("B", rules.activations))
+    rows = NamedSharding(mesh, partition_spec("B", rules.activations))
     blocks: dict[int, set[int]] = {}
     for device, (index,) in rows.devices_indices_map((num_blocks,)).items():
         own = blocks.setdefault(processes[device], set())
@@ -219,7 +219,7 @@ def from_host_rows(
         local = np.asarray(leaf)
         shape = (local.shape[0] * num_shares, *local.shape[1:])
         axes = " ".join(("B", "T")[: local.ndim])
-        sharding = NamedSharding(mesh, divisible(shape, axes, rules, mesh))
+        sharding = NamedSharding(mesh, activation_spec(shape, axes, rules, mesh))
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
     return jax.tree.map(global_array, rows)

@@ -1,4 +1,4 @@
-"""`Runtime`: the choices of this run. Every field has a default; none is a fact."""
+"""`Runtime`: choices of a run, all with defaults; `LlamaConfig` has a model's facts."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -11,28 +11,36 @@ CacheDType = Literal["int8"]
 LayerLayout = Literal["unrolled", "stacked"]
 Remat = Literal["none", "block", "dots"]
 MeshAxes = tuple[str, ...]
+AxisRules = tuple[tuple[str, MeshAxes], ...]
+"""Pairs of an axis letter and the mesh axes that split it."""
 
 MESH_AXES: MeshAxes = ("data", "fsdp", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which mesh axes each axis letter is split over.
+    """Mesh axes that split each axis letter, for weights and for activations.
 
-    Weights and activations have tables of their own, because D is split over `fsdp`
-    in a weight and must not be in an activation whose B already is. Of activations, TS
-    is T of the stream between blocks, which norms read and remat keeps: whoever shares
-    the heads of a block's tokens shares the tokens there.
+    D is split over `fsdp` in weights but not in activations, whose B already is. TS is
+    T between blocks, where norms and remat work: devices that share the heads of a
+    block share the tokens there.
+
+    Attributes:
+      weights: rules of weights.
+      activations: rules of activations and caches.
+
+    >>> dict(Rules().activations)["B"]
+    ('data', 'fsdp')
     """
 
-    weights: tuple[tuple[str, MeshAxes], ...] = (
+    weights: AxisRules = (
         ("D", ("fsdp",)),
         ("NH", ("tensor",)),
         ("KH", ("tensor",)),
         ("F", ("tensor",)),
         ("V", ("tensor",)),
     )
-    activations: tuple[tuple[str, MeshAxes], ...] = (
+    activations: AxisRules = (
         ("B", ("data", "fsdp")),
         ("T", ("sequence",)),
         ("TS", ("sequence", "tensor")),
@@ -51,27 +59,31 @@ TRAINING_RULES = Rules(
         for letter, axes in Rules().weights
     )
 )
-"""Of training: a `sequence` axis cuts weights too, which each step gathers only once
-for many tokens; in decoding it would gather them for each."""
+"""Rules for training, where `sequence` splits weights too: a step gathers them once for
+many tokens, while decoding would gather them for each token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a model is run here and now.
+    """Choices for running a model.
 
     Attributes:
-      dtype: what activations are computed in; norms, softmax and logits are float32
-        whatever it is. float32 means real float32 products on every device.
-      param_dtype: what weights are held in; `None` means `dtype`.
-      cache_dtype: what a cache holds keys and values in; `None` means `dtype`, "int8"
-        a byte for each number and a float32 scale for each slot and head.
-      attention: which attention implementation; see `llama_jax.kernels.attention`.
-      layer_layout: `"unrolled"` holds one array per layer and loops in Python, for
-        prefill and decoding; `"stacked"` holds `[L, ...]` arrays under `nn.scan`, for
-        training (its compile time does not grow with depth; it takes no cache).
-      remat: what the backward pass computes again: nothing, all but each block's
-        input, or all but each block's matrix products.
-      rules: how axis letters map to mesh axes.
+      dtype: of activations; norms, softmax and logits are always float32. With
+        `"float32"`, matrix products have float32 precision on every device.
+      param_dtype: of stored weights; `None` means `dtype`.
+      cache_dtype: of cached keys and values; `None` means `dtype`, `"int8"` a byte for
+        each number and a float32 scale for each slot and head.
+      attention: implementation of attention; see `llama_jax.kernels.attention`.
+      layer_layout: `"unrolled"` stores one array per layer and loops in Python, for
+        prefill and decoding; `"stacked"` stores `[L, ...]` arrays and scans, for
+        training: compile time does not grow with depth, but there is no cache.
+      remat: what the backward pass recomputes: nothing, all but each block's input, or
+        all but each block's matrix products.
+      rules: mesh axes that split each axis letter.
+
+    >>> runtime = Runtime(dtype="bfloat16").replace(cache_dtype="int8")
+    >>> runtime.weight_dtype, runtime.slot_dtype
+    ('bfloat16', 'int8')
     """
 
     dtype: DType = "float32"
@@ -100,14 +112,14 @@ class Runtime:
 
     @property
     def weight_dtype(self) -> DType:
-        """`param_dtype`, or `dtype` where it is not given."""
+        """The dtype of stored weights."""
         return self.param_dtype or self.dtype
 
     @property
     def slot_dtype(self) -> DType | CacheDType:
-        """`cache_dtype`, or `dtype` where it is not given."""
+        """The dtype of cached keys and values."""
         return self.cache_dtype or self.dtype
 
     def replace(self, **changes: object) -> "Runtime":
-        """A copy with some choices changed."""
+        """Return a copy with some choices changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

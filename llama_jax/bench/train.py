@@ -23,7 +23,7 @@ from llama_jax.params import count_params
 from llama_jax.planning.flops import train_flops
 from llama_jax.planning.topology import local_topology
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import divisible
+from llama_jax.sharding import activation_spec
 from llama_jax.train.losses import trained_loss
 from llama_jax.train.optimizer import make_optimizer
 from llama_jax.train.state import init_state
@@ -173,7 +173,7 @@ def our_step(
     state = init_state(init_params(model, jax.random.key(0)), optimizer)
     rows = _rows(config, batch, seq)
     if mesh is not None:
-        spec = divisible((batch, seq), "B T", runtime.rules, mesh)
+        spec = activation_spec((batch, seq), "B T", runtime.rules, mesh)
         rows = jax.device_put(rows, NamedSharding(mesh, spec))
 
     def run() -> None:

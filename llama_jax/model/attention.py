@@ -26,7 +26,7 @@ from llama_jax.model.pages import gather
 from llama_jax.model.slots import AXES as SLOTS
 from llama_jax.model.slots import cut_axes, first_slot
 from llama_jax.runtime import Rules, Runtime
-from llama_jax.sharding import axes_size, divisible
+from llama_jax.sharding import activation_spec, axes_size
 from llama_jax.types import Array, Float, Int, Mesh
 
 Name = Literal["xla", "mosaic_tpu"]
@@ -70,8 +70,8 @@ def attend(
         return _over_cut_slots(q, k, v, q_start, parts, runtime.rules, mesh)
     if name == "xla" and not isinstance(k, QuantizedSlots):
         return run(q, k, v, q_start=q_start, segment_ids=segment_ids)
-    rows, _, heads, _ = divisible(q.shape, "B T N H", runtime.rules, mesh)
-    kv_heads = divisible(k.shape, "B K T H", runtime.rules, mesh)[1]
+    rows, _, heads, _ = activation_spec(q.shape, "B T N H", runtime.rules, mesh)
+    kv_heads = activation_spec(k.shape, "B K T H", runtime.rules, mesh)[1]
     heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
 
     def on_device(q: Array, k: Slots, v: Slots, rest: Any) -> Array:
@@ -144,7 +144,7 @@ def in_order(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
     along = axes.split().index("T")
     if mesh is None or ring_order(x.shape[along], rules, mesh) is None:
         return x
-    place = divisible(x.shape, axes, rules, mesh)
+    place = activation_spec(x.shape, axes, rules, mesh)
     return jax.shard_map(
         functools.partial(ring.in_order, axis_name=place[along], axis=along),
         mesh=mesh,
@@ -169,8 +169,8 @@ def _of_parts(name: str, runtime: Runtime) -> Name:
 def _around_the_ring(
     q: Array, k: Any, v: Any, ids: Any, name: Name, rules: Rules, mesh: Mesh
 ) -> Array:
-    rows, tokens, heads, _ = divisible(q.shape, "B T N H", rules, mesh)
-    kv_heads = divisible(k.shape, "B K T H", rules, mesh)[1]
+    rows, tokens, heads, _ = activation_spec(q.shape, "B T N H", rules, mesh)
+    kv_heads = activation_spec(k.shape, "B K T H", rules, mesh)[1]
     heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
 
     def on_device(q: Array, k: Array, v: Array, ids: Any) -> Array:
@@ -202,8 +202,8 @@ def _over_cut_slots(
     Queries are gathered where `tensor` cuts the slots, and the results cut along N
     again.
     """
-    rows, kv_heads, cut, _ = divisible(k.shape, SLOTS, rules, mesh)
-    heads = divisible(q.shape, "B T N H", rules, mesh)[2]
+    rows, kv_heads, cut, _ = activation_spec(k.shape, SLOTS, rules, mesh)
+    heads = activation_spec(q.shape, "B T N H", rules, mesh)[2]
     # Of the axes that cut N, those that cut K cut it here too, and none does the rest.
     heads = heads if kv_heads else None
     scatter = None

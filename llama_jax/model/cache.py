@@ -31,7 +31,7 @@ from llama_jax.model.layer_cache import (
 )
 from llama_jax.model.pages import NO_PAGE
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import divisible
+from llama_jax.sharding import activation_spec
 from llama_jax.types import Array, Int, Mesh
 
 
@@ -236,7 +236,7 @@ def cache_shardings(
     over `tensor` too where it does not divide K. Scales are cut as their slots are.
     """
     shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
-    entries = divisible(shape, slots.AXES, runtime.rules, mesh)
+    entries = activation_spec(shape, slots.AXES, runtime.rules, mesh)
     part: Any = NamedSharding(mesh, entries)
     if runtime.slot_dtype == "int8":
         scales: Any = NamedSharding(mesh, PartitionSpec(*entries[:3]))

@@ -1,7 +1,7 @@
 """Slots of keys or values, `[B, K, S, H]`: encoded, created and written, on a mesh too.
 
 Where K divides by `tensor`, each device has all slots of its heads and writes locally.
-Where it does not, or on a `sequence` axis, S is cut too (`sharding.divisible`): each
+Where it does not, or on a `sequence` axis, S is cut too (`activation_spec`): each
 device writes the slots that fall into its part.
 
 All functions take an array or `QuantizedSlots`, whose scales have no H.
@@ -19,7 +19,7 @@ from jaxtyping import DTypeLike, Shaped
 from llama_jax.kernels.quantized_slots import QuantizedSlots, quantize_slots
 from llama_jax.kernels.reference import Slots
 from llama_jax.runtime import MeshAxes, Rules
-from llama_jax.sharding import axes_size, constrain, divisible, keep_layout
+from llama_jax.sharding import activation_spec, axes_size, constrain, constrain_layout
 from llama_jax.types import Array, Float, Int, Mesh
 
 AXES = "B K S H"
@@ -77,7 +77,7 @@ def write(
     if mesh is None or cut is None:
         slots = jax.tree.map(functools.partial(_write, length=length), slots, new)
     else:
-        entries = divisible(slots.shape, AXES, rules, mesh)
+        entries = activation_spec(slots.shape, AXES, rules, mesh)
         of_slots = PartitionSpec(*entries[:3])  # of scales too, which have no H
         slots = jax.shard_map(
             functools.partial(_write_part, axes=cut),
@@ -105,7 +105,7 @@ def write_row(
     if mesh is None:
         slots = jax.tree.map(functools.partial(_write_first, row=row), slots, new)
         return pin_layout(slots, rules=rules, mesh=mesh)
-    rows, *rest = divisible(slots.shape, AXES, rules, mesh)
+    rows, *rest = activation_spec(slots.shape, AXES, rules, mesh)
     of_slots = PartitionSpec(rows, *rest[:2])
 
     def on_device(slots: Slots, new: Slots, row: Array) -> Slots:
@@ -132,12 +132,12 @@ def pin_layout(slots: SlotsT, *, rules: Rules, mesh: Mesh | None) -> SlotsT:
     is copied on the way in and out, and is in memory twice. The CPU compiler copies it
     on every step, to repeat the update inside its consumer.
     """
-    return _each(keep_layout, slots, rules, mesh)
+    return _each(constrain_layout, slots, rules, mesh)
 
 
 def cut_axes(slots: Slots, rules: Rules, mesh: Mesh) -> str | MeshAxes | None:
     """The mesh axes that cut S, or None where every device has all slots."""
-    names = divisible(slots.shape, AXES, rules, mesh)[2]
+    names = activation_spec(slots.shape, AXES, rules, mesh)[2]
     return names if names and axes_size(mesh, names) > 1 else None
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from llama_jax import kernels
 from llama_jax.runtime import Rules
-from llama_jax.sharding import axes_size, divisible, spec
+from llama_jax.sharding import activation_spec, axes_size, partition_spec
 from llama_jax.types import Array, Float, Int, Mesh
 
 
@@ -48,9 +48,9 @@ def _on_mesh(
 ) -> Array:
     if mesh is None or mesh.size == 1:
         return function(x, head, *targets)
-    rows, tokens, _ = divisible(x.shape, "B T D", rules, mesh)
-    ids = divisible(head.shape, "D V", rules, mesh)[1]
-    cut = spec("D V", rules.weights)[0]
+    rows, tokens, _ = activation_spec(x.shape, "B T D", rules, mesh)
+    ids = activation_spec(head.shape, "D V", rules, mesh)[1]
+    cut = partition_spec("D V", rules.weights)[0]
     width = head.shape[0]
     cut = cut if cut and width % axes_size(mesh, cut) == 0 else None
 

@@ -1,8 +1,8 @@
 """Bytes on each chip, by kind, from shapes and shardings alone.
 
 Weights and cache are split by the functions that split them when a program runs
-(`sharding.param_shardings`, `sharding.divisible`), on a mesh without devices; these
-counts are exact. The rest is a count of tensors.
+(`param_shardings`, `activation_spec`), on a mesh without devices; these counts are
+exact. The rest is a count of tensors.
 
 *Training* stores a shard of each weight, of its gradient and of AdamW's two moments,
 all in `param_dtype`. For the backward pass each layer keeps, per token (d, n, k, f: one
@@ -38,7 +38,7 @@ from llama_jax.planning.workload import (
     weight_shards,
 )
 from llama_jax.runtime import Remat, Rules
-from llama_jax.sharding import divisible
+from llama_jax.sharding import activation_spec
 
 LOSS_CHUNK = 256
 """Tokens per row whose logits exist at the same time (`kernels.token_losses`)."""
@@ -108,7 +108,7 @@ def cache_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     """Bytes of one chip's part of the cache: keys, values, their scales and lengths."""
     config, devices = work.config, abstract_mesh(mesh)
     shape = (work.batch, config.num_kv_heads, work.seq, config.head_dim)
-    spec = divisible(shape, "B K S H", work.rules, devices)
+    spec = activation_spec(shape, "B K S H", work.rules, devices)
     size = math.prod(NamedSharding(devices, spec).shard_shape(shape))
     if work.cache_dtype == "int8":
         nbytes = size + 4 * size // config.head_dim

@@ -28,7 +28,7 @@ from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
 from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
-from llama_jax.sharding import divisible, weight_shardings
+from llama_jax.sharding import activation_spec, weight_shardings
 from llama_jax.train.losses import trained_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import state_shapes
@@ -141,7 +141,7 @@ def _train(work: Workload, model: Llama, mesh: Mesh) -> Program:
 def _tokens(work: Workload, mesh: Mesh, dtype: Any = jnp.int32) -> Tree:
     """An array `[B, T]`, split as training and prefill split it."""
     shape = (work.batch, work.seq)
-    sharding = NamedSharding(mesh, divisible(shape, "B T", work.rules, mesh))
+    sharding = NamedSharding(mesh, activation_spec(shape, "B T", work.rules, mesh))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 

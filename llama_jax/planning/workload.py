@@ -200,7 +200,7 @@ class LocalSizes(NamedTuple):
 
 
 def local_sizes(work: Workload, mesh: Mapping[str, int]) -> LocalSizes:
-    """Split activations as `sharding.divisible` does.
+    """Split activations as `sharding.activation_spec` does.
 
     The last mesh axes of a letter that do not divide its size are dropped.
     """
