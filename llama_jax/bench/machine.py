@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.linear import matmul_precision
+from llama_jax.kernels.precision import matmul_precision
 from llama_jax.runtime import DType
 from llama_jax.types import Array
 

@@ -1,9 +1,9 @@
 """Attention on a mesh: each device computes its rows and its heads.
 
-XLA cuts array operations up by itself, but not a kernel: it would gather the operands
-of one on every device. So the cut is made here, along B and N, whose parts need nothing
-of each other; along T, whose parts hand their keys around (`kernels.ring`); and along
-the slots of a cache, whose parts' results are joined.
+XLA partitions array operations, but not a kernel: it would gather its operands on every
+device. So they are cut here: along B and N, whose parts are independent; along T, whose
+parts pass their keys around (`kernels.ring`); and along the slots of a cache, where the
+results of the parts are joined.
 """
 
 import functools
@@ -42,19 +42,19 @@ def attend(
     runtime: Runtime,
     mesh: Mesh | None,
 ) -> Float[Array, "B T N H"]:
-    """`kernels.attention` by the runtime's choice, on a mesh where there is one.
+    """Compute `kernels.attention` by the runtime's choice, on a mesh if there is one.
 
     Args:
-      q: of all tokens, in the order of `ring_order` where that says one.
-      k: of the same tokens, or of a cache's slots, in eight bits too.
-      v: likewise.
-      q_start: the slot of each row's first query in a cache; None where there is none.
+      q: queries of all tokens, in `ring_order` if that is not None.
+      k: keys of the same tokens, or of a cache's slots, in eight bits too.
+      v: values, likewise.
+      q_start: the slot of each row's first query in a cache; None without a cache.
       segment_ids: of packed rows.
-      runtime: whose choice.
-      mesh: whose devices.
+      runtime: its implementation and rules count.
+      mesh: the devices.
 
     Raises:
-      ConfigError: the runtime names an implementation that cannot be cut so.
+      ConfigError: the runtime's implementation cannot be cut along T or the slots.
     """
     name = kernels.resolve(runtime.attention, q, k, q_start=q_start)
     run = functools.partial(kernels.attention, implementation=name)
@@ -72,10 +72,10 @@ def attend(
         return run(q, k, v, q_start=q_start, segment_ids=segment_ids)
     rows, _, heads, _ = activation_spec(q.shape, "B T N H", runtime.rules, mesh)
     kv_heads = activation_spec(k.shape, "B K T H", runtime.rules, mesh)[1]
-    heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
+    heads, own_heads = _shared_heads(q, k, heads, kv_heads, mesh)
 
     def on_device(q: Array, k: Slots, v: Slots, rest: Any) -> Array:
-        return run(q, mine(k), mine(v), q_start=rest[0], segment_ids=rest[1])
+        return run(q, own_heads(k), own_heads(v), q_start=rest[0], segment_ids=rest[1])
 
     of_queries = PartitionSpec(rows, None, heads)
     of_slots = PartitionSpec(rows, kv_heads)
@@ -120,10 +120,10 @@ def attend_pages(
 
 
 def ring_order(length: int, rules: Rules, mesh: Mesh | None) -> np.ndarray | None:
-    """The order in which a mesh holds the tokens of rows that attend to themselves.
+    """The order of the tokens of a row on a mesh, for attention without a cache.
 
-    None where no mesh axis cuts T, or not into the ring's two chunks for each device:
-    then tokens lie as they come.
+    None if no mesh axis cuts T, or not into the ring's two chunks per device: then
+    tokens are in the order of the sequence.
     """
     axes = dict(rules.activations).get("T") or ()
     devices = 1 if mesh is None else axes_size(mesh, axes)
@@ -133,35 +133,36 @@ def ring_order(length: int, rules: Rules, mesh: Mesh | None) -> np.ndarray | Non
 
 
 def in_order(x: Array, axes: str, rules: Rules, mesh: Mesh | None) -> Array:
-    """What a mesh holds in `ring_order`, as the sequence has it; else as it is.
+    """Reorder an array from `ring_order` to the order of the sequence.
 
     Args:
-      x: something of each token.
+      x: has an entry for each token.
       axes: its letters, T among them.
-      rules: how letters map to mesh axes.
-      mesh: whose devices.
+      rules: map axis letters to mesh axes.
+      mesh: the devices.
     """
     along = axes.split().index("T")
     if mesh is None or ring_order(x.shape[along], rules, mesh) is None:
         return x
-    place = activation_spec(x.shape, axes, rules, mesh)
+    spec = activation_spec(x.shape, axes, rules, mesh)
     return jax.shard_map(
-        functools.partial(ring.in_order, axis_name=place[along], axis=along),
+        functools.partial(ring.in_order, axis_name=spec[along], axis=along),
         mesh=mesh,
-        in_specs=place,
-        out_specs=place,
+        in_specs=spec,
+        out_specs=spec,
         check_vma=False,
     )(x)
 
 
 def _of_parts(name: str, runtime: Runtime) -> Name:
-    """The implementation of attention whose results over parts can be joined."""
+    """The implementation for attention over parts, whose results are joined."""
     if name == "mosaic_tpu":
         return "mosaic_tpu"
     if name != "xla" and runtime.attention != "auto":
         raise ConfigError(
-            f"runtime: attention={runtime.attention!r} cannot join what several "
-            "devices find in parts of a sequence; choose 'xla', 'mosaic_tpu' or 'auto'"
+            f"runtime: attention={runtime.attention!r} cannot join the results of "
+            "devices that have parts of a sequence; choose 'xla', 'mosaic_tpu' or "
+            "'auto'"
         )
     return "xla"
 
@@ -171,13 +172,13 @@ def _around_the_ring(
 ) -> Array:
     rows, tokens, heads, _ = activation_spec(q.shape, "B T N H", rules, mesh)
     kv_heads = activation_spec(k.shape, "B K T H", rules, mesh)[1]
-    heads, mine = _shared_heads(q, k, heads, kv_heads, mesh)
+    heads, own_heads = _shared_heads(q, k, heads, kv_heads, mesh)
 
     def on_device(q: Array, k: Array, v: Array, ids: Any) -> Array:
         return ring.ring_attention(
             q,
-            mine(k),
-            mine(v),
+            own_heads(k),
+            own_heads(v),
             axis_name=tokens,
             segment_ids=ids,
             implementation=name,
@@ -197,14 +198,13 @@ def _around_the_ring(
 def _over_cut_slots(
     q: Array, k: Slots, v: Slots, q_start: Array, name: Name, rules: Rules, mesh: Mesh
 ) -> Array:
-    """Each device looks into its slots; what they find is joined.
+    """Each device attends to its slots, and the results are joined.
 
-    Queries are gathered where `tensor` cuts the slots, and the results cut along N
-    again.
+    Queries are gathered if `tensor` cuts the slots, and the results cut along N again.
     """
     rows, kv_heads, cut, _ = activation_spec(k.shape, SLOTS, rules, mesh)
     heads = activation_spec(q.shape, "B T N H", rules, mesh)[2]
-    # Of the axes that cut N, those that cut K cut it here too, and none does the rest.
+    # N is cut here by the axes that cut K, if any.
     heads = heads if kv_heads else None
     scatter = None
     of_heads = dict(rules.activations).get("N") or ()
@@ -217,17 +217,15 @@ def _over_cut_slots(
     def on_device(q: Array, k: Slots, v: Slots, start: Array) -> Array:
         start = start - first_slot(k, cut)
         wide = (dequantize_slots(slots, q.dtype) for slots in (k, v))
-        found, lse = passes.forward(q.swapaxes(1, 2), *wide, start, None)
-        found = found * weight_over_axis(lse, cut)[..., None]
+        out, lse = passes.forward(q.swapaxes(1, 2), *wide, start, None)
+        out = out * weight_over_axis(lse, cut)[..., None]
         if scatter:
-            found = jax.lax.psum_scatter(
-                found, scatter, scatter_dimension=1, tiled=True
-            )
+            out = jax.lax.psum_scatter(out, scatter, scatter_dimension=1, tiled=True)
             rest = tuple(axis for axis in cut_by if axis not in scatter)
-            found = jax.lax.psum(found, rest) if rest else found
+            out = jax.lax.psum(out, rest) if rest else out
         else:
-            found = jax.lax.psum(found, cut)
-        return found.swapaxes(1, 2).astype(q.dtype)
+            out = jax.lax.psum(out, cut)
+        return out.swapaxes(1, 2).astype(q.dtype)
 
     of_slots = PartitionSpec(rows, kv_heads, cut)
     return jax.shard_map(
@@ -247,9 +245,9 @@ def _over_cut_slots(
 def _shared_heads(
     q: Array, k: Slots, heads: Any, kv_heads: Any, mesh: Mesh
 ) -> tuple[Any, Callable[[Slots], Any]]:
-    """How N is cut, and how a device takes the key/value heads it needs.
+    """The mesh axes of N, and a function that takes a device's key/value heads.
 
-    Fewer key/value heads than parts of N: every device has them all, and takes one.
+    With fewer key/value heads than parts of N, every device has all and takes one.
     """
     if heads is None or kv_heads is not None:
         return heads, lambda x: x
@@ -258,9 +256,9 @@ def _shared_heads(
         return None, lambda x: x
 
     def take(x: Slots) -> Any:
-        mine = jax.lax.axis_index(heads) * count // parts
+        head = jax.lax.axis_index(heads) * count // parts
         return jax.tree.map(
-            lambda part: jax.lax.dynamic_slice_in_dim(part, mine, 1, 1), x
+            lambda part: jax.lax.dynamic_slice_in_dim(part, head, 1, 1), x
         )
 
     return heads, take

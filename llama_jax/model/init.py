@@ -1,4 +1,4 @@
-"""The first weights of a model, each born where it belongs."""
+"""Random initialization of a model's weights, on a mesh too."""
 
 import functools
 from typing import Any
@@ -26,10 +26,25 @@ from llama_jax.types import Array, PRNGKeyArray
 def init_params(
     model: Llama | ScalarModel, key: PRNGKeyArray | Array
 ) -> dict[str, Any]:
-    """Random weights, the same in either layout and on any mesh.
+    """Initialize random weights, the same in either layout and on any mesh.
 
-    They are drawn one by one, so that compiling does not take longer for more layers;
-    on a mesh each is born sharded: no device ever holds more than its part.
+    Each weight is drawn by a program of its own, so that compile time does not grow
+    with depth; on a mesh it is initialized sharded.
+
+    Args:
+      model: whose weights; its runtime decides layout and dtype.
+      key: random key, typed or raw.
+
+    Returns:
+      The tree of parameters.
+
+    >>> import jax
+    >>> from llama_jax import Llama, Runtime, preset
+    >>> config = preset("llama2-7b").replace(num_layers=1, mlp_dim=32, vocab_size=100)
+    >>> config = config.replace(embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8)
+    >>> params = init_params(Llama(config, Runtime()), jax.random.key(0))
+    >>> params["transformer"]["layers"]["0"]["mlp"]["up_proj"].shape
+    (16, 32)
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -38,31 +53,34 @@ def init_params(
     shardings: dict[str, Any] = {}
     if model.mesh is not None:
         shardings = flatten(param_shardings(config, runtime, model.mesh))
-    first = {}
+    params = {}
     for path in leaf_paths(config, runtime.layer_layout):
         shape = weight_shape(config, axes_of(path))
         row, layer = row_of(path)
-        own = jax.random.fold_in(key, list(AXES).index(row))
+        leaf_key = jax.random.fold_in(key, list(AXES).index(row))
         if layer is not None:
-            own = jax.random.fold_in(own, layer)
+            leaf_key = jax.random.fold_in(leaf_key, layer)
         elif AXES[row].startswith("L "):
-            own = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(shape[0]))
+            layers = jnp.arange(shape[0])
+            leaf_key = jax.vmap(jax.random.fold_in, (None, 0))(leaf_key, layers)
             shape = shape[1:]
-        first[path] = _draw_in_place(
-            own, shape, dtype, init_std(path, config), shardings.get(path)
+        params[path] = _draw_sharded(
+            leaf_key, shape, dtype, init_std(path, config), shardings.get(path)
         )
-    return unflatten(first)
+    return unflatten(params)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "std", "place"))
-def _draw_in_place(
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "std", "sharding"))
+def _draw_sharded(
     keys: Array,
     shape: tuple[int, ...],
     dtype: Any,
     std: float | None,
-    place: NamedSharding | None,
+    sharding: NamedSharding | None,
 ) -> Array:
-    """One array, or one for each of several keys, where it belongs."""
-    one = functools.partial(draw, shape=shape, dtype=dtype, std=std)
-    drawn = jax.vmap(one)(keys) if keys.ndim else one(keys)
-    return drawn if place is None else jax.lax.with_sharding_constraint(drawn, place)
+    """Draw one array, or one for each of several keys."""
+    draw_one = functools.partial(draw, shape=shape, dtype=dtype, std=std)
+    drawn = jax.vmap(draw_one)(keys) if keys.ndim else draw_one(keys)
+    if sharding is None:
+        return drawn
+    return jax.lax.with_sharding_constraint(drawn, sharding)

@@ -1,4 +1,4 @@
-"""`linear`: the one function that consumes a projection's weight."""
+"""`linear`: the function that multiplies with a projection's weight, in any form."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
+from llama_jax.kernels.precision import matmul_precision
 from llama_jax.types import Array, Float
 from llama_jax.weights import (
     Adapted,
@@ -20,26 +21,19 @@ from llama_jax.weights import (
 )
 
 
-def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
-    """float32 means float32: TPUs and recent GPUs would otherwise round the inputs."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return jax.lax.Precision.HIGHEST
-    return jax.lax.Precision.DEFAULT
-
-
 def linear(
     x: Float[Array, "*batch I"],
     w: Weight,
     *,
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch O"]:
-    """`x @ w` in the dtype of `x`, summed in float32 by every device that can.
+    """Compute `x @ w` in the dtype of `x`, summed in float32 where the device can.
 
     Args:
       x: rows.
-      w: [I, O]; quantized and adapted ones are multiplied with as they are held.
+      w: [I, O]; quantized and adapted ones are multiplied with as they are stored.
         Gradients flow to `x`, to plain weights and to adapters, never to bits.
-      out_dtype: asks for the sum itself, unrounded (the logits want that).
+      out_dtype: of the result; float32 gives the unrounded sum, as for logits.
     """
     if isinstance(w, Adapted):
         low = linear(linear(x, w.a) * w.scaling, w.b, out_dtype=out_dtype)
@@ -60,7 +54,7 @@ def linear(
 
 
 _CPU_BLOCKS = 8
-"""Parts that a product of one row is summed in; 4 to 16 do equally well."""
+"""Parts in which a product of one row is summed; 4 to 16 are equally fast."""
 
 
 def _product(x: Array, w: Array, out_dtype: DTypeLike | None) -> Array:
@@ -70,7 +64,7 @@ def _product(x: Array, w: Array, out_dtype: DTypeLike | None) -> Array:
 
 
 def _product_in_blocks(x: Array, w: Array, out_dtype: DTypeLike | None) -> Array:
-    """A product of one row, as a batch of partial ones that are added up.
+    """Multiply one row as a batch of partial products, and add them up.
 
     XLA:CPU spreads a batch over the cores better than one matrix-vector product of a
     layer's size: 12 layers of width 768 stream at 20 GB/s instead of 15 on two cores.
@@ -86,56 +80,56 @@ def _product_in_blocks(x: Array, w: Array, out_dtype: DTypeLike | None) -> Array
 
 
 _FEW_ROWS = 64
-"""From here on a product takes so long that widening its weight does not show."""
+"""Rows from which widening a weight takes no time in comparison with its product."""
 
 _CPU_CHUNK = 32
-"""Inputs whose bits are widened at a time; 16 to 128 do nearly as well."""
+"""Inputs whose bits are widened at a time; 16 to 128 are nearly as fast."""
 
 
-# It has a gradient of its own, for which the bits are kept. Left to itself, autodiff
-# would keep the whole weight that they became.
+# Its gradient saves the bits for the backward pass; autodiff would save the whole
+# widened weight.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _quantized(x: Array, w: Quantized, dtype: Any, out_dtype: Any) -> Array:
-    x, w = _in_turn(x, w)
+    x, w = _ordered(x, w)
     if x.size > _FEW_ROWS * w.shape[0] or not _chunk(w):
         return _forward(x, w).astype(out_dtype)
     out = jax.lax.platform_dependent(x, w, cpu=_forward_in_chunks, default=_forward)
     return out.astype(out_dtype)
 
 
-def _quantized_and_kept(
+def _quantized_forward(
     x: Array, w: Quantized, dtype: Any, out_dtype: Any
 ) -> tuple[Array, Quantized]:
     return _quantized(x, w, dtype, out_dtype), w
 
 
-def _gradient(
-    dtype: Any, out_dtype: Any, w: Quantized, given: Array
+def _quantized_backward(
+    dtype: Any, out_dtype: Any, w: Quantized, d_out: Array
 ) -> tuple[Array, None]:
-    given, w = _in_turn(given, w)
+    d_out, w = _ordered(d_out, w)
     if isinstance(w, Int8):
         factor = jnp.ones((), jnp.float32)
         if dtype == jnp.float16:  # in which a gradient times a scale would be lost
             factor = jnp.max(w.scales) + jnp.finfo(jnp.float32).tiny
-        scaled = given.astype(jnp.float32) * _per_output(w.scales / factor, given.ndim)
-        whole = values_in(w, dtype)
+        scaled = d_out.astype(jnp.float32) * _per_output(w.scales / factor, d_out.ndim)
+        weight = values_in(w, dtype)
     else:
-        scaled, whole, factor = given, dequantize(w, dtype), jnp.ones(())
-    of_x = jax.lax.dot_general(
+        scaled, weight, factor = d_out, dequantize(w, dtype), jnp.ones(())
+    d_x = jax.lax.dot_general(
         scaled.astype(dtype),
-        whole,
-        (((given.ndim - 1,), (1,)), ((), ())),
+        weight,
+        (((d_out.ndim - 1,), (1,)), ((), ())),
         precision=matmul_precision(dtype),
         preferred_element_type=jnp.float32,
     )
-    return (of_x * factor).astype(dtype), None
+    return (d_x * factor).astype(dtype), None
 
 
-_quantized.defvjp(_quantized_and_kept, _gradient)
+_quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
-def _in_turn(x: Array, w: Quantized) -> Any:
-    """Both, the weight not before the rows: XLA:CPU would widen all layers' at once."""
+def _ordered(x: Array, w: Quantized) -> Any:
+    """Delay a weight until its rows exist: XLA:CPU would widen all layers' at once."""
 
     def wait(*both: Any) -> Any:
         return jax.lax.optimization_barrier(both)
@@ -144,18 +138,18 @@ def _in_turn(x: Array, w: Quantized) -> Any:
 
 
 def _forward(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
-    """The product in float32."""
+    """The product, in float32."""
     if isinstance(w, Int8):
-        product = _product(x, values_in(w, x.dtype), jnp.float32)
-        return product * _per_output(w.scales, x.ndim)
+        out = _product(x, values_in(w, x.dtype), jnp.float32)
+        return out * _per_output(w.scales, out.ndim)
     return _product(x, dequantize(w, x.dtype), jnp.float32)
 
 
 def _forward_in_chunks(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
-    """The same for few rows: some inputs after another, widened within the cache.
+    """The same for few rows, in chunks of inputs that are widened in the CPU's cache.
 
-    XLA:CPU does not fuse a product with what widens its weight, and would write it out
-    whole: a row takes 60 ms instead of 16 for 4096 × 11008 numbers in eight bits.
+    XLA:CPU does not fuse widening into a product, but writes the whole weight to
+    memory: a row takes 60 ms instead of 16 for 4096 × 11008 numbers in eight bits.
     """
     inputs, outputs = w.shape
     chunk = _chunk(w)
@@ -185,7 +179,7 @@ def _per_output(scales: Float[Array, " O"], ndim: int) -> Array:
 
 
 def _chunk(w: Quantized) -> int:
-    """Inputs of a chunk, whole groups; 0 where there is none that is worth its loop."""
+    """Inputs of a chunk, in whole groups; 0 if none is worth its loop."""
     inputs = w.shape[0]
     group = 1 if isinstance(w, Int8) else inputs // w.scales.shape[0]
     chunk = group * group_size(inputs // group, max(_CPU_CHUNK // group, 1))

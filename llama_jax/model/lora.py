@@ -1,9 +1,9 @@
-"""Low-rank adapters: a small trained product beside every frozen weight.
+"""Low-rank adapters: a small trained product beside frozen weights.
 
 y = x W + (x a) b · α / R, with a [I, R] and b [R, O] (arXiv:2106.09685). A tree of
-adapters has the parameters' paths, with `{"a", "b"}` where the weight would be:
-`params.stack_layers` and `unstack_layers` take it between the layouts as they take
-weights, and it can be saved, sharded and optimized like any other tree.
+adapters has the parameters' paths, with `{"a", "b"}` in place of the weight:
+`params.stack_layers` and `unstack_layers` convert it between layouts, and it can be
+saved, sharded and optimized like any other tree.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
-from llama_jax.model.linear import matmul_precision
+from llama_jax.kernels.precision import matmul_precision
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.params import (
     AXES,
@@ -35,13 +35,16 @@ from llama_jax.weights import Adapted, Quantized, dequantize
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """What kind of adapters.
+    """Rank, scale and targets of adapters.
 
     Attributes:
       rank: R.
-      alpha: α; what an adapter says is multiplied by α / R.
-      rank_stabilized: multiplied by α / √R instead (arXiv:2312.03732).
-      targets: the projections that have an adapter, in every layer.
+      alpha: α; an adapter's product is multiplied by α / R.
+      rank_stabilized: multiply it by α / √R instead (arXiv:2312.03732).
+      targets: projections with an adapter, in every layer.
+
+    >>> Lora(rank=8, alpha=16).scaling
+    2.0
     """
 
     rank: int
@@ -52,27 +55,28 @@ class Lora:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ConfigError(
-                f"lora: a rank of {self.rank!r} is none; choose a whole number from 1"
+                f"lora: rank must be a positive integer, got {self.rank!r}; try 8 or 16"
             )
         if not 0 < self.alpha < float("inf"):
             raise ConfigError(
-                f"lora: an alpha of {self.alpha!r} is none; choose a positive number"
+                f"lora: alpha must be a positive number, got {self.alpha!r}; try "
+                "the rank"
             )
-        given = ", ".join(map(repr, self.targets))
+        names = ", ".join(map(repr, self.targets))
         if len(set(self.targets)) < len(self.targets) or not self.targets:
             raise ConfigError(
-                f"lora: targets are [{given}]; name at least one projection, and none "
-                "twice"
+                f"lora: targets must be distinct projections, got [{names}]; choose "
+                f"from {', '.join(PROJECTIONS)}"
             )
         if unknown := [name for name in self.targets if name not in PROJECTIONS]:
             raise ConfigError(
-                f"lora: there is no target {unknown[0]!r}; choose from "
+                f"lora: unknown target {unknown[0]!r}; choose from "
                 f"{', '.join(PROJECTIONS)}"
             )
 
     @property
     def scaling(self) -> float:
-        """What the product of an adapter is multiplied by."""
+        """Factor of an adapter's product: α / R, or α / √R."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
@@ -83,7 +87,7 @@ def lora_shapes(
     layout: LayerLayout = "stacked",
     dtype: DType = "float32",
 ) -> dict[str, Any]:
-    """The tree of adapters as `ShapeDtypeStruct`s, no memory used."""
+    """The tree of adapters as `ShapeDtypeStruct`s."""
     shapes = {}
     for path in leaf_paths(config, layout):
         if path.rpartition("/")[2] not in lora.targets:
@@ -103,46 +107,59 @@ def init_lora(
     dtype: DType = "float32",
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """First adapters, which change nothing: a is uniform within ±1/√I, b zero.
+    """Initialize adapters that change nothing: a uniform within ±1/√I, b zero.
 
-    The same in either layout and on any mesh, where they are born sharded.
+    The same in either layout and on any mesh, where they are initialized sharded.
 
     Args:
       config: of the model.
-      key: random key.
+      key: random key, typed or raw.
       lora: rank and targets.
-      runtime: its layout and its rules count; stacked where not given.
+      runtime: its layout and rules count; defaults to stacked layers.
       dtype: of the adapters, which are trained.
       mesh: the devices.
+
+    Returns:
+      The tree of adapters.
+
+    >>> import jax
+    >>> from llama_jax import preset
+    >>> lora = Lora(rank=2, alpha=4, targets=("q_proj",))
+    >>> config = preset("llama2-7b").replace(num_layers=3)
+    >>> adapters = init_lora(config, jax.random.key(0), lora)
+    >>> adapters["transformer"]["layers"]["attention"]["q_proj"]["a"].shape
+    (3, 4096, 2)
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     runtime = runtime or Runtime(layer_layout="stacked")
     shapes = lora_shapes(config, lora, layout=runtime.layer_layout, dtype=dtype)
-    places: dict[str, Any] = {}
+    shardings: dict[str, Any] = {}
     if mesh is not None:
-        places = flatten(weight_shardings(shapes, config, runtime, mesh))
-    first = {}
+        shardings = flatten(weight_shardings(shapes, config, runtime, mesh))
+    adapters = {}
     for path, leaf in flatten(shapes).items():
         weight, _, name = path.rpartition("/")
         row, layer = row_of(weight)
-        own = jax.random.fold_in(key, list(AXES).index(row))
+        leaf_key = jax.random.fold_in(key, list(AXES).index(row))
         shape = leaf.shape
         if layer is not None:
-            own = jax.random.fold_in(own, layer)
+            leaf_key = jax.random.fold_in(leaf_key, layer)
         else:
-            own = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(shape[0]))
+            layers = jnp.arange(shape[0])
+            leaf_key = jax.vmap(jax.random.fold_in, (None, 0))(leaf_key, layers)
             shape = shape[1:]
         bound = shape[0] ** -0.5 if name == "a" else 0.0
-        first[path] = _draw(own, shape, leaf.dtype, bound, places.get(path))
-    return unflatten(first)
+        sharding = shardings.get(path)
+        adapters[path] = _draw(leaf_key, shape, leaf.dtype, bound, sharding)
+    return unflatten(adapters)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "bound", "place"))
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "bound", "sharding"))
 def _draw(
-    keys: Array, shape: tuple[int, ...], dtype: Any, bound: float, place: Any
+    keys: Array, shape: tuple[int, ...], dtype: Any, bound: float, sharding: Any
 ) -> Array:
-    """Numbers within ±bound, for one key or for several, where they belong."""
+    """Draw numbers within ±bound, for one key or for several."""
 
     def draw(key: Array) -> Array:
         if not bound:
@@ -151,19 +168,29 @@ def _draw(
         return exact.astype(dtype)
 
     drawn = jax.vmap(draw)(keys) if keys.ndim else draw(keys)
-    return drawn if place is None else jax.lax.with_sharding_constraint(drawn, place)
+    if sharding is None:
+        return drawn
+    return jax.lax.with_sharding_constraint(drawn, sharding)
 
 
 def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, Any]:
-    """The parameters with adapters beside their weights; nothing is computed or copied.
+    """Put adapters beside their weights; nothing is computed or copied.
 
     Args:
       params: plain or quantized weights; arrays, tracers or shapes.
       adapters: in the same layout.
-      scaling: of what an adapter says (`Lora.scaling`).
+      scaling: `Lora.scaling`.
+
+    Returns:
+      The parameters, with an `Adapted` leaf for each weight with an adapter.
 
     Raises:
-      ConfigError: an adapter does not fit its weight, or has none.
+      ConfigError: an adapter has no weight, or another shape.
+
+    >>> import jax.numpy as jnp
+    >>> pair = {"a": jnp.zeros((4, 1)), "b": jnp.zeros((1, 3))}
+    >>> adapt({"up_proj": jnp.ones((4, 3))}, {"up_proj": pair}, 2.0)["up_proj"].shape
+    (4, 3)
     """
     flat = flatten(params)
     for path, a, b in _pairs(adapters):
@@ -174,28 +201,36 @@ def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, Any]:
 def merge(
     params: Params, adapters: Params, scaling: float, *, dtype: DType | None = None
 ) -> dict[str, Any]:
-    """Plain weights that do what the adapted ones do: `base + scaling · a b`.
+    """Merge adapters into plain weights: `base + scaling · a b`.
 
     For export: a leaf at a time, summed in float32 and rounded once.
 
     Args:
       params: plain or quantized weights.
       adapters: in the same layout.
-      scaling: of what an adapter says (`Lora.scaling`).
-      dtype: of merged weights; the base's (of a quantized one, its scales') where not
-        given. Quantized weights without an adapter are widened too.
+      scaling: `Lora.scaling`.
+      dtype: of merged weights; defaults to that of the base (of a quantized one, of its
+        scales). Quantized weights without an adapter are dequantized too.
+
+    Returns:
+      The parameters, all of them plain.
 
     Raises:
-      ConfigError: an adapter does not fit its weight, or has none.
+      ConfigError: an adapter has no weight, or another shape.
+
+    >>> import jax.numpy as jnp
+    >>> pair = {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}
+    >>> merge({"up_proj": jnp.ones((4, 3))}, {"up_proj": pair}, 2.0)["up_proj"][0]
+    Array([3., 3., 3.], dtype=float32)
     """
     flat = flatten(params)
     pairs = {path: (a, b) for path, a, b in _pairs(adapters)}
     merged = {path: _base(flat, path, a, b) for path, (a, b) in pairs.items()}
     for path, leaf in flat.items():
         if path in merged or isinstance(leaf, Quantized):
-            own = leaf.scales.dtype if isinstance(leaf, Quantized) else leaf.dtype
-            kind = jnp.dtype(dtype or own)
-            flat[path] = _merged(leaf, *pairs.get(path, (None, None)), scaling, kind)
+            base = leaf.scales.dtype if isinstance(leaf, Quantized) else leaf.dtype
+            a, b = pairs.get(path, (None, None))
+            flat[path] = _merged(leaf, a, b, scaling, jnp.dtype(dtype or base))
     return unflatten(flat)
 
 
@@ -203,20 +238,20 @@ def _pairs(adapters: Params) -> list[tuple[str, Any, Any]]:
     """Path, a and b of every adapter."""
     flat = flatten(adapters)
     paths = dict.fromkeys(path.rpartition("/")[0] for path in flat)
-    if whole := {f"{path}/{name}" for path in paths for name in "ab"} ^ flat.keys():
+    if unpaired := {f"{path}/{name}" for path in paths for name in "ab"} ^ flat.keys():
         raise ConfigError(
-            f"lora: {min(whole)} is no part of an adapter, or is missing; every "
-            "adapter has a and b"
+            f"lora: {min(unpaired)} is missing, or not part of an adapter; an adapter "
+            "is a and b"
         )
     return [(path, flat[f"{path}/a"], flat[f"{path}/b"]) for path in paths]
 
 
 def _base(flat: Mapping[str, Any], path: str, a: Any, b: Any) -> Any:
-    """The weight that an adapter is for."""
+    """The weight of an adapter."""
     if path not in flat:
         raise ConfigError(
-            f"lora: there is an adapter for {path}, but no such weight; are the layers "
-            "of both stacked, or of both unrolled?"
+            f"lora: there is an adapter for {path}, but no such weight; use one layer "
+            "layout for both (params.stack_layers, unstack_layers)"
         )
     base = flat[path]
     *layers, inputs, outputs = base.shape
@@ -225,7 +260,7 @@ def _base(flat: Mapping[str, Any], path: str, a: Any, b: Any) -> Any:
     if not fits or isinstance(base, Adapted):
         raise ConfigError(
             f"lora: the adapter for {path} is {list(a.shape)} by {list(b.shape)}, the "
-            f"weight {list(base.shape)}; do the two belong together?"
+            f"weight {list(base.shape)}; use adapters of this model, only once"
         )
     return base
 

@@ -1,4 +1,4 @@
-"""Weights in eight or four bits: made leaf by leaf, described, stored and restored."""
+"""Weights in eight or four bits: quantized leaf by leaf, described and restored."""
 
 import functools
 from collections.abc import Collection, Mapping
@@ -14,6 +14,7 @@ from llama_jax.params import flatten, param_shapes, unflatten
 from llama_jax.runtime import Runtime
 from llama_jax.types import Array, Float, Params
 from llama_jax.weights import (
+    GROUP_SIZE,
     KINDS,
     NF4,
     NF4_LEVELS,
@@ -24,9 +25,6 @@ from llama_jax.weights import (
     group_size,
 )
 
-GROUP = 64
-"""Weights that share a scale in four bits: a block of QLoRA (arXiv:2305.14314)."""
-
 PROJECTIONS = (
     "q_proj",
     "k_proj",
@@ -36,37 +34,46 @@ PROJECTIONS = (
     "up_proj",
     "down_proj",
 )
-"""What can be quantized: a layer's seven projections."""
+"""A layer's seven projections, which can be quantized and adapted."""
 
 
 def quantize_params(
     params: Params,
     kind: Kind,
     *,
-    group: int = GROUP,
+    group: int = GROUP_SIZE,
     which: Collection[str] = PROJECTIONS,
     delete: bool = False,
 ) -> dict[str, Any]:
-    """A tree (either layout) whose projections are quantized; the rest is as it was.
+    """Quantize the projections of a tree in either layout; other leaves stay.
 
     Args:
-      params: plain arrays, wherever they lie; each is quantized where it lies.
+      params: plain arrays on any devices; each is quantized where it is.
       kind: "int8", "int4" or "nf4".
       group: most inputs that share a scale in four bits; see `quantize`.
-      which: projections, by their names.
-      delete: free each weight as soon as it is quantized, so that memory never holds
-        more than one of them twice.
+      which: names of the projections.
+      delete: free each weight as soon as it is quantized, so that at most one is in
+        memory twice.
+
+    Returns:
+      The tree, with a `Quantized` leaf for each projection.
 
     Raises:
-      ConfigError: there is no such kind, or no such projection.
+      ConfigError: an unknown kind or projection.
+
+    >>> import jax.numpy as jnp
+    >>> quantized = quantize_params({"up_proj": jnp.asarray([[1.0], [-2.54]])}, "int8")
+    >>> quantized["up_proj"].values.tolist()
+    [[50], [-127]]
     """
-    done = {}
+    quantized = {}
     for path, leaf in flatten(params).items():
-        done[path] = quantize_leaf(path, leaf, kind, group=group, which=which)
-        if delete and done[path] is not leaf and isinstance(leaf, jax.Array):
-            jax.block_until_ready(done[path])
+        new = quantize_leaf(path, leaf, kind, group=group, which=which)
+        if delete and new is not leaf and isinstance(leaf, jax.Array):
+            jax.block_until_ready(new)
             leaf.delete()
-    return unflatten(done)
+        quantized[path] = new
+    return unflatten(quantized)
 
 
 def quantize_leaf(
@@ -74,19 +81,19 @@ def quantize_leaf(
     leaf: Any,
     kind: Kind,
     *,
-    group: int = GROUP,
+    group: int = GROUP_SIZE,
     which: Collection[str] = PROJECTIONS,
 ) -> Any:
-    """One leaf of a tree, quantized where its path says that it is a projection.
+    """Quantize one leaf of a tree if its path ends with one of `which`.
 
-    What is quantized already, and what is none of `which`, is returned as it is.
+    Other leaves, and those that are quantized already, are returned as they are.
 
     Raises:
-      ConfigError: there is no such kind, or no such projection.
+      ConfigError: an unknown kind or projection.
     """
     if unknown := set(which) - set(PROJECTIONS):
         raise ConfigError(
-            f"quantize: there is no projection {min(unknown)!r}; choose from "
+            f"quantize: unknown projection {min(unknown)!r}; choose from "
             f"{', '.join(PROJECTIONS)}"
         )
     check_kind(kind)
@@ -100,10 +107,10 @@ def quantized_shapes(
     runtime: Runtime,
     kind: Kind,
     *,
-    group: int = GROUP,
+    group: int = GROUP_SIZE,
     which: Collection[str] = PROJECTIONS,
 ) -> dict[str, Any]:
-    """The tree of a quantized model as `ShapeDtypeStruct`s, no memory used."""
+    """The tree of a quantized model as `ShapeDtypeStruct`s."""
     shapes = param_shapes(
         config, runtime.layer_layout, dtype=jnp.dtype(runtime.weight_dtype)
     )
@@ -121,30 +128,35 @@ def quantized_shapes(
 
 
 def check_kind(kind: str) -> None:
-    """Refuse what is no kind of quantization.
+    """Check that a kind of quantization exists.
 
     Raises:
-      ConfigError: naming those that there are.
+      ConfigError: it does not; the error names those that do.
     """
     if kind not in KINDS:
         raise ConfigError(
-            f"quantize: there is no {kind!r}; choose from {', '.join(get_args(Kind))}"
+            f"quantize: unknown kind {kind!r}; choose from {', '.join(get_args(Kind))}"
         )
 
 
-def quantize(weight: Float[Array, "I O"], kind: Kind, *, group: int = GROUP) -> Any:
-    """One weight, rounded to the nearest of what its bits can say.
+def quantize(
+    weight: Float[Array, "I O"], kind: Kind, *, group: int = GROUP_SIZE
+) -> Any:
+    """Round one weight to the nearest numbers that its bits can express.
 
-    The largest number of each column (eight bits) or of each group of inputs in a
-    column (four bits) is met exactly; no other is farther off than half a step.
+    The largest magnitude of each column (eight bits) or of each group of inputs in a
+    column (four bits) is exact; every other number is off by half a step at most.
 
     Args:
-      weight: of float32, bfloat16 or float16. Four bits take their scales in its dtype,
-        eight bits in float32.
+      weight: float32, bfloat16 or float16. Scales have its dtype in four bits, and
+        float32 in eight.
       kind: "int8" in steps of 1/127 of the largest, "int4" of 1/7, "nf4" to the levels
         of arXiv:2305.14314.
-      group: most inputs that share a scale in four bits. The groups are equal: of the
+      group: most inputs that share a scale in four bits; groups are equal, of the
         largest divisor of I up to this.
+
+    Returns:
+      An `Int8`, `Int4` or `NF4`.
     """
     if kind == "int8":
         steps = jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=0) / 127
@@ -155,7 +167,7 @@ def quantize(weight: Float[Array, "I O"], kind: Kind, *, group: int = GROUP) -> 
     exact = grouped.astype(jnp.float32)
     largest = jnp.max(jnp.abs(exact), axis=1)
     if kind == "int4":
-        # Rounded to what is kept before it is divided by.
+        # Divide by the scale as it is stored, rounded.
         scales = (largest / 7).astype(weight.dtype)
         values = _rounded(exact, scales.astype(jnp.float32)[:, None], 7)
         return Int4(values.reshape(weight.shape).astype(jnp.int4), scales)
@@ -164,39 +176,39 @@ def quantize(weight: Float[Array, "I O"], kind: Kind, *, group: int = GROUP) -> 
     return NF4(codes.reshape(weight.shape).astype(jnp.uint4), scales)
 
 
-def _rounded(weight: Array, steps: Array, most: int) -> Array:
-    return jnp.clip(jnp.round(weight / _divisor(steps)), -most, most)
+def _rounded(weight: Array, steps: Array, limit: int) -> Array:
+    return jnp.clip(jnp.round(weight / _divisor(steps)), -limit, limit)
 
 
 def _divisor(scales: Array) -> Array:
-    """Where all is zero, so is what is divided."""
+    """Scales to divide by: where one is 0, so are all numbers."""
     return jnp.where(scales > 0, scales, 1.0)
 
 
 def _nearest_levels(numbers: Array) -> Array:
-    """The code of the level that is nearest to each number."""
+    """The code of the level nearest to each number."""
     levels = np.asarray(NF4_LEVELS, np.float32)
     codes = jnp.zeros(numbers.shape, jnp.int32)
-    for bar in (levels[1:] + levels[:-1]) / 2:
-        codes = codes + (numbers > bar)
+    for middle in (levels[1:] + levels[:-1]) / 2:
+        codes = codes + (numbers > middle)
     return codes
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "group"))
 def _quantized(weight: Array, kind: Kind, group: int) -> Any:
-    """One weight, or all layers of one, a layer at a time."""
-    one = functools.partial(quantize, kind=kind, group=group)
-    return one(weight) if weight.ndim == 2 else jax.lax.map(one, weight)
+    """Quantize one weight, or a stack of them a layer at a time."""
+    of_layer = functools.partial(quantize, kind=kind, group=group)
+    return of_layer(weight) if weight.ndim == 2 else jax.lax.map(of_layer, weight)
 
 
 def describe(params: Params) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A tree as plain arrays that anything can store, and what else there is to know.
+    """Split a tree into plain arrays and a JSON description of its quantized weights.
 
     Returns:
-      The arrays by path: plain weights under their own, of quantized ones
-      `.../values` and `.../scales`. Four-bit values are packed: two in a byte (uint8),
-      the first half of all inputs in its low bits. And by path the kind and number of
-      inputs of each quantized weight, for JSON. `restore` makes the tree of both.
+      The arrays by path: plain weights under their own, quantized ones under
+      `.../values` and `.../scales`. Four-bit values are packed, two in a byte (uint8):
+      the first half of all inputs in the low bits. And by path the kind and number of
+      inputs of each quantized weight. `restore` is the inverse.
     """
     arrays: dict[str, Any] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -214,27 +226,28 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 def restore(
     arrays: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The tree that `describe` took apart.
+    """Rebuild the tree from what `describe` returned.
 
     Raises:
-      CheckpointError: the two do not belong together.
+      CheckpointError: the two do not match.
     """
-    left = dict(arrays)
+    leaves = dict(arrays)
     for path, facts in described.items():
         try:
             kind, inputs = cast(Kind, facts["kind"]), facts["inputs"]
             form = KINDS[kind]
-            values, scales = left.pop(f"{path}/values"), left.pop(f"{path}/scales")
+            values = leaves.pop(f"{path}/values")
+            scales = leaves.pop(f"{path}/scales")
         except (KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path}: is described as quantized, but {error} is missing or not "
-                "known; quantize the model again"
+                f"{path}: described as quantized, but {error} is missing or unknown; "
+                "quantize the model again"
             ) from error
         if kind != "int8":
             unpack = _unpack_codes if kind == "nf4" else _unpack_integers
             values = unpack(jnp.asarray(values), inputs)
-        left[path] = form(values, scales)
-    return unflatten(left)
+        leaves[path] = form(values, scales)
+    return unflatten(leaves)
 
 
 @jax.jit

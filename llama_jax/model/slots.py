@@ -109,10 +109,9 @@ def write_row(
     of_slots = PartitionSpec(rows, *rest[:2])
 
     def on_device(slots: Slots, new: Slots, row: Array) -> Slots:
-        own = row
         if rows:
-            own = row - jax.lax.axis_index(rows) * slots.shape[0]
-        return jax.tree.map(functools.partial(_write_own, row=own), slots, new)
+            row = row - jax.lax.axis_index(rows) * slots.shape[0]
+        return jax.tree.map(functools.partial(_write_own, row=row), slots, new)
 
     new = pad_slots(new, slots.shape[2] - new.shape[2])
     slots = jax.shard_map(

@@ -1,7 +1,7 @@
-"""The loss of each token on a mesh: each device has its tokens, and its ids.
+"""The loss of each token on a mesh: each device has its tokens and its part of V.
 
-The head is put together along D once, and its gradient is added up once, over the
-devices that share it: within XLA's own partition both would be done for every chunk.
+The head is gathered along D once, and its gradient reduced once over the devices that
+share it; XLA's own partitioning does both for every chunk.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,18 @@ def token_losses(
     rules: Rules,
     mesh: Mesh | None,
 ) -> Float[Array, "B T"]:
-    """`kernels.token_losses`, on a mesh where there is one."""
+    """Compute `kernels.token_losses`, on a mesh if there is one.
+
+    Args:
+      x: hidden states.
+      head: weights of the output head.
+      targets: the token that follows each.
+      rules: map axis letters to mesh axes.
+      mesh: the devices.
+
+    Returns:
+      -log p of each target (nats, float32).
+    """
     return _on_mesh(kernels.token_losses, x, head, targets, rules=rules, mesh=mesh)
 
 
@@ -34,7 +45,17 @@ def greedy_tokens(
     rules: Rules,
     mesh: Mesh | None,
 ) -> Int[Array, "B T"]:
-    """`kernels.greedy_tokens`, on a mesh where there is one."""
+    """Compute `kernels.greedy_tokens`, on a mesh if there is one.
+
+    Args:
+      x: hidden states.
+      head: weights of the output head.
+      rules: map axis letters to mesh axes.
+      mesh: the devices.
+
+    Returns:
+      The likeliest token after each.
+    """
     return _on_mesh(kernels.greedy_tokens, x, head, rules=rules, mesh=mesh)
 
 

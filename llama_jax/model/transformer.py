@@ -9,11 +9,12 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
+from llama_jax.kernels.precision import matmul_precision
 from llama_jax.model.attention import in_order, ring_order
 from llama_jax.model.cache import KVCache, NewCache
 from llama_jax.model.layer_cache import CacheRows
 from llama_jax.model.layers import Block, Module, RMSNorm, SharedInputs, UnrolledLayers
-from llama_jax.model.linear import linear, matmul_precision
+from llama_jax.model.linear import linear
 from llama_jax.model.rope import rope_tables
 from llama_jax.model.token_loss import greedy_tokens, token_losses
 from llama_jax.runtime import Runtime

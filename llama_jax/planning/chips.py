@@ -82,7 +82,7 @@ def _tpu(
         hbm_bytes=int(hbm * _GIB),
         limit_bytes=int(limit * _GIB),
         hbm_bandwidth=gbps * 1e9,
-        # float32 means float32 (`linear.matmul_precision`): six bfloat16 products.
+        # float32 means float32 (`kernels.precision`): six bfloat16 products.
         flops={"bfloat16": tflops * 1e12, "float32": tflops * 1e12 / 6},
         links="torus",
         link_bandwidth=link * 1e9,

@@ -28,12 +28,10 @@ from llama_jax.runtime import (
     Runtime,
 )
 from llama_jax.sharding import param_shardings
+from llama_jax.weights import GROUP_SIZE
 
 Task = Literal["train", "lora", "qlora", "prefill", "decode"]
 Quantization = Literal["none", "int8", "int4", "nf4"]
-
-INT4_GROUP = 64
-"""Four-bit weights per scale: a block of QLoRA (arXiv:2305.14314)."""
 
 EMBEDDING = "transformer/embedding"
 
@@ -54,7 +52,7 @@ class Workload:
         None means `dtype`.
       param_dtype: dtype of trained weights, their gradients and their moments.
       quantize: storage of the layers' frozen projections: "int8" has a float32 scale
-        per column, "int4" and "nf4" one in `dtype` per `INT4_GROUP` weights. Embedding,
+        per column, "int4" and "nf4" one in `dtype` per `GROUP_SIZE` weights. Embedding,
         norms and head stay in `dtype`.
       remat: what the backward pass recomputes.
       rank: R, the rank of adapters.
@@ -172,7 +170,7 @@ def stored_bytes(work: Workload, shard: WeightShard, size: int) -> int:
     if work.quantize == "int8":
         # One scale per column and layer; each shard along D has all of them.
         return size + 4 * shard.shape[0] * shard.shape[2]
-    return math.ceil(size / 2) + math.ceil(size / INT4_GROUP) * work.itemsize
+    return math.ceil(size / 2) + math.ceil(size / GROUP_SIZE) * work.itemsize
 
 
 class LocalSizes(NamedTuple):

@@ -96,10 +96,10 @@ def test_names_and_axes_are_those_of_peft(folder: pathlib.Path) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes"),
         ({"init_lora_weights": [1]}, "init_lora_weights is "),
         ({"r": 4.0}, "r is 4.0 and use_rslora False"),
-        ({"r": 0}, "lora: a rank of 0"),
+        ({"r": 0}, "lora: rank must be a positive integer, got 0"),
         ({"use_rslora": "yes"}, "r is 4 and use_rslora 'yes'"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"lora_alpha": -1}, "lora: an alpha of -1"),
+        ({"lora_alpha": -1}, "lora: alpha must be a positive number, got -1"),
     ],
 )
 def test_adapters_that_are_more_than_a_product_are_refused_by_name(

@@ -236,8 +236,8 @@ def test_what_is_quantized_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"kind": "int3"}, "there is no 'int3'; choose from int8, int4, nf4$"),
-        ({"which": ("wq",)}, "there is no projection 'wq'; choose from q_proj, .*"),
+        ({"kind": "int3"}, "unknown kind 'int3'; choose from int8, int4, nf4$"),
+        ({"which": ("wq",)}, "unknown projection 'wq'; choose from q_proj, .*"),
     ],
 )
 def test_what_there_is_not_is_refused(change: dict[str, Any], reason: str) -> None:
@@ -297,9 +297,7 @@ def test_a_description_of_something_else_is_refused() -> None:
     arrays, described = describe(quantize_params(random_params(TINY), "int4"))
     path = "transformer/layers/0/mlp/gate_proj"
     for facts in ({}, {"kind": "int3", "inputs": 32}, {"kind": "int4"}, None):
-        with pytest.raises(
-            CheckpointError, match=f"^{path}: is described as quantized"
-        ):
+        with pytest.raises(CheckpointError, match=f"^{path}: described as quantized"):
             restore(arrays, described | {path: facts})
     with pytest.raises(CheckpointError, match="'x/values' is missing"):
         restore(arrays, {"x": {"kind": "int8", "inputs": 4}})

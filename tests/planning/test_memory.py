@@ -18,10 +18,10 @@ from llama_jax.model.transformer import Transformer, apply
 from llama_jax.params import count_params, flatten, param_shapes
 from llama_jax.planning.memory import Footprint, footprint, residual_bytes
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.planning.workload import INT4_GROUP
 from llama_jax.presets import PRESETS, preset
 from llama_jax.runtime import TRAINING_RULES, Remat, Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
+from llama_jax.weights import GROUP_SIZE
 
 MESHES = (
     "fsdp=8",
@@ -90,7 +90,7 @@ def test_quantized_weights_take_one_or_half_a_byte_plus_scales() -> None:
     eight = footprint(decode.replace(quantize="int8"), ONE_CHIP).weights
     assert eight == rest + size + 4 * columns
     four = footprint(decode.replace(quantize="int4"), ONE_CHIP).weights
-    assert four == rest + size // 2 + size // INT4_GROUP * 2
+    assert four == rest + size // 2 + size // GROUP_SIZE * 2
 
 
 def test_only_adapters_have_gradients_and_moments() -> None:
