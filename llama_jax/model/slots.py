@@ -108,7 +108,7 @@ def write_row(
     rows, *rest = activation_spec(slots.shape, AXES, rules, mesh)
     of_slots = PartitionSpec(rows, *rest[:2])
 
-    def on_device(slots: Slots, new: Slots, row: Array) -> Slots:
+    def on_device(slots: SlotsT, new: SlotsT, row: Array) -> SlotsT:
         if rows:
             row = row - jax.lax.axis_index(rows) * slots.shape[0]
         return jax.tree.map(functools.partial(_write_own, row=row), slots, new)
@@ -189,8 +189,8 @@ def _write_own(
 
 
 def _write_part(
-    slots: Slots, new: Slots, length: Int[Array, " B"], *, axes: str | MeshAxes
-) -> Slots:
+    slots: SlotsT, new: SlotsT, length: Int[Array, " B"], *, axes: str | MeshAxes
+) -> SlotsT:
     """A device's slots, with those of the new tokens that fall among them."""
     offset = length - first_slot(slots, axes)
     return jax.tree.map(functools.partial(_write_inside, offset=offset), slots, new)

@@ -249,7 +249,7 @@ def test_what_there_is_not_is_refused(change: dict[str, Any], reason: str) -> No
 def test_a_quantized_weight_of_another_model_is_refused() -> None:
     params = quantize_params(random_params(TINY.replace(mlp_dim=64)), "int8")
     with pytest.raises(
-        ConfigError, match=r"^transformer/.*_proj: has the shape \[32, 64"
+        ConfigError, match=r"^transformer/.*_proj: the weight has shape \[32, 64"
     ):
         forward(Llama(TINY, Runtime()), params, random_tokens(TINY, 1, 4))
 
