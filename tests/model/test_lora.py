@@ -226,14 +226,13 @@ def test_the_scaling_is_alpha_over_the_rank_or_its_root() -> None:
         ),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(
-    change: dict[str, Any], reason: str
-) -> None:
+@pytest.mark.wrong_types
+def test_invalid_settings_are_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"^lora: {reason}"):
         Lora(**({"rank": 4, "alpha": 8} | change))
 
 
-def test_adapters_of_something_else_are_refused(params: Any, adapters: Any) -> None:
+def test_adapters_that_do_not_fit_are_refused(params: Any, adapters: Any) -> None:
     with pytest.raises(ConfigError, match="use one layer layout for both"):
         adapt(params, adapters, 1.0)
     other = init_lora(TINY.replace(mlp_dim=64), jax.random.key(0), LORA)

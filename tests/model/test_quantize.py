@@ -240,7 +240,10 @@ def test_what_is_quantized_stays_as_it_is() -> None:
         ({"which": ("wq",)}, "unknown projection 'wq'; choose from q_proj, .*"),
     ],
 )
-def test_what_there_is_not_is_refused(change: dict[str, Any], reason: str) -> None:
+@pytest.mark.wrong_types
+def test_unknown_kinds_and_projections_are_refused(
+    change: dict[str, Any], reason: str
+) -> None:
     options = {"kind": "int8"} | change
     with pytest.raises(ConfigError, match=f"^quantize: {reason}"):
         quantize_leaf("lm_head", jnp.ones((2, 2)), **options)
