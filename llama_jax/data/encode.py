@@ -1,8 +1,10 @@
-"""Records to examples: the ids of a format, and which of them are learnt."""
+"""Encoders of records: token ids in a format, and which of them are learnt."""
 
 import dataclasses
+import hashlib
 import itertools
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 TEXT_FORMATS = ("text", "infilling")
 DATA_FORMATS = (*TEXT_FORMATS, *FORMATS)
-"""Names of all formats: of text as it is, and of dialogs."""
+"""Names of all formats: of plain text, and of dialogs."""
 
 OnLong = Literal["drop", "truncate", "refuse"]
 
@@ -28,28 +30,115 @@ class Encoded(NamedTuple):
     truncated: bool = False
 
 
+EncodeFunction = Callable[[Record], Sequence[Example]]
+"""Makes the examples of a record."""
+
+
+@runtime_checkable
+class RecordEncoder(Protocol):
+    """Makes examples from records: `Encoder`, `FunctionEncoder`, or one of your own."""
+
+    @property
+    def length(self) -> int:
+        """T, the most slots of an example."""
+
+    @property
+    def on_long(self) -> OnLong:
+        """Whether a `DataError` with reason "long" drops its record or ends reading."""
+
+    @property
+    def prefer_text(self) -> bool:
+        """Whether the text of a record with `text` and other keys is read."""
+
+    @property
+    def can_split(self) -> bool:
+        """Whether an example may be cut anywhere, to fill a row."""
+
+    def encode(self, record: Record, *key: int) -> Encoded:
+        """Make the examples of a record; raise a `DataError` if it has none.
+
+        Args:
+          record: any record.
+          key: numbers of epoch and record, for what is random.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """What the examples depend on, for JSON; a resumed run must have the same."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """What a format makes of a record.
-
-    A dialog is written by its prompt format, the tokens in front of an answer being
-    those of inference, and the answers are learnt with the tokens that end them. What
-    the user said last without an answer is left out. An Alpaca record is a dialog of
-    one turn; a format that has no place of its own for its input appends it to the
-    instruction as a paragraph.
-
-    As `text`, a document is learnt whole, from begin to end of sequence, in windows of
-    `length` if it is longer: every token but the first is a target exactly once. Of a
-    prompt with a response the response is learnt. `infilling` is text with Code
-    Llama's transform for the documents that fit into one window.
+class FunctionEncoder:
+    """An encoder that calls a function.
 
     Attributes:
-      tokenizer: the model's.
+      function: makes the examples of a record, each of up to T slots.
+      length: T, slots per row.
+      on_long: see `RecordEncoder`, as is `prefer_text`.
+    """
+
+    function: EncodeFunction
+    length: int
+    on_long: OnLong = "drop"
+    prefer_text: bool = False
+    can_split: bool = False
+
+    def encode(self, record: Record, *key: int) -> Encoded:
+        """Make the examples of a record.
+
+        Raises:
+          DataError: the function raised one, or made no example or too long ones.
+        """
+        try:
+            examples = list(self.function(record))
+            _check_examples(examples, self.length)
+        except DataError as error:
+            raise error_at(record, error) from error
+        return Encoded(examples)
+
+    def settings(self) -> dict[str, Any]:
+        """The function's name, and the sequence length."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return {"encoder": name, "sequence length": self.length}
+
+
+def _check_examples(examples: Sequence[Example], length: int) -> None:
+    if not any(example.mask[1:].any() for example in examples):
+        raise DataError("has nothing to learn", reason="empty")
+    if (size := max(example.size for example in examples)) > length:
+        raise DataError(
+            f"has {size + 1} tokens, more than the {length + 1} of a sequence; drop "
+            "such records, or raise the sequence length",
+            reason="long",
+        )
+
+
+def error_at(record: Record, error: DataError) -> DataError:
+    """The error, with the record's place in front."""
+    return DataError(f"{record.place}: {error}", reason=error.reason)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Encodes records in a format.
+
+    A dialog is written by its prompt format, with the same tokens before an answer as
+    in inference. Answers are learnt with the tokens that end them, unless their message
+    says otherwise. A last user message without an answer is left out. An Alpaca record
+    is a dialog of one turn; a format without a place for its input appends it to the
+    instruction as a paragraph.
+
+    In the format `text`, a document is learnt whole, from beginning to end of sequence,
+    in windows of `length` if it is longer: every token but the first is a target once.
+    Of a prompt with a response, the response is learnt. `infilling` is text with
+    Code Llama's transform of the documents that fit into one window.
+
+    Attributes:
+      tokenizer: of the model.
       format: one of `DATA_FORMATS`.
-      length: T, slots of a row.
-      on_long: what becomes of a record with answers that does not fit.
+      length: T, slots per row.
+      on_long: what to do with a record with answers that does not fit.
       seed: of the infilling transform.
-      infilling_rate: how many documents are transformed.
+      infilling_rate: fraction of documents that are transformed.
 
     Raises:
       PromptError: there is no such format.
@@ -64,9 +153,11 @@ class Encoder:
     infilling_rate: float = RATE
 
     def __post_init__(self) -> None:
-        """Check what would otherwise be wrong with every record."""
+        """Check what would otherwise fail for every record."""
         if self.length < 1:
-            raise DataError(f"data: the sequence length is {self.length}, not positive")
+            raise DataError(
+                f"data: sequence length must be positive, got {self.length}"
+            )
         if self.format not in TEXT_FORMATS:
             get_format(self.format)
         if self.format == "infilling" and self.tokenizer.infilling is None:
@@ -75,22 +166,41 @@ class Encoder:
                 "7B or 13B, or --format text"
             )
 
+    @property
+    def prefer_text(self) -> bool:
+        """Whether the text of a record with `text` and other keys is read."""
+        return self.format in TEXT_FORMATS
+
+    @property
+    def can_split(self) -> bool:
+        """Whether an example may be cut anywhere: only text."""
+        return self.format == "text"
+
+    def settings(self) -> dict[str, Any]:
+        """What the examples depend on, for JSON."""
+        return {
+            "tokenizer": hashlib.sha256(self.tokenizer.contents).hexdigest()[:16],
+            "format": self.format,
+            "sequence length": self.length,
+            "on_long": self.on_long,
+            "infilling rate": self.infilling_rate,
+        }
+
     def encode(self, record: Record, *key: int) -> Encoded:
-        """The examples of a record.
+        """Make the examples of a record.
 
         Args:
           record: of any shape that the format can write.
-          key: of this visit, for what is random.
+          key: numbers of epoch and record, for what is random.
 
         Raises:
-          DataError: with the place of the record, which cannot be written, is too long
-            for `on_long`, or has nothing to learn.
+          DataError: the record cannot be written, is too long for `on_long`, or has
+            nothing to learn; the message has its place.
         """
         try:
             return self._encode(record, key)
         except DataError as error:
-            message = f"{record.place}: {error}"
-            raise DataError(message, reason=error.reason) from error
+            raise error_at(record, error) from error
         except (PromptError, TokenizerError) as error:
             raise DataError(f"{record.place}: {error}", reason="unsuitable") from error
 
@@ -133,7 +243,7 @@ class Encoder:
         return [*ids, self.tokenizer.eos_id] if record.ends else ids
 
     def _windows(self, ids: list[int]) -> list[Example]:
-        """Examples of at most T slots; the last id of one is the first of the next."""
+        """Examples of up to T slots; the last id of one is the first of the next."""
         array = np.asarray(ids, np.int32)
         starts = range(0, len(ids) - 1, self.length)
         windows = [array[start : start + self.length + 1] for start in starts]
@@ -145,8 +255,9 @@ class Encoder:
                 Message(role="user", content=content.prompt),
                 Message(role="assistant", content=content.response),
             ]
+            learnt: Sequence[bool] = ()
         else:
-            messages = list(content.messages)
+            messages, learnt = list(content.messages), content.learnt
         format = get_format(self.format)
         if "input" not in format.keys:
             messages = [_with_input(message) for message in messages]
@@ -155,33 +266,51 @@ class Encoder:
             messages.pop()
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError("has no answer to learn from", reason="empty")
-        return format.spans(self.tokenizer, messages)
+        spans = format.spans(self.tokenizer, messages)
+        return _keep_learnt(spans, messages, learnt) if learnt else spans
 
     def _answers(self, spans: list[Span]) -> Encoded:
         lengths = [len(span.ids) for span in spans]
         ids = np.fromiter(itertools.chain(*(span.ids for span in spans)), np.int32)
         mask = np.repeat([span.is_answer for span in spans], lengths)
-        most = self.length + 1
-        truncated = len(ids) > most
+        limit = self.length + 1
+        truncated = len(ids) > limit
         if truncated and self.on_long != "truncate":
             raise DataError(
-                f"has {len(ids)} tokens, more than the {most} of a sequence; truncate "
+                f"has {len(ids)} tokens, more than the {limit} of a sequence; truncate "
                 "or drop such records, or raise the sequence length",
                 reason="long",
             )
-        if not mask[1:most].any():
+        if not mask[1:limit].any():
             what = "within a sequence's length" if truncated else "in it"
             raise DataError(f"has no answer to learn from {what}", reason="empty")
-        return Encoded([Example(ids[:most], mask[:most])], truncated)
+        return Encoded([Example(ids[:limit], mask[:limit])], truncated)
+
+
+def _keep_learnt(
+    spans: Sequence[Span], messages: Sequence[Message], learnt: Sequence[bool]
+) -> list[Span]:
+    """The spans, of which only the learnt messages are answers."""
+    answers = iter(
+        flag
+        for message, flag in zip(messages, learnt, strict=False)
+        if message["role"] == "assistant"
+    )
+    kept: list[Span] = []
+    # The spans of an answer are consecutive, and a prompt is between two answers.
+    for is_answer, group in itertools.groupby(spans, lambda span: span.is_answer):
+        keep = is_answer and next(answers)
+        kept += (span._replace(is_answer=keep) for span in group)
+    return kept
 
 
 def _with_input(message: Message) -> Message:
     """An instruction and its input as one text."""
     if "input" not in message:
         return message
-    written = Message(
+    combined = Message(
         role=message["role"], content=f"{message['content']}\n\n{message['input']}"
     )
     if "destination" in message:
-        written["destination"] = message["destination"]
-    return written
+        combined["destination"] = message["destination"]
+    return combined

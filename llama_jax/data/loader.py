@@ -1,16 +1,15 @@
-"""`Loader`: batches from files, ahead of the step that wants them.
+"""`Loader`: batches from files, read ahead of the training step.
 
 Every process reads and encodes all records, and yields its own rows of the global
-batch. Which records share a row depends on how many tokens they have, so no process
-could pack its rows alone without making the batches depend on how many processes there
-are, or the state on which of them saved it. One thread encodes 0.5 to 1.1 million
-tokens a second; 256 TPU v5e at half their peak train a 7B model on 0.6 million.
+batch. Which records share a row depends on their numbers of tokens; if each process
+packed its own rows, batches would depend on the number of processes, and states on the
+process that saved them. One thread encodes 0.5 to 1.1 million tokens a second; 256 TPU
+v5e at half their peak train a 7B model on 0.6 million.
 
-Threads are enough, for SentencePiece encodes without holding Python's lock. Google's
-Grain (0.2.18) was considered and left out. It has a random order, threads and a saved
-position too, but its packing empties all its bins as soon as one example fits into
-none, its worker processes and hosts cut the data before it is packed, and it brings six
-packages, all for what is `stream` and this module here.
+Threads suffice, as SentencePiece releases Python's lock. Google's Grain (0.2.18) has a
+random order, threads and a saved position too, but its packing empties all bins as soon
+as one example fits into none, its workers and hosts split the data before packing, and
+it depends on six packages.
 """
 
 import contextlib
@@ -23,11 +22,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama_jax.data.batch import Batch, assemble, check_targets
-from llama_jax.data.encode import Encoder, OnLong
+from llama_jax.data.encode import (
+    EncodeFunction,
+    Encoder,
+    FunctionEncoder,
+    OnLong,
+    RecordEncoder,
+)
 from llama_jax.data.files import Corpus
 from llama_jax.data.infilling import RATE
 from llama_jax.data.records import OnBad
-from llama_jax.data.stream import Packing, Statistics, Stream
+from llama_jax.data.stream import Packing, RowStream, Statistics
 from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Path
@@ -39,51 +44,62 @@ _BYTES_PER_TOKEN = 8  # more than text has
 class Loader:
     """An iterator over batches: `for batch in Loader(files, tokenizer, ...)`.
 
-    The batches depend on the files and the settings of `Stream.settings` alone: not on
-    workers, prefetching or processes. A stopped iteration goes on where it was; a
-    state that was saved goes on from there, bit for bit, with any number of processes.
-    Each epoch has every record once; rows never have records of two epochs.
+    Batches depend only on the files and on `RowStream.settings`: not on workers,
+    prefetching or processes. A new iteration continues after the last batch; so does a
+    loader with a restored state, bit for bit, with any number of processes. Each epoch
+    has every record once, and no row has records of two epochs.
 
     Args:
       files: .jsonl, .json, .txt, each also with .gz; .parquet.
-      tokenizer: the model's.
+      tokenizer: of the model.
       format: one of `encode.DATA_FORMATS`.
-      batch_size: B of the global batch, all processes together.
+      batch_size: B of the global batch, over all processes.
       length: T.
-      packing: `"pack"` puts several records into a row, `"pad"` one; `"split"` fills
-        rows to the end, and may cut a text where a row ends.
-      epochs: the last batch may have empty rows then; None for ever.
+      encoder: makes examples of records instead of `tokenizer` and `format`; a function
+        of a `Record`, or a `RecordEncoder`.
+      packing: "pack" puts several records into a row, "pad" one; "split" fills rows to
+        the end, cutting a text where a row ends.
+      epochs: after which the loader ends, perhaps with empty rows; None never ends.
       seed: of order and infilling.
-      shuffle: whether each epoch has another order, or that of the files.
-      on_bad: what becomes of a record that is malformed, cannot be written in the
+      shuffle: shuffle each epoch, or keep the order of the files.
+      on_bad: what to do with a record that is malformed, cannot be written in the
         format, or has nothing to learn.
-      on_long: what becomes of a record with answers that does not fit into T.
-      infilling_rate: how many documents are transformed.
-      process_index, process_count: which equal share of each batch's rows this is.
+      on_long: what to do with a record with answers that does not fit into T.
+      infilling_rate: fraction of documents that are transformed.
+      process_index, process_count: which equal share of the rows to yield.
       workers: threads that encode; 0 for none.
-      prefetch: batches that are made ahead; 0 to make each when it is asked for.
-      look_ahead: how many records packing chooses from.
+      prefetch: batches to make ahead; 0 makes each on demand.
+      look_ahead: records that packing chooses from.
       separator: between the documents of a .txt.
-      folder: where compressed files and Parquet are expanded, a temporary one if None.
+      folder: where compressed files and Parquet are expanded; None is a temporary one.
 
     Attributes:
-      statistics: of all batches that were yielded, all processes together.
-      seconds_waited: how long batches were waited for.
+      statistics: of all batches that were yielded, over all processes.
+      seconds_waited: time spent waiting for batches.
 
     Raises:
-      DataError: a file or a setting makes no sense; while iterating, a record that is
-        to be refused.
+      DataError: a file cannot be read, or a setting is out of range; while iterating, a
+        record is refused.
       PromptError: there is no such format.
+
+    >>> import pathlib, tempfile, llama_jax
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "data.txt"
+    >>> _ = file.write_text("Once upon a time there was a cat.")
+    >>> tokenizer = llama_jax.open_model().tokenizer
+    >>> loader = Loader([file], tokenizer, format="text", batch_size=1, length=8)
+    >>> tokenizer.decode(next(loader).tokens[0, 1:])
+    'Once upon a time there was a'
     """
 
     def __init__(
         self,
         files: Sequence[Path],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None = None,
         *,
-        format: str,
         batch_size: int,
         length: int,
+        format: str = "text",
+        encoder: RecordEncoder | EncodeFunction | None = None,
         packing: Packing = "pack",
         epochs: int | None = None,
         seed: int = 0,
@@ -109,24 +125,34 @@ class Loader:
                 f"data: batch size {batch_size}, {epochs} epochs and look-ahead "
                 f"{look_ahead} must be at least 1"
             )
-        encoder = Encoder(
-            tokenizer=tokenizer,
-            format=format,
-            length=length,
-            on_long=on_long,
-            seed=seed,
-            infilling_rate=infilling_rate,
-        )
+        if encoder is None:
+            if tokenizer is None:
+                raise DataError("data: there is no tokenizer; give one, or an encoder")
+            encoder = Encoder(
+                tokenizer=tokenizer,
+                format=format,
+                length=length,
+                on_long=on_long,
+                seed=seed,
+                infilling_rate=infilling_rate,
+            )
+        elif not isinstance(encoder, RecordEncoder):
+            encoder = FunctionEncoder(function=encoder, length=length, on_long=on_long)
+        if encoder.length != length:
+            raise DataError(
+                f"data: the encoder's length is {encoder.length}, but length is "
+                f"{length}; make them equal"
+            )
         corpus = Corpus(
             files,
             separator=separator,
-            # Small pieces are shuffled better, and a window should fit into one.
+            # Small pieces shuffle better, but a window should fit into one.
             piece_bytes=max(_SMALLEST_PIECE, _BYTES_PER_TOKEN * length),
             folder=folder,
         )
         self.seconds_waited = 0.0
         self._new_stream = functools.partial(
-            Stream,
+            RowStream,
             corpus=corpus,
             encoder=encoder,
             batch_size=batch_size,
@@ -147,11 +173,11 @@ class Loader:
         self._tokens_before = 0
 
     def __len__(self) -> int:
-        """Records of an epoch."""
+        """The number of records of an epoch."""
         return self._records
 
     def __iter__(self) -> "Loader":
-        """Itself, to go on from the last batch that was yielded."""
+        """The loader, which continues after the last batch."""
         return self
 
     def __next__(self) -> Batch:
@@ -162,7 +188,7 @@ class Loader:
         try:
             batch, state = next(self._source)
         except DataError:
-            self._source = None  # to say it again to who asks again
+            self._source = None  # the next call raises it again
             raise
         self.seconds_waited += time.perf_counter() - start
         self._tokens_before = self._state["statistics"]["tokens"]
@@ -171,12 +197,12 @@ class Loader:
 
     @property
     def statistics(self) -> Statistics:
-        """Counts of what was yielded."""
+        """Counts of what was yielded, over all processes."""
         return Statistics(**copy.deepcopy(self._state["statistics"]))
 
     @property
     def progress(self) -> float:
-        """Epochs that were read for what was yielded, with their fraction."""
+        """Epochs read for what was yielded, a fraction included."""
         return self._state["epoch"] + self._state["record"] / self._records
 
     def facts(self) -> dict[str, float]:
@@ -194,10 +220,10 @@ class Loader:
         }
 
     def survey(self) -> Statistics:
-        """Statistics of the first epoch, which is read for nothing else.
+        """Read the first epoch for its statistics alone.
 
-        Divide `rows` by the batch size for the steps of an epoch; the others have about
-        as many. What is to be refused is refused here, before any training.
+        Its steps are `rows` divided by the batch size; other epochs have about as many.
+        Records that are refused raise here, before any training.
         """
         stream = self._new_stream(epochs=1)
         for _ in stream.batches():
@@ -205,14 +231,14 @@ class Loader:
         return stream.statistics
 
     def state(self) -> dict[str, Any]:
-        """The place behind the last batch, for JSON; the same in every process."""
+        """The position after the last batch, for JSON; the same in every process."""
         return copy.deepcopy(self._state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the batch after which `state` was taken.
+        """Go to the position of a state.
 
         Raises:
-          DataError: files or settings were others then, or it is no state.
+          DataError: the state is damaged, or of other files or settings.
         """
         stream = self._new_stream()
         stream.restore(state)
@@ -221,13 +247,13 @@ class Loader:
         self._tokens_before = self._state["statistics"]["tokens"]
 
     def close(self) -> None:
-        """Stop working ahead. The next batch, if one is asked for, is the next one."""
+        """Stop reading ahead; the loader still continues with the next batch."""
         if self._source is not None:
             self._source.close()  # type: ignore[attr-defined]
             self._source = None
 
     def __enter__(self) -> "Loader":
-        """Itself, to be closed."""
+        """The loader."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -241,8 +267,8 @@ class Loader:
         return _ahead(made, self._prefetch) if self._prefetch > 0 else made
 
 
-def _make(stream: Stream, own: slice) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """Each batch, of which only the rows of `own`, and the state behind it."""
+def _make(stream: RowStream, own: slice) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """The rows `own` of each batch, and the state after it."""
     for rows in stream.batches():
         if not any(example.mask[1:].any() for row in rows for example in row):
             check_targets(assemble(rows, stream.encoder.length))
@@ -252,7 +278,7 @@ def _make(stream: Stream, own: slice) -> Iterator[tuple[Batch, dict[str, Any]]]:
 def _ahead(
     source: Iterator[tuple[Batch, dict[str, Any]]], count: int
 ) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """The same, made by a thread that is at most `count` ahead."""
+    """The same items, made by a thread that is up to `count` ahead."""
     made: queue.Queue[Any] = queue.Queue(count)
     stopped = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Records: the shapes in which people keep text, answers and dialogs, made one."""
+"""Records: text, answers and dialogs of every common shape, in one form."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,29 +13,36 @@ OnBad = Literal["drop", "refuse"]
 
 
 class Pair(NamedTuple):
-    """A prompt and what is to follow it, both as they are."""
+    """A prompt and its response, without a format."""
 
     prompt: str
     response: str
 
 
 class Dialog(NamedTuple):
-    """Messages for a prompt format to write; it also checks their order."""
+    """Messages for a prompt format, which also checks their order.
+
+    Attributes:
+      messages: in order.
+      learnt: whether each message is learnt; empty if all answers are. Only an
+        assistant's message can be.
+    """
 
     messages: Sequence[Message]
+    learnt: Sequence[bool] = ()
 
 
 Content = str | Pair | Dialog
 
 
 class Record(NamedTuple):
-    """One record and where it was found.
+    """A record and its origin.
 
     Attributes:
       place: file and line (or row, item, document).
       content: of one of three kinds.
-      begins, ends: of a text, whether its first and last characters are here; other
-        pieces of it are records of their own.
+      begins, ends: of a text, whether it has the document's first and last characters;
+        other pieces of a document are records of their own.
     """
 
     place: Place
@@ -53,23 +60,24 @@ def read_records(
     separator: str = "<|endoftext|>",
     folder: Path | None = None,
 ) -> Iterator[Record]:
-    """The records of some files in their order, one at a time.
+    """Read the records of files in order.
 
-    A file of JSON lines, a JSON list, or Parquet holds records of these shapes:
+    A file of JSON lines, a JSON list, or Parquet has records of these shapes:
     `{"text"}`; `{"prompt", "response"}` or `completion`; Alpaca's `{"instruction",
     "input", "output"}`; dialogs as OpenAI's `{"messages": [{"role", "content"}]}` or
-    ShareGPT's `{"conversations": [{"from", "value"}]}`. Other keys are not looked at.
+    ShareGPT's `{"conversations": [{"from", "value"}]}`. A message may have a `weight`
+    of 0 or 1, or `train` of false or true: whether it is learnt. Others are ignored.
 
     Args:
       files: .jsonl, .json, .txt, each also with .gz; .parquet.
-      on_bad: whether a malformed record is dropped, or ends the reading.
-      on_problem: called with each that is dropped.
-      prefer_text: of a record with `text` and other keys, take the text.
+      on_bad: whether a malformed record is dropped, or raises.
+      on_problem: called with the error of each record that is dropped.
+      prefer_text: read the text of a record with `text` and other keys.
       separator: between the documents of a .txt.
-      folder: where compressed files and Parquet are expanded, a temporary one if None.
+      folder: where compressed files and Parquet are expanded; None is a temporary one.
 
     Raises:
-      DataError: a file cannot be read, or a record is malformed, by file and line.
+      DataError: a file cannot be read, or a record is malformed; names file and line.
     """
     corpus = Corpus(files, separator=separator, folder=folder)
     for number in range(len(corpus)):
@@ -83,7 +91,7 @@ def read_records(
 
 
 def parse(raw: Raw, *, prefer_text: bool = False) -> Record:
-    """What the bytes of a record say, or a `DataError` with its place."""
+    """Parse the bytes of a record, or raise a `DataError` with its place."""
     try:
         text = raw.data.decode()
         if raw.place.unit == "document":
@@ -100,20 +108,20 @@ def parse(raw: Raw, *, prefer_text: bool = False) -> Record:
 
 
 def recognise(value: object, *, prefer_text: bool = False) -> Content:
-    """The content of a record of any known shape.
+    """Read the content of a record of any known shape.
 
     Raises:
-      DataError: it has none of them, or something else where its text should be.
+      DataError: it has another shape, or no text where text should be.
     """
     if not isinstance(value, dict):
         raise DataError(f"is {_kind(value)}, not an object with keys")
-    # What a table has no value for is null there.
+    # A table has null where there is no value.
     value = {key: part for key, part in value.items() if part is not None}
     if prefer_text and "text" in value:
         return _text(value, "text")
     for key, read in (("messages", _openai), ("conversations", _sharegpt)):
         if key in value:
-            return Dialog(_messages(value[key], key, read))
+            return _dialog(value[key], key, read)
     if "instruction" in value and "output" in value:
         return Dialog(_alpaca(value))
     for key in ("response", "completion"):
@@ -121,26 +129,26 @@ def recognise(value: object, *, prefer_text: bool = False) -> Content:
             return Pair(_text(value, "prompt"), _text(value, key))
     if "text" in value:
         return _text(value, "text")
-    found = ", ".join(f"{key!r:.40}" for key in sorted(value)[:8]) or "no keys"
+    keys = ", ".join(f"{key!r:.40}" for key in sorted(value)[:8]) or "no keys"
     raise DataError(
-        f"has {found}, but neither text, prompt and response, instruction and output, "
+        f"has {keys}, but neither text, prompt and response, instruction and output, "
         "messages nor conversations"
     )
 
 
 def _alpaca(value: Mapping[str, Any]) -> list[Message]:
-    asked = Message(role="user", content=_text(value, "instruction"))
+    instruction = Message(role="user", content=_text(value, "instruction"))
     if value.get("input", ""):
-        asked["input"] = _text(value, "input")
-    return [asked, Message(role="assistant", content=_text(value, "output"))]
+        instruction["input"] = _text(value, "input")
+    return [instruction, Message(role="assistant", content=_text(value, "output"))]
 
 
-def _messages(
+def _dialog(
     value: object, key: str, read: Callable[[Mapping[str, Any]], Message]
-) -> list[Message]:
+) -> Dialog:
     if not isinstance(value, list) or not value:
         raise DataError(f"has {_kind(value)} as its {key!r}, not a list of messages")
-    messages = []
+    messages, flags = [], []
     for number, message in enumerate(value, start=1):
         where = f"message {number} of {len(value)}"
         if not isinstance(message, dict):
@@ -148,13 +156,42 @@ def _messages(
         for name in ("tool_calls", "function_call"):
             if message.get(name):
                 raise DataError(f"{where} has {name!r}, which no format here can write")
-        if message.get("weight", 1) not in (None, 1):
-            raise DataError(f"{where} has a weight of its own, which is not supported")
         try:
             messages.append(read(message))
+            flags.append(_learnt(message, messages[-1]["role"]))
         except DataError as error:
             raise DataError(f"{where} {error}") from error
-    return messages
+    if all(flag is None for flag in flags):
+        return Dialog(messages)
+    answers = [message["role"] == "assistant" for message in messages]
+    return Dialog(
+        messages,
+        [
+            answer if flag is None else flag
+            for answer, flag in zip(answers, flags, strict=True)
+        ],
+    )
+
+
+def _learnt(message: Mapping[str, Any], role: str) -> bool | None:
+    """What a message says on whether it is learnt; None if it says nothing."""
+    flags = set()
+    for name, values in (("weight", (0, 1)), ("train", (False, True))):
+        value = message.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) != (name == "train") or value not in values:
+            allowed = " or ".join(json.dumps(one) for one in values)
+            raise DataError(f"has {value!r:.40} as its {name!r}, not {allowed}")
+        flags.add(bool(value))
+    if len(flags) > 1:
+        raise DataError("has a 'weight' and a 'train' that contradict each other")
+    learnt = flags.pop() if flags else None
+    if learnt and role != "assistant":
+        raise DataError(
+            f"is the {role}'s and marked as learnt, but only the assistant's can be"
+        )
+    return learnt
 
 
 def _openai(message: Mapping[str, Any]) -> Message:

@@ -1,22 +1,21 @@
-"""`Stream`: a corpus as an endless, ordered stream of batches' rows that can go on.
+"""`RowStream`: a corpus as an endless, ordered stream of the rows of batches.
 
-Everything is a function of the seed and of how far the stream has come: the order of an
-epoch is a keyed permutation, an example a function of its record, a row of the examples
-in front of it. So the state is two numbers and the examples that wait to be packed,
-named by their places, and it is the same wherever the stream runs.
+Everything is a function of the seed and of the position: the order of an epoch is a
+keyed permutation, an example is a function of its record, a row of the examples before
+it. So the state is two numbers and the places of the examples that wait to be packed,
+and it is the same wherever the stream runs.
 """
 
 import collections
 import concurrent.futures as futures
 import copy
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from llama_jax.data.batch import Example, pack
-from llama_jax.data.encode import Encoded, Encoder
+from llama_jax.data.encode import Encoded, RecordEncoder
 from llama_jax.data.files import Corpus
 from llama_jax.data.order import shuffled
 from llama_jax.data.records import OnBad, parse
@@ -24,22 +23,22 @@ from llama_jax.errors import DataError
 
 Packing = Literal["pack", "pad", "split"]
 _BLOCK = 32  # records that a thread encodes at a time
-_MOST_NAMED = 100
+_MAX_PROBLEMS = 100
 
 
 @dataclasses.dataclass
 class Statistics:
-    """What a stream has read and made of it.
+    """Counts of what a stream has read and yielded.
 
     Attributes:
-      records: read, over all epochs.
-      truncated: of those, how many were cut off.
-      examples, rows: put into batches.
-      slots: of these rows.
-      tokens: in these slots.
-      targets: of these tokens, how many are followed by something learnt.
-      dropped: records of the first epoch that gave nothing, by reason.
-      problems: the first of those by file and line.
+      records: records read, over all epochs.
+      truncated: records that were cut off.
+      examples, rows: examples and rows in batches.
+      slots: slots of these rows.
+      tokens: tokens in these slots.
+      targets: tokens that are followed by a learnt one.
+      dropped: dropped records of the first epoch, by reason.
+      problems: the first of their errors, with file and line.
     """
 
     records: int = 0
@@ -54,39 +53,39 @@ class Statistics:
 
     @property
     def fill_rate(self) -> float:
-        """Which part of the slots has a token."""
+        """The fraction of slots with a token."""
         return self.tokens / self.slots if self.slots else 0.0
 
     @property
     def left_out(self) -> str:
-        """In words, how many records gave nothing in an epoch, and were cut in all."""
+        """Words for the records dropped in an epoch, and truncated in all of them."""
         parts = [f"{count:,} {reason}" for reason, count in self.dropped.items()]
         cut = f"; truncated: {self.truncated:,}" if self.truncated else ""
         return f"dropped: {', '.join(parts) or 'none'}{cut}"
 
 
 @dataclasses.dataclass(kw_only=True)
-class Stream:
-    """The rows of the global batches, one list of examples for each row.
+class RowStream:
+    """The rows of the global batches; a row is a list of examples.
 
     Attributes:
       corpus: the records.
-      encoder: what makes examples of them.
+      encoder: makes examples of records.
       batch_size: B of the global batch.
-      packing: several examples to a row (`"pack"`), also cutting those that do not fit
-        (`"split"`, of text only), or one (`"pad"`).
-      look_ahead: of packing.
-      shuffle: whether each epoch has another order, or that of the files.
+      packing: several examples per row ("pack"), also cutting those that do not fit
+        ("split", of text only), or one per row ("pad").
+      look_ahead: examples that packing chooses from.
+      shuffle: shuffle each epoch, or keep the order of the files.
       seed: of the orders.
-      epochs: after so many the stream ends, with empty rows in the last batch; None
-        for never.
-      on_bad: whether a record that gives nothing is dropped or raises its `DataError`.
-      workers: threads that encode ahead; 0 to encode when asked.
+      epochs: epochs after which the stream ends, with empty rows in the last batch;
+        None never ends.
+      on_bad: whether a record without examples is dropped or raises its `DataError`.
+      workers: threads that encode ahead; 0 encodes on demand.
       statistics: of what was yielded.
     """
 
     corpus: Corpus
-    encoder: Encoder
+    encoder: RecordEncoder
     batch_size: int
     packing: Packing = "pack"
     look_ahead: int = 64
@@ -98,32 +97,27 @@ class Stream:
     statistics: Statistics = dataclasses.field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
-        """Begin at the beginning."""
-        if self.packing == "split" and self.encoder.format != "text":
+        """Start at the first record."""
+        if self.packing == "split" and not self.encoder.can_split:
             raise DataError(
-                f"data: {self.encoder.format} cannot be split between rows, only text; "
-                "use packing 'pack'"
+                "data: packing 'split' cuts examples between rows, which only plain "
+                "text allows; use packing 'pack'"
             )
         self._epoch, self._record, self._window = 0, 0, 0
         self._waiting: list[Example] = []
-        self._found = False
+        self._epoch_has_examples = False
         self._settings = self.settings()
 
     @property
     def progress(self) -> float:
-        """Epochs that were read, with their fraction."""
+        """Epochs read so far, a fraction included."""
         return self._epoch + self._record / len(self.corpus)
 
     def settings(self) -> dict[str, Any]:
-        """What the batches depend on, beside the state."""
-        encoder = self.encoder
+        """What the batches depend on, besides the state."""
         return {
             "data": self.corpus.fingerprint,
-            "tokenizer": hashlib.sha256(encoder.tokenizer.contents).hexdigest()[:16],
-            "format": encoder.format,
-            "sequence length": encoder.length,
-            "on_long": encoder.on_long,
-            "infilling rate": encoder.infilling_rate,
+            **self.encoder.settings(),
             "batch size": self.batch_size,
             "packing": self.packing,
             "look-ahead": self.look_ahead,
@@ -132,7 +126,7 @@ class Stream:
         }
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch, for JSON."""
+        """The position after the last batch, for JSON."""
         return {
             "settings": self._settings,
             "epoch": self._epoch,
@@ -143,10 +137,10 @@ class Stream:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, of a stream of the same settings.
+        """Go to the position of a state, of a stream with the same settings.
 
         Raises:
-          DataError: it is another stream's state, or none.
+          DataError: the state is damaged, or of another stream.
         """
         try:
             before, now = dict(state["settings"]), self._settings
@@ -155,7 +149,7 @@ class Stream:
                     raise DataError(
                         f"data: the {name} was {before.get(name)!r} when the state was "
                         f"saved and is {now[name]!r} now; resume with what it was, or "
-                        "begin anew"
+                        "start a new run"
                     )
             waiting = [tuple(map(int, origin)) for origin in state["waiting"]]
             epoch, record, window = (
@@ -166,20 +160,20 @@ class Stream:
             for number in sorted({origin[0] for origin in waiting}):
                 (encoded,) = self._encode(epoch, number, number + 1)
                 examples[number] = encoded.examples  # type: ignore[union-attr]
-            found = [
+            cut_examples = [
                 examples[number][part].cut(start)[1] for number, part, start in waiting
             ]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"data: the saved state is damaged ({error!r}); begin anew"
+                f"data: the saved state is damaged ({error!r}); start a new run"
             ) from error
         self._epoch, self._record, self._window = epoch, record, window
-        self._waiting, self.statistics = found, statistics
+        self._waiting, self.statistics = cut_examples, statistics
 
     def batches(self) -> Iterator[list[list[Example]]]:
-        """The rows of each batch; between two of them `state` may be asked for."""
+        """Yield the rows of each batch; `state` is valid between two batches."""
         rows = self._rows()
         while batch := list(itertools.islice(rows, self.batch_size)):
             batch += [[] for _ in range(self.batch_size - len(batch))]
@@ -187,7 +181,7 @@ class Stream:
             yield batch
 
     def _rows(self) -> Iterator[list[Example]]:
-        """Rows of one epoch after another; none has examples of two."""
+        """Rows of one epoch after another; no row has examples of two epochs."""
         while self.epochs is None or self._epoch < self.epochs:
             examples = self._examples()
             if self.packing == "pad":
@@ -200,14 +194,14 @@ class Stream:
                     split=self.packing == "split",
                     waiting=self._waiting,
                 )
-            if not self.statistics.examples and not self._found:
+            if not self.statistics.examples and not self._epoch_has_examples:
                 raise self._nothing()
             self._epoch, self._record, self._window = self._epoch + 1, 0, 0
 
     def _examples(self) -> Iterator[Example]:
-        """What is left of the epoch; the state is moved as each is handed over."""
+        """The rest of the epoch; the position moves with each example."""
         counts = self.statistics
-        self._found = bool(self._waiting)
+        self._epoch_has_examples = bool(self._waiting)
         for record, encoded in self._ahead(self._epoch, self._record):
             done = self._window if record == self._record else 0
             if not done:
@@ -218,7 +212,7 @@ class Stream:
                 counts.truncated += encoded.truncated and not done
                 for window, example in enumerate(encoded.examples):
                     if window >= done:
-                        self._found = True
+                        self._epoch_has_examples = True
                         self._record, self._window = record, window + 1
                         yield example
             self._record, self._window = record + 1, 0
@@ -228,11 +222,11 @@ class Stream:
             raise error
         if self.encoder.on_long == "refuse" and error.reason == "long":
             raise error
-        if self._epoch:  # it was named in the first
+        if self._epoch:  # it was counted in the first
             return
         counts = self.statistics
         counts.dropped[error.reason] = counts.dropped.get(error.reason, 0) + 1
-        if len(counts.problems) < _MOST_NAMED:
+        if len(counts.problems) < _MAX_PROBLEMS:
             counts.problems.append(str(error))
 
     def _nothing(self) -> DataError:
@@ -255,7 +249,7 @@ class Stream:
     def _ahead(
         self, epoch: int, first: int
     ) -> Iterator[tuple[int, Encoded | DataError]]:
-        """Records of an epoch from its place `first` on, encoded ahead in threads."""
+        """Records of an epoch from index `first` on, encoded ahead in threads."""
         starts = range(first, len(self.corpus), _BLOCK)
         if not self.workers:
             for start in starts:
@@ -263,10 +257,12 @@ class Stream:
             return
         pool = futures.ThreadPoolExecutor(self.workers, "llama_jax-encode")
         try:
-            coming = iter(starts)
+            remaining = iter(starts)
             running: collections.deque[tuple[int, futures.Future]] = collections.deque()
             while True:
-                for start in itertools.islice(coming, 3 * self.workers - len(running)):
+                for start in itertools.islice(
+                    remaining, 3 * self.workers - len(running)
+                ):
                     running.append((start, pool.submit(self._block, epoch, start)))
                 if not running:
                     return
@@ -279,22 +275,22 @@ class Stream:
         return self._encode(epoch, start, min(start + _BLOCK, len(self.corpus)))
 
     def _encode(self, epoch: int, first: int, last: int) -> list[Encoded | DataError]:
-        """What becomes of the records at these places of an epoch's order."""
+        """Encode the records at these indices of an epoch's order."""
         numbers = list(range(first, last))
         if self.shuffle:
             key = (self.seed, epoch)
             numbers = shuffled(first, last, len(self.corpus), key=key).tolist()
-        prefer_text = self.encoder.format in ("text", "infilling")
-        found: list[Encoded | DataError] = []
-        for place, number in enumerate(numbers, start=first):
+        prefer_text = self.encoder.prefer_text
+        results: list[Encoded | DataError] = []
+        for index, number in enumerate(numbers, start=first):
             try:
                 record = parse(self.corpus.read(number), prefer_text=prefer_text)
                 examples, truncated = self.encoder.encode(record, epoch, number)
-                named = [
-                    example._replace(origin=(place, window, 0))
+                examples = [
+                    example._replace(origin=(index, window, 0))
                     for window, example in enumerate(examples)
                 ]
-                found.append(Encoded(named, truncated))
+                results.append(Encoded(examples, truncated))
             except DataError as error:
-                found.append(error)
-        return found
+                results.append(error)
+        return results

@@ -127,6 +127,28 @@ def test_a_pair_is_a_dialog_to_a_chat_format(small: Tokenizer) -> None:
         assert pair == encode(small, dialog("Hi", "Hello"), format)
 
 
+@pytest.mark.parametrize("format", [f for f in FORMATS if f not in SINGLE_TURN])
+def test_only_messages_marked_as_learnt_are_learnt(
+    small: Tokenizer, format: str
+) -> None:
+    texts = ("Hi", "Hello", "And you?", "Well.", "Bye", "Ciao")
+    whole = encode(small, dialog(*texts), format)
+    runs = learnt(*whole[0])
+    assert len(runs) == 3
+    flags = [False, False, False, True, False, True]
+    ((ids, mask),) = encode(small, dialog(*texts)._replace(learnt=flags), format)
+    assert ids == whole[0][0]
+    assert learnt(ids, mask) == runs[1:]
+    # The user's last message is left out, and its mark with it.
+    more = Dialog(
+        [*dialog(*texts).messages, *dialog("More?").messages], [*flags, False]
+    )
+    assert encode(small, more, format) == [(ids, mask)]
+    nothing = dialog(*texts)._replace(learnt=[False] * 6)
+    with pytest.raises(DataError, match="has no answer to learn from"):
+        encode(small, nothing, format)
+
+
 def test_an_input_is_appended_where_the_format_has_no_place_for_it(
     small: Tokenizer,
 ) -> None:
@@ -206,7 +228,7 @@ def test_long_records_are_refused_or_cut(small: Tokenizer) -> None:
 def test_settings_that_make_no_sense_are_refused(small: Tokenizer) -> None:
     with pytest.raises(PromptError, match="did you mean 'alpaca'"):
         Encoder(tokenizer=small, format="alpacca", length=8)
-    with pytest.raises(DataError, match="length is 0, not positive"):
+    with pytest.raises(DataError, match="sequence length must be positive, got 0"):
         Encoder(tokenizer=small, format="text", length=0)
     plain = Tokenizer(small.contents)
     with pytest.raises(DataError, match="no infilling pieces"):

@@ -325,7 +325,7 @@ def test_settings_that_make_no_sense_are_refused(
         ({"process_index": 1}, "process 1 of 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"epochs": 0}, "at least 1"),
-        ({"packing": "split", "format": "vicuna"}, "vicuna cannot be split"),
+        ({"packing": "split", "format": "vicuna"}, "only plain text allows"),
     ):
         with pytest.raises(DataError, match=complaint):
             load(numbered, tokenizer, **options)

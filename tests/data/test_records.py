@@ -30,6 +30,19 @@ SHAPES = [
     ),
     ({"messages": [ASKED, SAID], "id": "7"}, Dialog([ASKED, SAID])),
     (
+        {"messages": [ASKED, {**SAID, "weight": 0}, ASKED, SAID]},
+        Dialog([ASKED, SAID, ASKED, SAID], [False, False, False, True]),
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "Hi", "train": False},
+                {"from": "gpt", "value": "Hello", "train": True},
+            ]
+        },
+        Dialog([ASKED, SAID], [False, True]),
+    ),
+    (
         {"messages": [{**ASKED, "content": [{"type": "text", "text": "Hi"}]}, SAID]},
         Dialog([ASKED, SAID]),
     ),
@@ -63,7 +76,12 @@ BAD = [
     ({"messages": [{"role": ["a"], "content": ""}]}, r"has \['a'\] as its 'role'"),
     ({"messages": [{**ASKED, "content": [{"type": "image"}]}]}, "not text"),
     ({"messages": [{**SAID, "tool_calls": [{}]}]}, "'tool_calls', which no format"),
-    ({"messages": [{**SAID, "weight": 0}]}, "weight of its own"),
+    ({"messages": [{**SAID, "weight": 0.5}]}, "has 0.5 as its 'weight', not 0 or 1"),
+    ({"messages": [{**SAID, "weight": True}]}, "has True as its 'weight', not 0 or 1"),
+    ({"messages": [{**SAID, "train": 1}]}, "has 1 as its 'train', not false or true"),
+    ({"messages": [{**SAID, "train": "no"}]}, "has 'no' as its 'train', not false"),
+    ({"messages": [{**SAID, "weight": 1, "train": False}]}, "contradict each other"),
+    ({"messages": [{**ASKED, "train": True}]}, "only the assistant's can be"),
     ({"conversations": [{"from": "bot", "value": ""}]}, "has 'bot' as its 'from'"),
 ]
 
@@ -203,7 +221,8 @@ def test_no_bytes_are_read_as_anything_but_records_or_refused(
 
 KEYS = st.sampled_from(
     ["text", "prompt", "response", "completion", "instruction", "input", "output",
-     "messages", "conversations", "role", "content", "from", "value", "type", "weight"]
+     "messages", "conversations", "role", "content", "from", "value", "type", "weight",
+     "train"]
 )  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
