@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from llama_jax.bench.machine import Bandwidth, best_and_median, measure_bandwidth
 from llama_jax.config import LlamaConfig
-from llama_jax.generation import decode as decoding
+from llama_jax.generation.batching import bucket
+from llama_jax.generation.lanes import advance
+from llama_jax.generation.lanes import start as start_lanes
 from llama_jax.generation.sampling import Sampling, sampling_rows
 from llama_jax.model.init import init_params
 from llama_jax.model.transformer import Llama
@@ -86,7 +88,7 @@ def measure_decode(
     # Before and after, since the load of the machine changes; not meanwhile, since the
     # weights may leave no room.
     limits = [measure_bandwidth()]
-    slots = decoding.bucket(prompt_length + steps + _STEPS_PER_CALL, 1 << 30)
+    slots = bucket(prompt_length + steps + _STEPS_PER_CALL, 1 << 30)
     model = Llama(config, runtime, mesh)
     times = _step_times(model, batch, prompt_length, steps, slots, rounds)
     limits.append(measure_bandwidth())
@@ -125,7 +127,7 @@ def _step_times(
     per_call = min(steps, _STEPS_PER_CALL)
     times: list[float] = []
     for number in range(1 + rounds):
-        lanes, _, _ = decoding.start(
+        lanes, _, _ = start_lanes(
             model,
             params,
             jnp.ones((batch, prompt_length), jnp.int32),
@@ -139,7 +141,7 @@ def _step_times(
 
         for _ in range(-(-steps // per_call)):
             start = time.perf_counter()
-            lanes, emitted = decoding.advance(model, params, lanes, jnp.int32(per_call))
+            lanes, emitted = advance(model, params, lanes, jnp.int32(per_call))
             jax.block_until_ready(emitted)
             if number > 0:
                 times.append((time.perf_counter() - start) / per_call)

@@ -14,7 +14,6 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import broadcast_from_main
-from llama_jax.generation.decode import bucket
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling, SamplingRows, sampling_rows
 from llama_jax.model.cache import cache_shardings, init_cache
@@ -26,8 +25,13 @@ MAX_ROWS = 256
 """Most rows of a batch, whatever fits memory: more are no faster."""
 
 
+def bucket(size: int, limit: int, smallest: int = 16) -> int:
+    """The size to pad to: the next power of two, between `smallest` and `limit`."""
+    return min(max(smallest, 1 << (size - 1).bit_length()), limit)
+
+
 class StartInputs(NamedTuple):
-    """Arguments of `decode.start` that depend on the requests."""
+    """Arguments of `lanes.start` that depend on the requests."""
 
     tokens: Tokens
     lengths: Lengths

@@ -15,13 +15,14 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
 from llama_jax.errors import ConfigError, PromptError
-from llama_jax.generation import decode as decoding
 from llama_jax.generation.batching import (
+    bucket,
     cut_batches,
     slots_needed,
     start_inputs,
     token_limit,
 )
+from llama_jax.generation.lanes import MAX_STEPS, Emitted, advance, release, start
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import TokenLogprobs
 from llama_jax.generation.stop_strings import StopScanner
@@ -81,7 +82,7 @@ def generate(
     loaded: Loaded,
     requests: Sequence[Request],
     *,
-    chunk: int = decoding.MAX_STEPS,
+    chunk: int = MAX_STEPS,
     max_batch_bytes: int | None = None,
 ) -> list[Completion]:
     """Complete requests.
@@ -229,7 +230,7 @@ class _Row:
         logprobs, top = self._logprobs(scores, row, len(self.prompt) - 1)
         return Delta(self.index, text, self.prompt, (0.0, *logprobs), ((), *top), None)
 
-    def take(self, row: int, emitted: decoding.Emitted) -> Delta | None:
+    def take(self, row: int, emitted: Emitted) -> Delta | None:
         """The delta of new tokens; None if there are none."""
         if self.finished:
             return None
@@ -282,11 +283,11 @@ def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delt
     top = max(request.logprobs or 0 for request in requests)
     echoed = [request for request in requests if request.echo]
     slots = max(slots_needed(request, model.config) for request in requests)
-    lanes, emitted, scores = decoding.start(
+    lanes, emitted, scores = start(
         model,
         params,
         *inputs,
-        num_slots=decoding.bucket(slots, model.config.max_seq_len),
+        num_slots=bucket(slots, model.config.max_seq_len),
         top=top,
         score_prompt=any(request.logprobs is not None for request in echoed),
     )
@@ -303,7 +304,5 @@ def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delt
             return
         stopped = np.ones(lanes.done.shape, bool)
         stopped[: len(rows)] = [row.finished for row in rows]
-        lanes = lanes._replace(done=lanes.done | jnp.asarray(stopped))
-        lanes, emitted = decoding.advance(
-            model, params, lanes, jnp.int32(chunk), top=top
-        )
+        lanes = release(lanes, jnp.asarray(stopped))
+        lanes, emitted = advance(model, params, lanes, jnp.int32(chunk), top=top)

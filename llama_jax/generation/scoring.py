@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.distributed import to_host
 from llama_jax.errors import PromptError
-from llama_jax.generation.decode import bucket
+from llama_jax.generation.batching import bucket
 from llama_jax.generation.generate import check_token_ids
 from llama_jax.generation.request import Request
 from llama_jax.model.transformer import Llama, apply

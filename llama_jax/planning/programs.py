@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from llama_jax.data.batch import Batch
-from llama_jax.generation import decode as decoding
+from llama_jax.generation.decode import prefill
+from llama_jax.generation.lanes import Lanes, advance, empty_lanes
 from llama_jax.kernels.selection import (
     AttentionCall,
     Implementation,
@@ -150,16 +151,16 @@ def _prefill(work: Workload, model: Llama, mesh: Mesh) -> Program:
     lengths = _replicate(jax.ShapeDtypeStruct((work.batch,), jnp.int32), mesh)
     kinds = {"weights": params, "batch": (tokens, lengths)}
     arguments = (model, params, tokens, lengths)
-    return _program(model, mesh, decoding.prefill, arguments, kinds, num_slots=work.seq)
+    return _program(model, mesh, prefill, arguments, kinds, num_slots=work.seq)
 
 
 def _decode(work: Workload, model: Llama, mesh: Mesh) -> Program:
     config, batch, slots = work.config, work.batch, work.seq
     params = _weights(work, model, mesh)
 
-    def make_lanes() -> decoding.Lanes:
+    def make_lanes() -> Lanes:
         cache = init_cache(config, batch, slots, model.runtime.slot_dtype)
-        return decoding.empty_lanes(cache, config.vocab_size)
+        return empty_lanes(cache, config.vocab_size)
 
     lanes = jax.eval_shape(make_lanes)
     shardings = cache_shardings(config, model.runtime, mesh, batch, slots)
@@ -169,7 +170,7 @@ def _decode(work: Workload, model: Llama, mesh: Mesh) -> Program:
     kinds = {"weights": params, "cache": cache}
     kinds["batch"] = (lanes._replace(cache=()), steps)
     arguments = (model, params, lanes, steps)
-    return _program(model, mesh, decoding.advance, arguments, kinds)
+    return _program(model, mesh, advance, arguments, kinds)
 
 
 def _weights(work: Workload, model: Llama, mesh: Mesh) -> Tree:

@@ -81,7 +81,7 @@ def test_free_memory_of_an_unknown_system_is_half_of_all_or_a_guess(
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    return talking_model()
+    return talking_model(TALKING.replace(num_layers=1))
 
 
 def mixed_requests() -> list[Request]:

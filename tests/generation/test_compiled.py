@@ -19,9 +19,10 @@ from support.programs import (
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
-from llama_jax.generation import decode as decoding
+from llama_jax.generation import lanes as lanes_module
 from llama_jax.generation.batching import start_inputs
 from llama_jax.generation.completion import text_completion
+from llama_jax.generation.decode import decode_step
 from llama_jax.generation.generate import generate, stream
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
@@ -91,7 +92,7 @@ def test_decoding_writes_into_the_donated_cache() -> None:
 
     before = pointers(cache)
     tokens = jnp.ones((2,), jnp.int32)
-    _, after = decoding.decode_step(model, params, cache, tokens)
+    _, after = decode_step(model, params, cache, tokens)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
     assert pointers(after) == before
 
@@ -99,14 +100,14 @@ def test_decoding_writes_into_the_donated_cache() -> None:
 def test_a_request_is_inserted_without_a_copy_of_the_lanes() -> None:
     lanes, prefix = (
         jax.eval_shape(
-            lambda rows=rows, slots=slots: decoding.empty_lanes(
+            lambda rows=rows, slots=slots: lanes_module.empty_lanes(
                 init_cache(GROUPED, rows, slots, "float32"), GROUPED.vocab_size
             )
         )
         for rows, slots in ((16, SLOTS), (1, 64))
     )
     lane = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = decoding.insert.lower(lanes, lane, prefix).compile()
+    compiled = lanes_module.insert.lower(lanes, lane, prefix).compile()
     layer = cache_layer_size(GROUPED, 16, SLOTS)
     assert not whole_results(compiled.as_text(), {layer})
     memory = compiled.memory_analysis()
@@ -167,10 +168,13 @@ def warm() -> Loaded:
 def test_another_request_of_the_same_buckets_compiles_nothing(
     warm: Loaded, compilations: list[str], other: dict[str, Any]
 ) -> None:
-    programs = decoding.start._cache_size(), decoding.advance._cache_size()
+    programs = lanes_module.start._cache_size(), lanes_module.advance._cache_size()
     generate(warm, requests([1, *range(20, 33)], [1, 30], **other))
     assert compilations == []
-    assert programs == (decoding.start._cache_size(), decoding.advance._cache_size())
+    assert programs == (
+        lanes_module.start._cache_size(),
+        lanes_module.advance._cache_size(),
+    )
 
 
 def test_another_text_compiles_nothing(warm: Loaded, compilations: list[str]) -> None:
@@ -203,16 +207,21 @@ def test_lanes_compile_each_program_once(warm: Loaded, compilations: list[str]) 
     """A second request of the same bucket, in another lane, compiles nothing."""
     model, params, tokenizer = warm.language_model, warm.params, warm.tokenizer
 
-    def run(lanes: decoding.Lanes, lane: int, request: Request) -> decoding.Lanes:
+    def run(
+        lanes: lanes_module.Lanes, lane: int, request: Request
+    ) -> lanes_module.Lanes:
         inputs = start_inputs([request], model.config, tokenizer)
-        prefix, _, _ = decoding.start(model, params, *inputs, num_slots=32)
-        lanes, _ = decoding.advance(
-            model, params, decoding.insert(lanes, jnp.int32(lane), prefix), jnp.int32(3)
+        prefix, _, _ = lanes_module.start(model, params, *inputs, num_slots=32)
+        lanes, _ = lanes_module.advance(
+            model,
+            params,
+            lanes_module.insert(lanes, jnp.int32(lane), prefix),
+            jnp.int32(3),
         )
         return lanes
 
     cache = init_cache(model.config, 4, 64, "float32")
-    lanes = decoding.empty_lanes(cache, model.config.vocab_size)
+    lanes = lanes_module.empty_lanes(cache, model.config.vocab_size)
     lanes = run(lanes, 0, Request([1, 5, 6], 4))
     compilations.clear()
     run(lanes, 3, Request([1, 9], 9, Sampling(top_k=3), stop_ids=[2]))

@@ -14,7 +14,7 @@ from support.tolerances import LOGPROBS_FLOAT32
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.errors import ConfigError, PromptError
-from llama_jax.generation import decode as decoding
+from llama_jax.generation.batching import bucket
 from llama_jax.generation.completion import chat_completion, text_completion
 from llama_jax.generation.generate import Completion, generate, stream
 from llama_jax.generation.request import Request
@@ -380,4 +380,4 @@ def test_no_requests_have_no_completions(loaded: Loaded) -> None:
 def test_buckets_are_powers_of_two_within_their_limits(
     size: int, limit: int, smallest: int, expected: int
 ) -> None:
-    assert decoding.bucket(size, limit, smallest) == expected
+    assert bucket(size, limit, smallest) == expected

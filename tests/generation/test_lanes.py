@@ -11,21 +11,21 @@ from support.models import TALKING, talking_model
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.errors import ConfigError
 from llama_jax.generation.batching import start_inputs
-from llama_jax.generation.decode import (
+from llama_jax.generation.decode import decode_step, extend, prefill
+from llama_jax.generation.generate import generate
+from llama_jax.generation.lanes import (
     Lanes,
     advance,
     begin,
-    decode_step,
     empty_lanes,
-    extend,
     insert,
-    prefill,
+    release,
     start,
 )
-from llama_jax.generation.generate import generate
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
-from llama_jax.model.cache import init_cache
+from llama_jax.model.cache import init_cache, init_paged_cache
+from llama_jax.model.pages import NO_PAGE
 from llama_jax.runtime import Runtime
 
 LANES, SLOTS, STEPS = 4, 32, 3
@@ -42,22 +42,42 @@ ARRIVALS = {0: 0, 1: 1, 2: 3}
 """The round in which each request arrives."""
 
 
+PAGE = 8
+
+
+either_cache = pytest.mark.parametrize("paged", [False, True], ids=["slots", "pages"])
+
+
 @pytest.fixture(scope="module", params=[None, "int8"], ids=["dense", "int8"])
 def loaded(request: Any) -> Loaded:
-    return talking_model(runtime=Runtime(cache_dtype=request.param))
+    return talking_model(
+        TALKING.replace(num_layers=1), Runtime(cache_dtype=request.param)
+    )
 
 
-def new_lanes(loaded: Loaded) -> Lanes:
-    model = loaded.language_model
-    dtype = model.runtime.slot_dtype
-    cache = init_cache(model.config, LANES, SLOTS, dtype)
-    return empty_lanes(cache, model.config.vocab_size)
+def new_lanes(loaded: Loaded, *, paged: bool = False) -> Lanes:
+    config, dtype = loaded.model.config, loaded.model.runtime.slot_dtype
+    cache = init_cache(config, LANES, SLOTS, dtype)
+    if paged:
+        rows, pages = SLOTS // PAGE, LANES * SLOTS // PAGE
+        cache = init_paged_cache(
+            config,
+            LANES,
+            num_pages=pages,
+            page_size=PAGE,
+            pages_per_row=rows,
+            dtype=dtype,
+        )
+    return empty_lanes(cache, config.vocab_size)
 
 
-def serve(loaded: Loaded, arrivals: dict[int, int]) -> dict[int, list[Any]]:
+def serve(
+    loaded: Loaded, arrivals: dict[int, int], *, paged: bool = False
+) -> dict[int, list[Any]]:
     """Tokens and log-probabilities of requests that arrive at different times."""
     model, params, tokenizer = loaded.language_model, loaded.params, loaded.tokenizer
-    lanes = new_lanes(loaded)
+    lanes = new_lanes(loaded, paged=paged)
+    free = list(range(LANES * SLOTS // PAGE))
     waiting, running, results = dict(arrivals), dict[int, int](), dict[int, list[Any]]()
 
     def collect(row: int, number: int, emitted: Any) -> None:
@@ -73,7 +93,8 @@ def serve(loaded: Loaded, arrivals: dict[int, int]) -> dict[int, list[Any]]:
             inputs = start_inputs([REQUESTS[number]], model.config, tokenizer)
             slots = inputs.tokens.shape[1]  # a bucket of its own, before it is inserted
             prefix, emitted, _ = start(model, params, *inputs, num_slots=slots, top=2)
-            lanes = insert(lanes, lane, prefix)
+            pages = jnp.asarray([free.pop() for _ in range(SLOTS // PAGE)])
+            lanes = insert(lanes, lane, prefix, pages if paged else None)
             running[lane] = number
             collect(0, number, emitted)
         lanes, emitted = advance(model, params, lanes, STEPS, top=2)
@@ -85,16 +106,18 @@ def serve(loaded: Loaded, arrivals: dict[int, int]) -> dict[int, list[Any]]:
     raise AssertionError("the lanes never end")
 
 
-def test_each_request_gets_what_it_gets_alone(loaded: Loaded) -> None:
-    together = serve(loaded, ARRIVALS)
+@either_cache
+def test_each_request_gets_what_it_gets_alone(loaded: Loaded, paged: bool) -> None:
+    together = serve(loaded, ARRIVALS, paged=paged)
     assert [len(together[n]) for n in (0, 2)] == [20, 12]
     for number in ARRIVALS:
-        alone = serve(loaded, {number: 0})
+        alone = serve(loaded, {number: 0}, paged=paged)
         assert alone[number] == together[number]
 
 
-def test_lanes_emit_the_tokens_of_generate(loaded: Loaded) -> None:
-    together = serve(loaded, ARRIVALS)
+@either_cache
+def test_lanes_emit_the_tokens_of_generate(loaded: Loaded, paged: bool) -> None:
+    together = serve(loaded, ARRIVALS, paged=paged)
     completions = generate(loaded, REQUESTS)
     for number, completion in enumerate(completions):
         tokens = [token for token, _ in together[number]]
@@ -164,12 +187,31 @@ def test_a_draft_is_verified_with_the_logits_of_single_steps(loaded: Loaded) -> 
         np.testing.assert_allclose(logits[:, step], single, rtol=1e-4, atol=1e-4)
 
 
+def test_a_released_lane_stops_and_gives_its_pages_back(loaded: Loaded) -> None:
+    model, params = loaded.language_model, loaded.params
+    lanes = new_lanes(loaded, paged=True)
+    for lane, number in enumerate((0, 2)):
+        inputs = start_inputs([REQUESTS[number]], model.config, loaded.tokenizer)
+        prefix, _, _ = start(model, params, *inputs, num_slots=32)
+        lanes = insert(lanes, lane, prefix, jnp.arange(4) + 4 * lane)
+    lanes = release(lanes, jnp.asarray([True, False, False, False]))
+    assert (lanes.cache.page_table[0] == NO_PAGE).all()
+    pages = [layer.k for layer in lanes.cache.layers]
+    before = [np.asarray(jax.tree.leaves(part)[0][:4]) for part in pages]
+    lanes, emitted = advance(model, params, lanes, STEPS)
+    assert (emitted.tokens[0] == -1).all()
+    assert (emitted.tokens[1, :STEPS] >= 0).all()
+    after = [jax.tree.leaves(layer.k)[0][:4] for layer in lanes.cache.layers]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_a_prefix_that_does_not_fit_a_lane_is_refused(loaded: Loaded) -> None:
     request = Request([1, 2], 3, stop_ids=range(9))
     model = loaded.language_model
     inputs = start_inputs([request], model.config, loaded.tokenizer)
     prefix, _, _ = start(model, loaded.params, *inputs, num_slots=16)
-    with pytest.raises(ConfigError, match="16 stop ids does not fit lanes of 32 and 8"):
+    with pytest.raises(ConfigError, match="but a lane holds 8"):
         insert(new_lanes(loaded), 0, prefix)
 
 

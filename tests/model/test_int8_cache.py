@@ -28,6 +28,7 @@ from llama_jax.cli import command as cli
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.generation import decode as decoding
+from llama_jax.generation import lanes
 from llama_jax.generation.generate import generate
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
@@ -326,9 +327,9 @@ def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
             assert int(logits[0].argmax()) == token
             new = jnp.asarray([token], jnp.int32)
             logits, cache = decoding.decode_step(model, loaded.params, cache, new)
-    sizes = decoding.start._cache_size(), decoding.advance._cache_size()
+    sizes = lanes.start._cache_size(), lanes.advance._cache_size()
     generate(loaded, requests([[1, 90], [1, 50, 61, 3]]))
-    assert sizes == (decoding.start._cache_size(), decoding.advance._cache_size())
+    assert sizes == (lanes.start._cache_size(), lanes.advance._cache_size())
 
 
 def test_decoding_writes_into_the_cache_that_it_was_given(params: Any) -> None:

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from llama_jax.config import LlamaConfig
-from llama_jax.generation import decode as decoding
+from llama_jax.generation import lanes as lanes_module
+from llama_jax.generation.decode import decode_step
 from llama_jax.generation.sampling import Sampling, sampling_rows
 from llama_jax.kernels import Implementation
 from llama_jax.model.transformer import Llama
@@ -101,7 +102,7 @@ def compile_decoding(
     attention: Implementation = "auto",
     cache_dtype: CacheDType | None = None,
 ) -> Any:
-    """Compile `decoding.decode_step` or `decoding.advance` from shapes."""
+    """Compile `decode_step` or `lanes_module.advance` from shapes."""
     runtime = Runtime(dtype=dtype, attention=attention, cache_dtype=cache_dtype)
     model = Llama(config, runtime)
     sharding = None if device is None else SingleDeviceSharding(device)
@@ -118,14 +119,14 @@ def compile_decoding(
     greedy = [Sampling(temperature=0)] * batch
     rows = shapes(jax.eval_shape(lambda: sampling_rows(greedy, config.vocab_size)))
     lanes, _, _ = jax.eval_shape(
-        lambda *arguments: decoding.start(model, *arguments, num_slots=slots),
+        lambda *arguments: lanes_module.start(model, *arguments, num_slots=slots),
         *(params, ids(batch, 16), ids(batch), rows, ids(batch, 8), ids(batch)),
     )
     lanes = shapes(lanes)
     if program == "decode_step":
-        lowered = decoding.decode_step.lower(model, params, lanes.cache, ids(batch))
+        lowered = decode_step.lower(model, params, lanes.cache, ids(batch))
     else:
-        lowered = decoding.advance.lower(model, params, lanes, ids())
+        lowered = lanes_module.advance.lower(model, params, lanes, ids())
     return lowered.compile()
 
 
