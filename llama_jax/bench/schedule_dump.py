@@ -127,8 +127,8 @@ def read_schedule(name: str, final: str, usage: str, allocations: str) -> Schedu
     ops = [_operations(text) for text in texts]
     targets: dict[int, int] = {}
     for address, bundle in enumerate(ops):
-        for found in filter(None, map(_BRANCH.search, bundle)):
-            targets[address] = regions[found[1]]
+        for branch in filter(None, map(_BRANCH.search, bundle)):
+            targets[address] = regions[branch[1]]
     starts = {0} | {address for address, text in enumerate(texts) if _LABEL.match(text)}
     if stray := set(targets.values()) - starts:
         raise ValueError(f"{name}: branches to unlabelled bundles {sorted(stray)}")
