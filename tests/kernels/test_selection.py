@@ -205,6 +205,12 @@ def test_a_named_implementation_reports_what_it_does_not_support(
         attention(q, k, v, implementation=name)
 
 
+def test_an_unknown_implementation_is_rejected() -> None:
+    call = selection.AttentionCall("float32", head_dim=8, queries=6, slots=6)
+    with pytest.raises(ValueError, match="'flash' does not exist; choose from auto"):
+        selection.check("flash", call)
+
+
 @pytest.mark.parametrize("name", get_args(Implementation))
 def test_a_runtime_accepts_every_implementation(name: Implementation) -> None:
     assert Runtime(attention=name).attention == name
