@@ -216,6 +216,7 @@ def test_a_runtime_accepts_every_implementation(name: Implementation) -> None:
     assert Runtime(attention=name).attention == name
 
 
+@pytest.mark.wrong_types
 def test_a_runtime_rejects_an_unknown_implementation() -> None:
     with pytest.raises(ConfigError, match="attention is 'flash'; choose from auto"):
         Runtime(attention="flash")  # type: ignore[arg-type]
