@@ -118,6 +118,7 @@ def test_a_config_survives_json(config: LlamaConfig) -> None:
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("field", "value", "choices"),
     [
