@@ -43,7 +43,7 @@ class KVCache(NamedTuple):
       length: slots of each row that are in use.
       page_table: as of `CacheRows`.
 
-    >>> from llama_jax.config import preset
+    >>> from llama_jax.presets import preset
     >>> cache = init_cache(preset("llama2-7b").replace(num_layers=1), 2, 16, "int8")
     >>> cache.num_slots, cache.length.tolist(), cache.layers[0].k.shape
     (16, [0, 0], (2, 32, 16, 128))
@@ -111,6 +111,11 @@ def init_cache(
 
     Returns:
       A cache of `2 · L · B · K · S · H` numbers.
+
+    >>> from llama_jax.presets import preset
+    >>> cache = init_cache(preset("llama2-7b").replace(num_layers=1), 2, 8, "bfloat16")
+    >>> cache.layers[0].v.dtype, len(cache.layers)
+    (dtype(bfloat16), 1)
     """
     shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
     layer = slots_class(dtype)
@@ -138,8 +143,8 @@ def init_paged_cache(
       config: of the model.
       batch: B, rows.
       num_pages: P, in each layer.
-      page_size: C, slots of a page. Kernels want a multiple of 128 (of 8 for 16-bit
-        slots of head width 128).
+      page_size: C, slots of a page. TPU kernels need a multiple of 8, or of 128 if
+        slots are int8 or head_dim is not a multiple of 128.
       pages_per_row: M, the most pages of a row.
       dtype: of keys and values; int8 ones have a float32 scale for each slot and head.
 

@@ -242,6 +242,17 @@ class ScalarModel(_Model):
     """A number per token instead of logits: reward model and critic.
 
     Its `transformer` tree is the language model's, so that one assignment copies it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from llama_jax import Runtime, init_params, preset
+    >>> small = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 2}
+    >>> small |= {"head_dim": 8, "mlp_dim": 32, "vocab_size": 100}
+    >>> config = preset("llama2-7b").replace(head="scalar", **small)
+    >>> model = ScalarModel(config, Runtime())
+    >>> params = init_params(model, jax.random.key(0))
+    >>> scalars, _ = apply(model, params, jnp.asarray([[1, 5, 7]]))
+    >>> scalars.shape
+    (1, 3)
     """
 
     def __post_init__(self) -> None:
@@ -294,5 +305,19 @@ def model_for(
 
 
 def apply(model: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """`model.apply` on a plain tree of parameters."""
+    """Call a model with a plain tree of parameters.
+
+    Args:
+      model: a `Llama`, a `ScalarModel` or a part of one.
+      params: its weights.
+      *args: of the call.
+      **kwargs: of the call; `method` names another method, as `"losses"`.
+
+    >>> import jax.numpy as jnp, llama_jax
+    >>> model, params, _ = llama_jax.load()
+    >>> tokens = jnp.asarray([[1, 403, 407, 261]])
+    >>> losses = apply(model, params, tokens[:, :-1], tokens[:, 1:], method="losses")
+    >>> losses.shape
+    (1, 3)
+    """
     return model.apply({"params": params}, *args, **kwargs)

@@ -1,14 +1,18 @@
 """Caches: dense, int8 and paged ones give the same logits; rows are inserted alone."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from support.models import TINY, forward, random_params, random_tokens
+from support.programs import needs_tpu_compiler, whole_results
 from support.tolerances import DECODE_FLOAT32, EQUAL_FORWARD
 
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.generation import decode as decoding
 from llama_jax.model.cache import (
@@ -23,6 +27,9 @@ from llama_jax.model.cache import (
 from llama_jax.model.layer_cache import LayerCache
 from llama_jax.model.pages import NO_PAGE
 from llama_jax.model.transformer import Llama, ScalarModel, apply
+from llama_jax.params import param_shapes
+from llama_jax.planning.target_devices import tpu_devices
+from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 
@@ -136,6 +143,71 @@ def test_decoding_over_pages_writes_into_the_cache_that_it_was_given(
     pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache)]
     _, after = decoding.decode_step(model, params, cache, tokens[:, 0])
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(after)] == pointers
+
+
+def compile_paged_decoding(
+    config: LlamaConfig, dtype: Any, size: int, device: Any = None, **choices: Any
+) -> Any:
+    """A decoding step of four rows of eight pages, compiled from shapes."""
+    sharding = None if device is None else SingleDeviceSharding(device)
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    model = Llama(config, Runtime(dtype=dtype, **choices))
+    create = functools.partial(
+        init_paged_cache,
+        config,
+        4,
+        num_pages=50,
+        page_size=size,
+        pages_per_row=8,
+        dtype=model.runtime.slot_dtype,
+    )
+    cache = shapes(jax.eval_shape(create))
+    params = shapes(param_shapes(config, dtype=jnp.dtype(dtype)))
+    tokens = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=sharding)
+    return decoding.decode_step.lower(model, params, cache, tokens).compile()
+
+
+def check_no_page_is_copied(compiled: Any, config: LlamaConfig, size: int) -> None:
+    elements = 50 * config.num_kv_heads * size * config.head_dim
+    assert not whole_results(compiled.as_text(), {elements})
+    itemsize = 1  # at least
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * config.num_layers * elements * itemsize
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_decoding_over_pages_copies_no_page(cache_dtype: Any) -> None:
+    compiled = compile_paged_decoding(TINY, "float32", 16, cache_dtype=cache_dtype)
+    check_no_page_is_copied(compiled, TINY, 16)
+
+
+@needs_tpu_compiler
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("attention", ["xla", "mosaic_tpu"])
+def test_decoding_over_pages_on_a_tpu_copies_no_page(
+    attention: Any, cache_dtype: Any
+) -> None:
+    config, device = preset("llama2-70b").replace(num_layers=2), tpu_devices("v5e:2x2")
+    compiled = compile_paged_decoding(
+        config,
+        "bfloat16",
+        128,
+        device[0],
+        attention=attention,
+        cache_dtype=cache_dtype,
+    )
+    check_no_page_is_copied(compiled, config, 128)
+    kernels = compiled.as_text().count("tpu_custom_call")
+    assert (kernels > 0) == (attention == "mosaic_tpu")
+    if attention == "mosaic_tpu":  # plain XLA copies the pages of each row
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 << 20
 
 
 def test_pages_are_refused_on_a_mesh(params: Any, tokens: Any) -> None:
