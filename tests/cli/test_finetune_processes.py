@@ -27,8 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return make_place(tmp_path_factory.mktemp("runs"))
 
 
-def watched(place: Place) -> tuple[str, ...]:
-    """Flags with which everything happens that may happen in a run."""
+def all_flags(place: Place) -> tuple[str, ...]:
+    """Flags of a run that also evaluates and samples."""
     data = str(place.folder / "records.jsonl")
     return (
         "--eval-data", data, "--eval-every", "6", "--sample-prompt", "12 cats",
@@ -38,43 +38,43 @@ def watched(place: Place) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def alone(place: Place) -> list[Any]:
-    """The records of a run in one process."""
-    return place.finish("alone", *watched(place), epochs=EPOCHS)
+    """Records of a run in one process."""
+    return place.finish("alone", *all_flags(place), epochs=EPOCHS)
 
 
-def two(
+def run_two(
     place: Place, name: str, *flags: str, pause: float = 0.0, delays: Any = NEVER
 ) -> list[tuple[int, str, str]]:
-    """What came of two processes that run, or resume, to the end."""
+    """Run or resume in two processes to the end; return statuses and outputs."""
     running = place.start_all(
         name, *flags, count=2, delays=delays, pause=pause, epochs=EPOCHS
     )
     return ended(running)
 
 
-def check(found: list[Any], wanted: list[Any]) -> None:
-    """Each step is there once, with the numbers of one process."""
-    assert [one["step"] for one in found] == list(range(1, STEPS + 1))
-    for one, other in zip(found, wanted, strict=True):
+def check(records: list[Any], wanted: list[Any]) -> None:
+    """Check that each step has one record, with the numbers of one process."""
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record, other in zip(records, wanted, strict=True):
         for name in ("loss", "grad_norm", "eval_loss", "eval_loss_before"):
-            assert (name in one) == (name in other)
-            if name in one:
-                assert one[name] == pytest.approx(other[name], rel=EQUAL_FORWARD)
+            assert (name in record) == (name in other)
+            if name in record:
+                assert record[name] == pytest.approx(other[name], rel=EQUAL_FORWARD)
         for name in ("tokens", "targets", "records", "epoch", "learning_rate"):
-            assert one[name] == other[name]
+            assert record[name] == other[name]
 
 
-def check_leaves(found: Any, wanted: Any) -> None:
+def check_leaves(params: Any, wanted: Any) -> None:
     wanted = flatten(wanted)
-    for path, leaf in flatten(found).items():
+    for path, leaf in flatten(params).items():
         size = np.max(np.abs(wanted[path]))
-        # What AdamW makes of a gradient that is nearly zero is its sign.
+        # AdamW's update for a gradient near zero depends on its sign alone.
         np.testing.assert_allclose(leaf, wanted[path], atol=1e-3 * size, err_msg=path)
 
 
 def test_two_processes_train_as_one(place: Place, alone: list[Any]) -> None:
-    (status, out, err), (status_1, out_1, err_1) = two(
-        place, "two", *ON_TWO, *watched(place)
+    (status, out, err), (status_1, out_1, err_1) = run_two(
+        place, "two", *ON_TWO, *all_flags(place)
     )
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
     assert (out, out_1) == ("", "")
@@ -86,25 +86,25 @@ def test_two_processes_train_as_one(place: Place, alone: list[Any]) -> None:
     assert {file.name for file in folder.iterdir()} == {
         file.name for file in other.iterdir()
     }
-    written = [read_metrics(one / "samples.jsonl") for one in (folder, other)]
-    assert written[0] == written[1]
+    name = "samples.jsonl"
+    assert read_metrics(folder / name) == read_metrics(other / name)
     check_leaves(load(folder / "model").params, load(other / "model").params)
 
 
-def until(place: Place, name: str, steps: int) -> None:
+def wait_for_steps(place: Place, name: str, steps: int) -> None:
     end = time.monotonic() + SECONDS
     while len(place.metrics(name)) < steps and time.monotonic() < end:
         time.sleep(0.02)
 
 
-def test_sigterm_to_one_of_two_saves_in_both_and_one_goes_on(
+def test_sigterm_to_one_of_two_saves_in_both_and_one_process_resumes(
     place: Place, alone: list[Any]
 ) -> None:
-    flags = (*ON_TWO, *watched(place))
+    flags = (*ON_TWO, *all_flags(place))
     running = place.start_all(
         "asked", *flags, count=2, delays=NEVER, pause=0.2, epochs=EPOCHS
     )
-    until(place, "asked", 4)
+    wait_for_steps(place, "asked", 4)
     running[1].send_signal(signal.SIGTERM)
     (status, _, err), (status_1, _, err_1) = ended(running)
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
@@ -116,11 +116,13 @@ def test_sigterm_to_one_of_two_saves_in_both_and_one_goes_on(
     check_visits(place, "asked", EPOCHS)
 
 
-def test_what_one_began_two_go_on_with(place: Place, alone: list[Any]) -> None:
-    status, _ = place.run("grown", *watched(place), epochs=EPOCHS, pause=0.2, delay=1.2)
+def test_two_processes_resume_a_run_of_one(place: Place, alone: list[Any]) -> None:
+    status, _ = place.run(
+        "grown", *all_flags(place), epochs=EPOCHS, pause=0.2, delay=1.2
+    )
     assert status == -signal.SIGKILL
     before = len(place.metrics("grown"))
-    [(status, _, err), (status_1, _, err_1)] = two(place, "grown", *ON_TWO)
+    [(status, _, err), (status_1, _, err_1)] = run_two(place, "grown", *ON_TWO)
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
     assert 0 < before < STEPS
     check(place.metrics("grown"), alone)
@@ -130,8 +132,8 @@ def test_what_one_began_two_go_on_with(place: Place, alone: list[Any]) -> None:
 def test_if_one_of_two_is_killed_the_other_ends_and_one_process_resumes(
     place: Place, alone: list[Any]
 ) -> None:
-    flags = (*ON_TWO, *watched(place))
-    [(status, _, err), (status_1, _, _)] = two(
+    flags = (*ON_TWO, *all_flags(place))
+    [(status, _, err), (status_1, _, _)] = run_two(
         place, "torn", *flags, pause=0.2, delays=(-1, 1.5)
     )
     assert status_1 == -signal.SIGKILL
@@ -144,29 +146,29 @@ def test_if_one_of_two_is_killed_the_other_ends_and_one_process_resumes(
     check(place.finish("torn", "--mesh", "fsdp=1", epochs=EPOCHS), alone)
 
 
-def test_two_processes_write_one_adapter(place: Place) -> None:
+def test_two_processes_save_one_adapter(place: Place) -> None:
     flags = ("--method", "lora", "--lora-rank", "2")
     wanted = place.finish("lora-alone", *flags, epochs=EPOCHS)
-    # Whole in each process, adapters are gathered without a meeting of the two.
-    (status, _, err), (status_1, _, err_1) = two(
+    # Replicated adapters are saved without a collective operation.
+    (status, _, err), (status_1, _, err_1) = run_two(
         place, "lora", *flags, "--mesh", "data=2"
     )
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
     check(place.metrics("lora"), wanted)
     config = load(place.folder / "base").model.config
-    found, other = (
+    adapters, wanted_adapters = (
         read_peft(place.folder / name / "adapter", config)[0]
         for name in ("lora", "lora-alone")
     )
-    check_leaves(found, other)
+    check_leaves(adapters, wanted_adapters)
 
 
-def test_each_process_keeps_its_rows_of_a_batch_that_is_skipped(
+def test_each_process_saves_its_rows_of_a_skipped_batch(
     tmp_path: pathlib.Path,
 ) -> None:
     place = make_place(tmp_path, broken=True)
     flags = ("--mesh", "data=2", "--max-skipped", "2")
-    (status, _, err), (status_1, _, _) = two(place, "skipped", *flags)
+    (status, _, err), (status_1, _, _) = run_two(place, "skipped", *flags)
     assert (status, status_1) == (2, 2), err
     assert "4 steps had a loss or a gradient that was not finite" in err
     assert (place.folder / "skipped" / "checkpoints" / "4").is_dir()
@@ -175,7 +177,7 @@ def test_each_process_keeps_its_rows_of_a_batch_that_is_skipped(
         rows = []
         for index in range(2):
             name = f"skipped-{step:06d}-of-process-{index}.npz"
-            with np.load(place.folder / "skipped" / name) as kept:
-                rows.append(kept["tokens"])
+            with np.load(place.folder / "skipped" / name) as arrays:
+                rows.append(arrays["tokens"])
         assert rows[0].shape == rows[1].shape == (2, rows[0].shape[1])
         assert np.any(rows[0] != rows[1])
