@@ -31,7 +31,7 @@ from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 
 SUPPORT = pathlib.Path(__file__).resolve().parent / "support"
-SECONDS = 120  # the longest that a process may run
+SECONDS = 240  # the longest that a process may run
 SLOW = pytest.mark.slow  # each starts several processes
 
 # Compiling takes longer than all else here.
