@@ -1,4 +1,4 @@
-"""`Batch`: what a training step eats, and how records are padded or packed into it."""
+"""`Batch`: the input of a training step; padding and packing of examples into it."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,15 +11,21 @@ from llama_jax.types import Array, Float, Int
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, what follows each, and which of that is learnt.
+    """Rows of tokens, their targets, and which targets are learnt.
 
     Attributes:
-      tokens: ids; any id where nothing is.
-      targets: the token that follows each; any id where the mask is 0.
-      loss_mask: the weight of each target's loss; 0 where nothing is learnt.
-      segment_ids: which of a row's packed records a token belongs to, from 1; 0 where
-        nothing is. Tokens of other segments are not seen.
-      positions: of rotary embedding; they restart in each segment.
+      tokens: ids; any id in empty slots.
+      targets: the id that follows each token; any id if the mask is 0.
+      loss_mask: weight of each target's loss; 0 if it is not learnt.
+      segment_ids: number of the packed example that a token belongs to, from 1; 0 in
+        empty slots. A token does not see other segments.
+      positions: RoPE indices; they restart in each segment.
+
+    >>> import numpy as np
+    >>> example = Example(np.arange(4, dtype=np.int32), np.ones(4, bool))
+    >>> batch = pad([example], length=4)
+    >>> batch.tokens.tolist(), batch.targets.tolist(), batch.loss_mask.tolist()
+    ([[0, 1, 2, 0]], [[1, 2, 3, 0]], [[1.0, 1.0, 1.0, 0.0]])
     """
 
     tokens: Int[Array, "B T"]
@@ -30,15 +36,15 @@ class Batch(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A record, or a window of one, as ids: n + 1 of them fill n slots of a row.
+    """A record, or a window of one, as n + 1 ids that fill n slots of a row.
 
-    The last id is only ever a target, the first only ever seen.
+    The first id is never a target, and the last is only a target.
 
     Attributes:
       ids: int32 [n + 1].
-      mask: bool [n + 1]; which of them are learnt.
-      origin: number of the record in its epoch's order, of the window in it, and of
-        the window's ids in front of these.
+      mask: bool [n + 1]; which ids are learnt.
+      origin: index of the record in its epoch's order, of the window in the record, and
+        of the first id in the window.
     """
 
     ids: np.ndarray
@@ -47,11 +53,11 @@ class Example(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The slots that it fills."""
+        """The number of slots."""
         return len(self.ids) - 1
 
     def cut(self, size: int) -> tuple["Example", "Example"]:
-        """The first `size` slots and the others; the id between them is in both."""
+        """Cut after `size` slots; the id between the parts is in both."""
         record, window, start = self.origin
         return (
             Example(self.ids[: size + 1], self.mask[: size + 1], self.origin),
@@ -67,19 +73,22 @@ def pack(
     split: bool = False,
     waiting: list[Example] | None = None,
 ) -> Iterator[list[Example]]:
-    """Rows of examples that fit side by side into `length` slots.
+    """Pack examples into rows of `length` slots.
 
-    Each row takes, again and again, the first of the next `look_ahead` examples that
-    still fits, so that the oldest is always taken and none waits for ever.
+    Each row repeatedly takes the first of the next `look_ahead` examples that fits. So
+    the oldest is always taken, and none waits forever.
 
     Args:
       examples: none larger than `length`.
       length: T.
-      look_ahead: how many examples to choose from.
-      split: whether a row that none fits is filled with the beginning of the next that
-        is learnt from its first to its last token; its other tokens wait in its place.
-      waiting: examples in front of the others. Whenever a row is yielded, the list
-        holds what was read of `examples` and is in no row yet.
+      look_ahead: number of examples to choose from.
+      split: fill up a row that none fits with the beginning of the next example whose
+        tokens are all learnt; the rest of it waits.
+      waiting: examples that come first. Whenever a row is yielded, the list has those
+        that were read from `examples` and are in no row yet.
+
+    Raises:
+      DataError: an example is larger than `length`.
     """
     source = iter(examples)
     waiting = [] if waiting is None else waiting
@@ -102,51 +111,53 @@ def pack(
         if not row:
             if waiting:
                 raise DataError(
-                    f"batch: an example fills {waiting[0].size} slots, and a row has "
-                    f"{length}"
+                    f"batch: an example has {waiting[0].size} slots, but a row only "
+                    f"{length}; raise the length"
                 )
             return
         yield row
 
 
 def pad(examples: Sequence[Example], length: int) -> Batch:
-    """A batch with one example in each row; the arguments are `assemble`'s."""
+    """Make a batch with one example per row; see `assemble`."""
     return assemble([[example] for example in examples], length)
 
 
 def assemble(rows: Sequence[Sequence[Example]], length: int) -> Batch:
-    """The arrays of a batch, in NumPy.
+    """Make the NumPy arrays of a batch.
 
     Args:
-      rows: the examples of each row, which may be none.
+      rows: examples of each row, perhaps none.
       length: T.
 
     Raises:
-      DataError: the examples of a row do not fit into it.
+      DataError: the examples of a row do not fit.
     """
     B, T = len(rows), length
     tokens, targets, segment_ids, positions = np.zeros((4, B, T), np.int32)
     loss_mask = np.zeros((B, T), np.float32)
     for b, row in enumerate(rows):
         if (filled := sum(example.size for example in row)) > T:
-            raise DataError(f"batch: row {b} has {filled} tokens for {T} slots")
+            raise DataError(
+                f"batch: row {b} has {filled} tokens for {T} slots; raise the length"
+            )
         start = 0
         for segment, example in enumerate(row, start=1):
-            place = slice(start, start + example.size)
-            tokens[b, place] = example.ids[:-1]
-            targets[b, place] = example.ids[1:]
-            loss_mask[b, place] = example.mask[1:]
-            segment_ids[b, place] = segment
-            positions[b, place] = np.arange(example.size)
+            slots = slice(start, start + example.size)
+            tokens[b, slots] = example.ids[:-1]
+            targets[b, slots] = example.ids[1:]
+            loss_mask[b, slots] = example.mask[1:]
+            segment_ids[b, slots] = segment
+            positions[b, slots] = np.arange(example.size)
             start += example.size
     arrays: list[Any] = [tokens, targets, loss_mask, segment_ids, positions]
     return Batch(*arrays)
 
 
 def check_targets(batch: Batch) -> None:
-    """Raise a `DataError` if nothing in a batch is learnt."""
+    """Raise a `DataError` if a batch has no target."""
     if not np.any(batch.loss_mask):
         raise DataError(
-            "batch: no token of it is a target, so there is nothing to learn; give "
-            "records with answers, or a longer sequence length"
+            "batch has no target tokens (the loss mask is all zeros); give records "
+            "with answers, or a longer sequence length"
         )

@@ -1,9 +1,8 @@
-"""`Corpus`: files as one numbered sequence of records, each read when it is wanted.
+"""`Corpus`: files as one numbered sequence of records, each read on demand.
 
-What memory holds is where each record begins and ends (24 bytes each), so that records
-can be visited in any order without holding their text. Plain files are mapped as they
-are. Compressed ones, JSON lists and Parquet, in which nothing can be found by its
-place, are expanded into a temporary folder first.
+Memory has only the offsets of each record (24 bytes), so that records can be visited in
+any order. Plain files are mapped. Compressed files, JSON lists and Parquet, which have
+no random access, are first expanded into a temporary folder.
 """
 
 import functools
@@ -37,21 +36,21 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Place(NamedTuple):
-    """Where a record is, for people: `train.jsonl, line 3`."""
+    """The origin of a record, as `train.jsonl, line 3`."""
 
     file: str
     unit: Unit
     number: int
 
     def __str__(self) -> str:
-        """The place in words."""
+        """The place as text."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
 class Raw(NamedTuple):
     """The bytes of a record: JSON, or a document or a piece of one.
 
-    `begins` and `ends` say whether those of its document are here.
+    `begins` and `ends` say whether it has the first and last bytes of its document.
     """
 
     place: Place
@@ -61,19 +60,19 @@ class Raw(NamedTuple):
 
 
 class Corpus:
-    """The records of some files by number.
+    """The records of files, by number.
 
     Args:
       files: .jsonl, .json, .txt, each also with .gz; .parquet.
       separator: between the documents of a .txt; one without it is one document.
       piece_bytes: a longer document of a .txt becomes several records, cut at the
-        first line end behind so many bytes. The line end is in both, as the last
+        first line end after this many bytes. The line end is in both, as the last
         character of one and the first of the next.
-      folder: where files are expanded, a temporary one if None.
+      folder: where files are expanded; None is a temporary one.
 
     Attributes:
-      fingerprint: of where the records begin and end; the same for the same files in
-        the same order, wherever they lie.
+      fingerprint: hash of the records' offsets; the same for the same files in the
+        same order, whatever their paths.
 
     Raises:
       DataError: there is no file or no record, or a file cannot be read.
@@ -123,11 +122,11 @@ class Corpus:
             raise DataError(f"data: there is no record in {', '.join(self._names)}")
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """The number of records."""
         return len(self._table)
 
     def read(self, index: int) -> Raw:
-        """The record with this number, from 0. Threads may read at once."""
+        """Read the record with this number, from 0. It is safe in threads."""
         file = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[file - 1]) if file else 0
         last = int(self._ends[file]) - 1
@@ -140,7 +139,7 @@ class Corpus:
         )
 
     def _new_path(self) -> pathlib.Path:
-        """A file that vanishes with the corpus."""
+        """A path for a file that is removed with the corpus."""
         if not self._expanded:
             folder = tempfile.mkdtemp(prefix="llama_jax-", dir=self._folder)
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -159,7 +158,7 @@ def _map(path: pathlib.Path) -> mmap.mmap | bytes:
 def _expand(
     path: pathlib.Path, new_path: Callable[[], pathlib.Path]
 ) -> tuple[pathlib.Path, Unit]:
-    """A file of lines or of documents that holds the records of `path`."""
+    """A file of lines or of documents with the records of `path`."""
     name, shown = path.name.lower(), path
     if name.endswith(".parquet"):
         return _written(new_path(), _parquet(path)), "row"
@@ -175,8 +174,8 @@ def _expand(
         return path, "document"
     if not name.endswith((".jsonl", ".json")):
         raise DataError(
-            f"{shown}: is of no known kind; there are .jsonl, .json, .txt (each also "
-            "with .gz) and .parquet"
+            f"{shown}: is of no known kind; give .jsonl, .json, .txt (each also with "
+            ".gz) or .parquet"
         )
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(_BOM).lstrip()
@@ -188,7 +187,7 @@ def _expand(
 def _written(path: pathlib.Path, values: Iterator[object]) -> pathlib.Path:
     with path.open("w", encoding="ascii") as out:
         for value in values:
-            # What JSON does not have cannot be a text either.
+            # What JSON lacks (dates, bytes) cannot be text either.
             out.write(json.dumps(value, default=lambda _: None) + "\n")
     return path
 
@@ -232,29 +231,29 @@ def _table(starts: Any, stops: Any, numbers: Any) -> np.ndarray:
 
 
 def _lines(data: mmap.mmap | bytes) -> np.ndarray:
-    """Start, end and number of each line that is not empty, [records, 3]."""
+    """Start, end and number of each line that is not empty: [records, 3]."""
     first = len(_BOM) if data[: len(_BOM)] == _BOM else 0
-    found = [np.zeros(0, np.int64)]
+    line_ends = [np.zeros(0, np.int64)]
     for at in range(0, len(data), _BLOCK):
         block = np.frombuffer(data[at : at + _BLOCK], np.uint8)
-        found.append(np.flatnonzero(block == ord("\n")) + at)
-    stops = np.concatenate(found)
+        line_ends.append(np.flatnonzero(block == ord("\n")) + at)
+    stops = np.concatenate(line_ends)
     if len(data) and data[len(data) - 1 :] != b"\n":
         stops = np.append(stops, len(data))
     starts = np.concatenate([[first], stops[:-1] + 1]) if len(stops) else stops
-    kept = stops - starts > 8
-    for short in np.flatnonzero(~kept):  # which may be blank
-        kept[short] = bool(data[starts[short] : stops[short]].strip())
+    is_record = stops - starts > 8
+    for short in np.flatnonzero(~is_record):  # it may be blank
+        is_record[short] = bool(data[starts[short] : stops[short]].strip())
     numbers = np.arange(1, len(stops) + 1)
-    return _table(starts[kept], stops[kept], numbers[kept])
+    return _table(starts[is_record], stops[is_record], numbers[is_record])
 
 
 def _documents(
     data: mmap.mmap | bytes, separator: bytes, piece_bytes: int
 ) -> np.ndarray:
-    """Start, end and number of each piece of a document, [records, 3].
+    """Start, end and number of each piece of a document: [records, 3].
 
-    Line ends around a separator are no part of a document.
+    Line ends around a separator belong to no document.
     """
     rows: list[tuple[int, int, int]] = []
     at = len(_BOM) if data[: len(_BOM)] == _BOM else 0

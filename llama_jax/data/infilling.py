@@ -1,4 +1,4 @@
-"""Code Llama's infilling transform: a document cut in three, the middle told last."""
+"""Code Llama's infilling transform: a document cut in three, the middle put last."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from llama_jax.text.prompt_formats import infilling_prompt
 from llama_jax.text.tokenizer import Tokenizer
 
 RATE = 0.9
-"""How many of the documents are transformed (Code Llama paper, section 2.3)."""
+"""Fraction of documents that are transformed (arXiv:2308.12950, 2.3)."""
 
 
 class Cut(NamedTuple):
-    """A document in three parts, and in which order they are told."""
+    """A document in three parts, and whether the suffix comes before the prefix."""
 
     prefix: str
     middle: str
@@ -21,29 +21,29 @@ class Cut(NamedTuple):
 
 
 def cut(text: str, *key: int, rate: float = RATE) -> Cut | None:
-    """How this document is transformed; None if it stays as it is.
+    """Cut a document in three; return None if it is not transformed.
 
-    Both ends of the middle are drawn evenly from all places between characters, and
-    half of the documents tell the suffix first.
+    Both ends of the middle are uniform over the positions between characters. Half of
+    the documents have the suffix first.
 
     Args:
       text: the document.
       key: the same key gives the same cut.
-      rate: how many of the documents are transformed.
+      rate: fraction of documents that are transformed.
     """
-    told, order, *ends = draws(4, *key)
-    if told >= rate:
+    chance, order, *ends = draws(4, *key)
+    if chance >= rate:
         return None
     first, last = sorted(int(end * (len(text) + 1)) for end in ends)
     return Cut(text[:first], text[first:last], text[last:], order < 0.5)
 
 
 def encode_cut(tokenizer: Tokenizer, parts: Cut) -> list[int]:
-    """Ids of a document that was cut, to be learnt from the first to the last.
+    """Encode a document that was cut; all of it is learnt.
 
-    Prefix first, the middle follows the very prompt of inference. Suffix first, prefix
-    and middle are encoded as one text, so that no token is split where they meet.
-    Either way the end-of-infilling token is the last.
+    With the prefix first, the middle follows the prompt of inference. With the suffix
+    first, prefix and middle are encoded as one text, so that no token is split between
+    them. The last id is the end-of-infilling token.
 
     Raises:
       DataError: the tokenizer is not that of an infilling model.
@@ -56,8 +56,8 @@ def encode_cut(tokenizer: Tokenizer, parts: Cut) -> list[int]:
         )
     prefix, middle, suffix, suffix_first = parts
     if suffix_first:
-        told = infilling_prompt(tokenizer, prefix + middle, suffix, suffix_first=True)
+        ids = infilling_prompt(tokenizer, prefix + middle, suffix, suffix_first=True)
     else:
-        told = infilling_prompt(tokenizer, prefix, suffix)
-        told += tokenizer.encode_infilling(middle)
-    return [*told, pieces.end]
+        ids = infilling_prompt(tokenizer, prefix, suffix)
+        ids += tokenizer.encode_infilling(middle)
+    return [*ids, pieces.end]

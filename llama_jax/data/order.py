@@ -1,7 +1,7 @@
-"""Random orders and draws that are functions of their keys, without any state.
+"""Random orders and numbers that are pure functions of their keys.
 
-So a stream can go on from any place, and nothing as long as the data is kept. They do
-not change with versions of NumPy either, whose own generators may.
+So a stream can continue from any position, without memory in proportion to the data.
+Unlike NumPy's generators, they never change between versions.
 """
 
 import numpy as np
@@ -10,16 +10,16 @@ _ROUNDS = 8
 
 
 def shuffled(first: int, last: int, size: int, *, key: tuple[int, ...]) -> np.ndarray:
-    """Places `first` to `last` of a random permutation of `size` numbers.
+    """Elements `first` to `last` (excluded) of a random permutation of `size` numbers.
 
-    A Feistel network permutes the numbers of an even count of bits; those that fall
-    outside `size` are sent through again until they do not.
+    A Feistel network permutes the numbers of an even number of bits; those outside
+    `size` go through it again until they are inside.
 
     Args:
-      first: the first of these places.
-      last: the place behind the last of them, at most `size`.
+      first: index of the first element.
+      last: index after the last element, at most `size`.
       size: at most 2^62.
-      key: another key, another permutation.
+      key: decides the permutation.
     """
     half = max((size - 1).bit_length() + 1, 2) // 2
     low = np.uint64((1 << half) - 1)
@@ -36,7 +36,7 @@ def shuffled(first: int, last: int, size: int, *, key: tuple[int, ...]) -> np.nd
 
 
 def draws(count: int, *key: int) -> list[float]:
-    """`count` numbers from [0, 1), evenly distributed."""
+    """Draw `count` numbers, uniform in [0, 1)."""
     bits = _mix(np.arange(1, count + 1, dtype=np.uint64) + _key(*key))
     return [float(number) / 2**53 for number in bits >> np.uint64(11)]
 

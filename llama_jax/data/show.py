@@ -1,4 +1,4 @@
-"""`show`: a batch as people read it, with what is learnt in colour."""
+"""`show`: a batch as text, with learnt tokens in colour."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from llama_jax.data.batch import Batch
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 
 _PROMPT, _LEARNT, _RULE, _END = "\x1b[2m", "\x1b[1;32m", "\x1b[36m", "\x1b[0m"
-_MARKS = ("⟦", "⟧")  # around what is learnt where there is no colour
+_MARKS = ("⟦", "⟧")  # around learnt text without colours
 
 
 class _Run(NamedTuple):
@@ -20,17 +20,17 @@ class _Run(NamedTuple):
 def show(
     batch: Batch, tokenizer: Tokenizer, *, rows: int | None = None, colour: bool = True
 ) -> list[str]:
-    """Lines of text that say what a batch teaches.
+    """Show a batch as lines of text.
 
-    Tokens that are learnt are green, others dim; without colours, the learnt ones are
-    in brackets ⟦ ⟧. A rule names each segment. Special tokens are spelled out, and
-    control characters escaped.
+    Learnt tokens are green, others dim; without colours, learnt ones are in brackets
+    ⟦ ⟧. A line names each segment. Special tokens are spelled out, and control
+    characters escaped.
 
     Args:
-      batch: of any kind.
-      tokenizer: that it was made with.
-      rows: only the first so many.
-      colour: whether with ANSI colours.
+      batch: the batch.
+      tokenizer: tokenizer of its ids.
+      rows: number of rows to show; None shows all.
+      colour: use ANSI colours.
     """
     arrays = Batch(*(np.asarray(array) for array in batch))  # type: ignore[arg-type]
     lines = []
@@ -47,7 +47,7 @@ def show(
             slots = np.flatnonzero(segments == number)
             ids = [*tokens[slots].tolist(), int(targets[slots[-1]])]
             marks = [False, *(mask[slots] > 0).tolist()]
-            if not marks[-1]:  # then it may be any id
+            if not marks[-1]:  # it may be any id
                 ids, marks = ids[:-1], marks[:-1]
             first, last = positions[slots[[0, -1]]].tolist()
             rule = (
@@ -60,7 +60,7 @@ def show(
 
 
 def _runs(tokenizer: Tokenizer, ids: list[int], marks: list[bool]) -> Iterator[_Run]:
-    """Text that is learnt or not, in turn."""
+    """Runs of text, alternately learnt and not."""
     decoder = StreamDecoder(tokenizer)
     text, before = "", False
     for id, mark in zip(ids, marks, strict=True):
@@ -73,7 +73,7 @@ def _runs(tokenizer: Tokenizer, ids: list[int], marks: list[bool]) -> Iterator[_
 
 
 def _special(tokenizer: Tokenizer, id: int) -> str:
-    """How a token without text is spelled; nothing for a part of a character."""
+    """The name of a token without text; nothing for a part of a character."""
     infilling = tokenizer.infilling or ()
     if id in (tokenizer.bos_id, tokenizer.eos_id, *infilling):
         return tokenizer.piece(id)
@@ -82,7 +82,7 @@ def _special(tokenizer: Tokenizer, id: int) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text that cannot give orders to a terminal."""
+    """Text with control characters escaped, which is safe in a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
@@ -91,7 +91,7 @@ def _lines(runs: Iterator[_Run], *, colour: bool) -> list[str]:
     for text, is_learnt in runs:
         before, after = _MARKS if is_learnt and not colour else ("", "")
         style = (_LEARNT if is_learnt else _PROMPT) if colour else ""
-        # Colours end with each line, so that any line may be printed alone.
+        # Colours end with each line, so that each can be printed alone.
         parts = f"{before}{text}{after}".split("\n")
         lines[-1] += _paint(parts[0], style)
         lines += [_paint(part, style) for part in parts[1:]]

@@ -37,9 +37,9 @@ SETTINGS: dict[str, Any] = {
     "pad_id": -1,
     "unk_surface": " \N{DOUBLE QUESTION MARK} ",
 }
-"""How Llama 1 and 2's own tokenizer was trained, as its file says."""
+"""Settings of Llama 1 and 2's tokenizer, from its file."""
 
-_LONGEST = 4192  # bytes; SentencePiece leaves longer sentences out
+_MAX_LINE_BYTES = 4192  # SentencePiece skips longer sentences
 
 
 def train_tokenizer(
@@ -49,21 +49,20 @@ def train_tokenizer(
     vocab_size: int = 32_000,
     separator: str = "<|endoftext|>",
 ) -> Tokenizer:
-    """Train a tokenizer on the text of some files and write it to `path`.
+    """Train a tokenizer on all text of the records of files, and write it to `path`.
 
-    All text of all records is learnt from, line by line; lines of more than 4,192
-    bytes are cut.
+    It is trained line by line; lines of more than 4,192 bytes are cut.
 
     Args:
       files: .jsonl, .json, .txt, each also with .gz; .parquet.
-      path: a new `tokenizer.model`, which appears complete or not at all.
+      path: of a new `tokenizer.model`.
       vocab_size: V; 259 of its pieces are bytes and control pieces.
       separator: between the documents of a .txt.
 
     Raises:
-      DataError: a file cannot be read, a record is malformed, or its text is too
-        little for so many pieces, or has too many characters for so few.
-      CheckpointError: there is something at `path`, or it cannot be written.
+      DataError: a file cannot be read, a record is malformed, or the text does not fit
+        `vocab_size` (too little text, or too many characters).
+      CheckpointError: `path` exists or cannot be written.
     """
     contents = train_model(
         (record.content for record in read_records(files, separator=separator)),
@@ -76,7 +75,7 @@ def train_tokenizer(
 
 
 def train_model(contents: Iterable[Content], *, vocab_size: int) -> bytes:
-    """The SentencePiece model that is trained on the contents of records.
+    """Train a SentencePiece model on the contents of records.
 
     Raises:
       DataError: there is no text, or it does not fit `vocab_size`.
@@ -124,12 +123,12 @@ def _texts(content: Content) -> Iterator[str]:
 
 
 def short_lines(line: str) -> Iterator[str]:
-    """A line in parts short enough to be learnt from, cut at spaces if there are."""
+    """Cut a line into parts that SentencePiece accepts, at spaces if there are any."""
     data = line.encode(errors="replace")
-    while len(data) > _LONGEST:
-        end = data.rfind(b" ", 1, _LONGEST)
+    while len(data) > _MAX_LINE_BYTES:
+        end = data.rfind(b" ", 1, _MAX_LINE_BYTES)
         if end < 0:
-            end = _LONGEST
+            end = _MAX_LINE_BYTES
             while data[end] & 0xC0 == 0x80:  # inside a character
                 end -= 1
         yield data[:end].decode()

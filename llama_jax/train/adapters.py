@@ -1,7 +1,4 @@
-"""Trained adapters on disk: saved on their own, and merged into their model on demand.
-
-An adapter's folder is that of the `peft` package, so both read it.
-"""
+"""Adapters on disk, in the format of `peft`, and merged into their model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,21 +27,29 @@ def save_adapters(
     *,
     base_model: str | None = None,
 ) -> None:
-    """Write adapters, in either layout; of several processes all must call this.
+    """Save adapters in a folder of `peft`; with several processes all must call this.
 
     Args:
       path: of the folder; must not exist, or be empty.
-      adapters: that were trained.
+      adapters: tree of adapters, in either layout.
       config: of their model.
-      lora: what they are.
-      base_model: where their model is.
+      lora: their configuration.
+      base_model: path or name of their model.
 
     Raises:
-      CheckpointError: there is something at `path`.
+      CheckpointError: `path` exists or cannot be written.
+
+    >>> import pathlib, tempfile, jax, llama_jax
+    >>> config = llama_jax.load().model.config
+    >>> lora = llama_jax.Lora(rank=2, alpha=4.0, targets=("q_proj",))
+    >>> adapters = llama_jax.init_lora(config, jax.random.key(0), lora)
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / "adapter"
+    >>> save_adapters(folder, adapters, config, lora)
+    >>> loaded = llama_jax.load(adapter=folder)
     """
-    whole = to_host(adapters)
+    on_host = to_host(adapters)
     if is_main():
-        write_peft(path, whole, config, lora, base_model=base_model)
+        write_peft(path, on_host, config, lora, base_model=base_model)
     barrier("the adapters are saved")
 
 
@@ -56,20 +61,28 @@ def merge_checkpoint(
     tokenizer: Path | Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the model that does what base and adapter do together, weight by weight.
-
-    In the dtype of the base, and as any model of ours: without an adapter.
+    """Merge an adapter into its model, one weight at a time, and save the result.
 
     Args:
-      base: any model that `load` takes.
+      base: any model that `load` takes; None is the bundled one.
       adapter: folder of `save_adapters` or of `peft`.
-      output: new folder.
-      tokenizer: in place of the base's own.
-      progress: told of the bytes that are written.
+      output: new folder, for a model in the dtype of the base.
+      tokenizer: instead of the base's.
+      progress: called with the bytes written so far.
 
     Raises:
       CheckpointError: one of them is missing or damaged, they do not belong together,
-        or there is something at `output`.
+        or `output` exists.
+
+    >>> import pathlib, tempfile, jax, llama_jax
+    >>> config = llama_jax.load().model.config
+    >>> lora = llama_jax.Lora(rank=2, alpha=4.0, targets=("q_proj",))
+    >>> adapters = llama_jax.init_lora(config, jax.random.key(0), lora)
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> save_adapters(folder / "adapter", adapters, config, lora)
+    >>> merge_checkpoint(None, folder / "adapter", folder / "merged")
+    >>> llama_jax.load(folder / "merged").model.config == config
+    True
     """
     opened = open_model(base, tokenizer=tokenizer)
     adapters, lora = read_peft(adapter, opened.config)
@@ -82,18 +95,18 @@ def merge_checkpoint(
 def merged_leaves(
     leaves: Mapping[str, LazyLeaf], adapters: Params, lora: Lora
 ) -> dict[str, LazyLeaf]:
-    """The weights with their adapters in them, each computed when it is read."""
+    """The weights with adapters merged into them, each computed when it is read."""
     flat = flatten(adapters)
 
     def merged(path: str, leaf: LazyLeaf) -> LazyLeaf:
         if f"{path}/a" not in flat:
             return leaf
-        own = {f"{path}/{name}": flat[f"{path}/{name}"] for name in "ab"}
+        adapter = {f"{path}/{name}": flat[f"{path}/{name}"] for name in "ab"}
 
         def read() -> np.ndarray:
             weight: Any = jnp.asarray(leaf.read())
-            found = merge(unflatten({path: weight}), unflatten(own), lora.scaling)
-            return np.asarray(flatten(found)[path])
+            tree = merge(unflatten({path: weight}), unflatten(adapter), lora.scaling)
+            return np.asarray(flatten(tree)[path])
 
         return dataclasses.replace(
             leaf, read=read, host_bytes=leaf.host_bytes + leaf.nbytes

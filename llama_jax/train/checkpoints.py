@@ -1,8 +1,7 @@
-"""Training checkpoints: everything that a run needs to go on as if nothing happened.
+"""Training checkpoints: everything that a run needs to be resumed bit for bit.
 
-Orbax writes the state, asynchronously, and the facts beside it as JSON. A checkpoint
-appears under its step's number when it is complete; one that was being written when
-the process was killed is never found, and removed by the next run.
+Orbax writes the state asynchronously, and facts as JSON. A checkpoint appears under its
+step's number when it is complete; the next run removes one whose process was killed.
 """
 
 import math
@@ -24,11 +23,11 @@ _LOSS = "eval_loss"
 class TrainCheckpoints:
     """The checkpoints in a folder: the latest ones, and the best by `eval_loss`.
 
-    Of several processes all must call the same methods in the same order.
+    With several processes, all must call the same methods in the same order.
 
     Args:
-      folder: made where it does not exist.
-      keep: how many of the latest are kept; the best is kept besides.
+      folder: created if it does not exist.
+      keep: number of latest checkpoints to keep, besides the best.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -54,27 +53,27 @@ class TrainCheckpoints:
                         [latest, best]
                     ),
                     cleanup_tmp_directories=True,
-                    # The policy decides; but only with this are metrics written.
+                    # The policy decides, but without this no metrics are written.
                     best_fn=lambda metrics: metrics[_LOSS],
                     best_mode="min",
                 ),
             )
-        except Exception as error:  # Orbax and TensorStore raise whatever they like
+        except Exception as error:  # Orbax and TensorStore raise many types
             raise self._error("cannot be opened", error) from error
 
     def save(self, state: TrainState, facts: Mapping[str, Any], eval_loss: Any) -> None:
-        """Begin to write a checkpoint; the state may be donated when this returns.
+        """Start writing a checkpoint; the state may be donated when this returns.
 
         Args:
-          state: whose step is the checkpoint's name.
-          facts: the place in the data and what else there is, for JSON.
-          eval_loss: of this state, None where it was not evaluated.
+          state: its step names the checkpoint.
+          facts: position in the data, and others, for JSON.
+          eval_loss: of this state; None if it was not evaluated.
 
         Raises:
-          CheckpointError: it, or the one before it, cannot be written.
+          CheckpointError: it, or the checkpoint before it, cannot be written.
         """
         args = self._args
-        # Of several that are equally bad the latest is the best, which is kept anyway.
+        # Among equals the latest is the best, which is kept anyway.
         metrics = {_LOSS: math.inf if eval_loss is None else float(eval_loss)}
         try:
             self._manager.save(
@@ -96,63 +95,64 @@ class TrainCheckpoints:
         return None if step is None else int(step)
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the least `eval_loss` of those that have one.
-
-        None where none has.
-        """
-        found = {}
+        """The step of the checkpoint with the best `eval_loss`; None without any."""
+        losses = {}
         for step in self._manager.all_steps():
             loss = (self._manager.metrics(step) or {}).get(_LOSS, math.inf)
             if math.isfinite(loss):
-                found[int(step)] = loss
-        return min(found, key=lambda step: (found[step], -step)) if found else None
+                losses[int(step)] = loss
+        return min(losses, key=lambda step: (losses[step], -step)) if losses else None
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state of a step."""
+        """The facts that were saved with the state of a step."""
         args = self._args
         try:
-            found = self._manager.restore(
+            items = self._manager.restore(
                 step, args=args.Composite(**{_FACTS: args.JsonRestore()})
             )
-            return dict(found[_FACTS])
+            return dict(items[_FACTS])
         except Exception as error:
             raise self._error(f"step {step} cannot be read", error) from error
 
     def restore(self, step: int, shapes: TrainState) -> TrainState:
-        """The state of a step, on the devices of this run.
+        """Restore the state of a step on the devices of this run.
 
         Args:
           step: of a checkpoint.
-          shapes: of the new run's state with their shardings (`state_shapes`): the mesh
-            and the number of processes may be others than when it was saved.
+          shapes: shapes and shardings of this run's state (`state_shapes`); mesh and
+            number of processes may differ from those it was saved with.
 
         Raises:
           CheckpointError: it is damaged, or of another model or optimizer.
         """
-        here = SingleDeviceSharding(jax.devices()[0])
+        default = SingleDeviceSharding(jax.devices()[0])
 
-        def placed(leaf: Any) -> Any:
-            sharding = leaf.sharding or here
+        def with_sharding(leaf: Any) -> Any:
+            sharding = leaf.sharding or default
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         args = self._args
         try:
-            found = self._manager.restore(
+            items = self._manager.restore(
                 step,
                 args=args.Composite(
-                    **{_STATE: args.StandardRestore(jax.tree.map(placed, shapes))}
+                    **{
+                        _STATE: args.StandardRestore(
+                            jax.tree.map(with_sharding, shapes)
+                        )
+                    }
                 ),
             )
         except Exception as error:
             raise self._error(f"step {step} cannot be restored", error) from error
-        state: TrainState = found[_STATE]
+        state: TrainState = items[_STATE]
         return state
 
     def wait(self) -> None:
-        """Return when what was begun is on the disk.
+        """Return when all checkpoints are on disk.
 
         Raises:
-          CheckpointError: it could not be written.
+          CheckpointError: one could not be written.
         """
         try:
             self._manager.wait_until_finished()
@@ -160,15 +160,15 @@ class TrainCheckpoints:
             raise self._error("cannot be written", error) from error
 
     def close(self) -> None:
-        """Finish what was begun."""
+        """Finish writing."""
         self._manager.close()
 
     def __enter__(self) -> "TrainCheckpoints":
-        """Itself, to be closed."""
+        """The checkpoints."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish what was begun."""
+        """Finish writing."""
         self.close()
 
     def _error(self, what: str, error: Exception) -> CheckpointError:

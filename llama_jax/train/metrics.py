@@ -1,4 +1,4 @@
-"""What a run measured, one object per step: `metrics.jsonl`, TensorBoard and W&B."""
+"""Writers of a run's records, one per step: `metrics.jsonl`, TensorBoard and W&B."""
 
 import json
 import math
@@ -18,24 +18,24 @@ FILE_NAME = "metrics.jsonl"
 
 @runtime_checkable
 class Writer(Protocol):
-    """Who is told of the records."""
+    """Writes records."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One step's numbers."""
+        """Write the record of a step."""
 
     def close(self) -> None:
-        """There are no more."""
+        """Write no more."""
 
 
 class MetricsFile:
-    """A file of JSON lines that has each step once, whatever ends the process.
+    """A file of JSON lines with each step once, however the process ends.
 
-    Lines behind `step`, and one that was cut off, are dropped when it is opened; a
-    record of the step that was written last takes the place of its line.
+    Opening it drops lines after `step`, and one that was cut off. Writing a record of
+    the last step replaces its line.
 
     Args:
       path: of the file, which need not exist.
-      step: of the checkpoint that is resumed; 0 to begin anew.
+      step: of the checkpoint that is resumed; 0 for a new run.
     """
 
     def __init__(self, path: Path, *, step: int = 0) -> None:
@@ -44,23 +44,23 @@ class MetricsFile:
         write_file(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("r+", encoding="utf-8", newline="\n")
         self._file.seek(0, os.SEEK_END)
-        self._last = (0, 0)  # step and place of the last line
+        self._last = (0, 0)  # step and offset of the last line
         if kept:
             end = self._file.tell()
             self._last = (kept[-1]["step"], end - len(_line(kept[-1]).encode()))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the line of a step; the system has it when this returns."""
-        step, place = self._last
+        step, offset = self._last
         if record["step"] == step:
-            self._file.seek(place)
+            self._file.seek(offset)
             self._file.truncate()
         self._last = (record["step"], self._file.tell())
         self._file.write(_line(record))
         self._file.flush()
 
     def sync(self) -> None:
-        """Return when the disk has all lines."""
+        """Return when all lines are on disk."""
         _sync(self._file)
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class MetricsFile:
         self._file.close()
 
     def __enter__(self) -> "MetricsFile":
-        """Itself, to be closed."""
+        """The file."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,12 +77,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl` in order of their steps.
+    """Read the records of a `metrics.jsonl`, by step; incomplete lines are skipped.
 
-    What is not a whole line is left out; no file is an empty one.
+    Returns:
+      The records; none if there is no file.
     """
     file = pathlib.Path(path)
-    found: dict[int, Record] = {}
+    records: dict[int, Record] = {}
     if not file.is_file():
         return []
     for line in file.read_bytes().split(b"\n"):
@@ -92,16 +93,16 @@ def read_metrics(path: Path) -> list[Record]:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if type(step) is int:
-            found[step] = record
-    return [found[step] for step in sorted(found)]
+            records[step] = record
+    return [records[step] for step in sorted(records)]
 
 
 class TensorBoard:
-    """An event file that TensorBoard shows; needs `llama-jax[tensorboard]`.
+    """An event file for TensorBoard; needs `llama-jax[tensorboard]`.
 
     Args:
-      folder: where the file goes.
-      step: of the checkpoint that is resumed: what is shown behind it is replaced.
+      folder: of the file.
+      step: of the checkpoint that is resumed; TensorBoard drops later events.
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
@@ -110,7 +111,7 @@ class TensorBoard:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
             raise TrainError(
-                "--tensorboard needs a package that is not installed; "
+                "tensorboard: the package is not installed; "
                 'pip install "llama-jax[tensorboard]"'
             ) from error
         self._event, self._summary = event_pb2, summary_pb2
@@ -122,7 +123,7 @@ class TensorBoard:
             )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """All numbers of a step."""
+        """Write the numbers of a step."""
         values = [
             self._summary.Summary.Value(tag=name, simple_value=number)
             for name, number in _numbers(record).items()
@@ -133,16 +134,16 @@ class TensorBoard:
         self._writer.add_event(event)
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write buffered events."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases; needs `llama-jax[wandb]` and its account.
+    """A run at Weights & Biases; needs `llama-jax[wandb]` and an account.
 
     Args:
-      project: where the run belongs.
-      folder: of the run, whose name it takes; what was logged there goes on.
+      project: name of the project.
+      folder: of the run; its name is the run's, which is resumed if it exists.
       settings: of the run.
     """
 
@@ -151,8 +152,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise TrainError(
-                "--wandb needs a package that is not installed; "
-                'pip install "llama-jax[wandb]"'
+                'wandb: the package is not installed; pip install "llama-jax[wandb]"'
             ) from error
         name = pathlib.Path(folder).resolve().name
         self._run = wandb.init(
@@ -165,11 +165,11 @@ class WeightsAndBiases:
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """All numbers of a step."""
+        """Write the numbers of a step."""
         self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
-        """Send what waits."""
+        """Send buffered records."""
         self._run.finish()
 
 
@@ -182,7 +182,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """JSON has no NaN and no infinity: null is in their place."""
+    """A record as a line; NaN and infinity, which JSON lacks, become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()

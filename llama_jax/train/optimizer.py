@@ -22,40 +22,46 @@ def make_schedule(
     warmup: int = 0,
     final: float = 0.1,
 ) -> Schedule:
-    """The learning rate of each step: a linear rise, then a fall.
+    """Make a learning-rate schedule: linear warm-up, then decay.
 
     Args:
-      name: "cosine" or "linear" fall to `final` times the peak; "constant" stays.
-      peak: of the rate, reached behind the rise.
-      steps: in all, the rise's included.
-      warmup: steps of the rise; the first of them has a rate above zero.
-      final: part of the peak at the end (arXiv:2307.09288, 2.2: a tenth).
+      name: "cosine" and "linear" decay to `final` times the peak; "constant" does not
+        decay.
+      peak: rate after warm-up.
+      steps: total steps, including warm-up.
+      warmup: steps of warm-up; the first has a rate above zero.
+      final: fraction of the peak at the end (arXiv:2307.09288, 2.2: a tenth).
+
+    Returns:
+      The rate as a function of the step, for optax.
 
     Raises:
-      ConfigError: a number that makes no sense.
+      ConfigError: a value is out of range.
+
+    >>> schedule = make_schedule("linear", 1.0, steps=12, warmup=2, final=0.0)
+    >>> [float(schedule(step)) for step in (0, 1, 2, 7, 12)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     if not peak > 0 or steps < 1 or not 0 <= warmup <= steps or not 0 <= final <= 1:
         raise ConfigError(
-            f"schedule: a peak of {peak}, {warmup} of {steps} steps of warm-up and an "
-            f"end at {final} of the peak; the peak must be positive, the warm-up no "
-            "longer than the run, and the end between 0 and 1"
+            f"schedule: got a peak of {peak}, {warmup} of {steps} steps of warm-up and "
+            f"final {final}; the peak must be positive, warm-up no longer than the "
+            "run, and final between 0 and 1"
         )
-    left = max(steps - warmup, 1)
-    fall: Schedule
+    decay_steps = max(steps - warmup, 1)
+    decay: Schedule
     if name == "cosine":
-        fall = optax.cosine_decay_schedule(peak, left, alpha=final)
+        decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final)
     elif name == "linear":
-        fall = optax.linear_schedule(peak, final * peak, left)
+        decay = optax.linear_schedule(peak, final * peak, decay_steps)
     elif name == "constant":
-        fall = optax.constant_schedule(peak)
+        decay = optax.constant_schedule(peak)
     else:
-        raise ConfigError(
-            f"schedule: there is no {name!r}; choose from cosine, linear, constant"
-        )
+        raise ConfigError(f"schedule: must be cosine, linear or constant, got {name!r}")
     if not warmup:
-        return fall
+        return decay
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, fall], [warmup])
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(
@@ -69,27 +75,31 @@ def make_optimizer(
     clip: float | None = 1.0,
     moment_dtype: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamW as Llama 2 was trained with it (arXiv:2307.09288, 2.2), or another.
+    """Make AdamW with Llama 2's settings (arXiv:2307.09288, 2.2), or another optimizer.
 
     Args:
-      learning_rate: or the rate of each step.
-      name: "adamw", "adafactor" (second moments as rows and columns, no first ones),
-        "lion" (first moments only) or "muon" (first moments made orthogonal for the
+      learning_rate: rate, or schedule.
+      name: "adamw", "adafactor" (second moments as rows and columns, no first moments),
+        "lion" (first moments only) or "muon" (orthogonalized first moments for the
         matrices of layers, with updates as large as AdamW's, arXiv:2502.16982; AdamW
-        with Nesterov's momentum for the rest).
-      b1: of first moments; adafactor has none.
-      b2: of second moments; adafactor decays them by a schedule of its own.
+        with Nesterov momentum for the rest).
+      b1: decay of first moments; Adafactor has none.
+      b2: decay of second moments; Adafactor has its own schedule.
       eps: of AdamW.
-      weight_decay: of all but norms.
-      clip: the most that the norm of all gradients together may be; None for no limit.
-      moment_dtype: of first moments; the weights' where not given.
+      weight_decay: of all weights but norms.
+      clip: maximum of the global gradient norm; None has no limit.
+      moment_dtype: of first moments; defaults to that of the weights.
 
     Raises:
       ConfigError: there is no such optimizer.
+
+    >>> import jax.numpy as jnp
+    >>> optimizer = make_optimizer(1e-3)
+    >>> state = optimizer.init({"x": jnp.zeros(3)})
     """
-    chosen: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
     if name == "adamw":
-        chosen = optax.adamw(
+        optimizer = optax.adamw(
             learning_rate,
             b1=b1,
             b2=b2,
@@ -99,13 +109,13 @@ def make_optimizer(
             mu_dtype=moment_dtype,
         )
     elif name == "adafactor":
-        chosen = _decaying(
+        optimizer = _decaying(
             optax.adafactor(None, multiply_by_parameter_scale=False),
             learning_rate,
             weight_decay,
         )
     elif name == "lion":
-        chosen = optax.lion(
+        optimizer = optax.lion(
             learning_rate,
             b1=b1,
             b2=b2,
@@ -122,18 +132,18 @@ def make_optimizer(
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
         )
-        chosen = _decaying(orthogonal, learning_rate, weight_decay)
+        optimizer = _decaying(orthogonal, learning_rate, weight_decay)
     else:
         raise ConfigError(
-            f"optimizer: there is no {name!r}; choose from adamw, adafactor, lion, muon"
+            f"optimizer: must be adamw, adafactor, lion or muon, got {name!r}"
         )
     if clip is None:
-        return chosen
-    return optax.chain(optax.clip_by_global_norm(clip), chosen)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 
 def decayed(params: Any) -> Any:
-    """Which leaves of a tree are pulled towards zero: all but norms' scales."""
+    """A tree of booleans: which leaves have weight decay, all but norms' scales."""
 
     def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
         return getattr(path[-1], "key", None) != "scale"
@@ -144,7 +154,7 @@ def decayed(params: Any) -> Any:
 def _decaying(
     rateless: optax.GradientTransformation, learning_rate: Any, weight_decay: float
 ) -> optax.GradientTransformation:
-    """With a rate and with decay in proportion to it, as AdamW has, behind the rest."""
+    """Add a learning rate, and weight decay in proportion to it, as AdamW has."""
     return optax.chain(
         rateless,
         optax.scale(-1.0),
@@ -154,7 +164,7 @@ def _decaying(
 
 
 def _matrices(params: Any) -> Any:
-    """Which axes of a layer's leaf are a matrix's; None for what Muon leaves alone."""
+    """The matrix axes of a layer's leaf; None for leaves that Muon leaves to AdamW."""
 
     def axes(path: tuple[Any, ...], leaf: Any) -> Any:
         names = [getattr(part, "key", None) for part in path]

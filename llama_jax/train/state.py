@@ -1,4 +1,4 @@
-"""What training changes: the trained leaves, the optimizer's, and the step's number."""
+"""`TrainState`: trained leaves, the optimizer's state, and the number of steps."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,17 @@ from llama_jax.types import Array, Int, Mesh
 
 
 class TrainState(NamedTuple):
-    """Arrays that a step takes and gives back.
+    """The arrays that a training step updates.
 
     Attributes:
-      step: how many batches were taken.
-      params: the trained leaves: all weights, or adapters.
-      opt_state: the optimizer's, with arrays that lie where their weights lie.
+      step: number of steps done.
+      params: trained leaves: all weights, or adapters.
+      opt_state: state of the optimizer, sharded as the weights are.
+
+    >>> import jax.numpy as jnp, optax
+    >>> state = init_state({"x": jnp.zeros(3)}, optax.adam(1e-3))
+    >>> int(state.step), state.opt_state[0].mu["x"].shape
+    (0, (3,))
     """
 
     step: Int[Array, ""]
@@ -25,50 +30,56 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; moments are born where their weights lie.
+    """Make the state before the first step; moments are initialized sharded.
 
-    The weights are taken over, not copied: the first step donates them.
+    Args:
+      params: trained leaves. They are not copied, and the first step donates them.
+      optimizer: the optimizer.
+
+    >>> import jax.numpy as jnp, optax
+    >>> int(init_state({"x": jnp.zeros(3)}, optax.sgd(0.1)).step)
+    0
     """
-    places = None
+    shardings = None
     leaves = jax.tree.leaves(params)
     if isinstance(leaves[0].sharding, NamedSharding):
-        of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
+        param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         shapes = jax.eval_shape(optimizer.init, params)
-        places = opt_state_shardings(
-            optimizer, shapes, params, of_params, leaves[0].sharding.mesh
+        shardings = opt_state_shardings(
+            optimizer, shapes, params, param_shardings, leaves[0].sharding.mesh
         )
-    moments = jax.jit(optimizer.init, out_shardings=places)(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     step = jnp.zeros((), jnp.int32)
-    if places is not None:
-        whole = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
-        step = jax.device_put(step, whole)
-    return TrainState(step, params, moments)
+    if shardings is not None:
+        replicated = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+        step = jax.device_put(step, replicated)
+    return TrainState(step, params, opt_state)
 
 
 def state_shapes(
     params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
-    """The state as `jax.ShapeDtypeStruct`s, which take no memory.
+    """Describe the state as `jax.ShapeDtypeStruct`s, without memory.
 
     Args:
-      params: of the trained leaves, with their shardings where there is a mesh.
-      optimizer: whose moments.
-      mesh: where they lie.
+      params: shapes of the trained leaves, with shardings if there is a mesh.
+      optimizer: the optimizer.
+      mesh: devices.
     """
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    moments = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.eval_shape(optimizer.init, params)
     if mesh is None:
-        return TrainState(step, params, moments)
-    of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
-    places = opt_state_shardings(optimizer, moments, params, of_params, mesh)
-    moments, step = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=place
+        return TrainState(step, params, opt_state)
+    param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    shardings = opt_state_shardings(optimizer, opt_state, params, param_shardings, mesh)
+    opt_state, step = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
         ),
-        (moments, step),
-        (places, NamedSharding(mesh, PartitionSpec())),
+        (opt_state, step),
+        (shardings, NamedSharding(mesh, PartitionSpec())),
     )
-    return TrainState(step, params, moments)
+    return TrainState(step, params, opt_state)
 
 
 def opt_state_shardings(
@@ -78,20 +89,27 @@ def opt_state_shardings(
     shardings: Any,
     mesh: Any,
 ) -> Any:
-    """Where an optimizer's arrays lie: those shaped like a weight where it lies.
+    """Shardings of an optimizer's state: arrays shaped like a weight are sharded as it.
 
-    Others (counts, Adafactor's rows and columns) are whole on every device.
+    Others (counts, Adafactor's rows and columns) are replicated.
+
+    Args:
+      optimizer: the optimizer.
+      opt_state: its state, or the shapes of it.
+      params: trained leaves, or their shapes.
+      shardings: of `params`.
+      mesh: devices.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(moment: Any, weight: Any, sharding: Any) -> Any:
-        return sharding if moment.shape == weight.shape else whole
+    def sharding_of(moment: Any, weight: Any, sharding: Any) -> Any:
+        return sharding if moment.shape == weight.shape else replicated
 
     return optax.tree_utils.tree_map_params(
         optimizer,
-        place,
+        sharding_of,
         opt_state,
         params,
         shardings,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )

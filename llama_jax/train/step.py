@@ -1,7 +1,7 @@
-"""One step of training, whatever is trained and whatever the loss.
+"""A training step for any loss and any trained leaves.
 
-The batch goes forwards and backwards in one or several parts, whose gradients are
-added up: sums of sums, so that many small parts are the large batch up to rounding.
+A batch is processed in one or several parts, whose loss sums and gradients are added,
+so that many small parts equal the large batch up to rounding.
 """
 
 import functools
@@ -20,14 +20,14 @@ from llama_jax.types import Array, Bool, Float
 
 
 class StepMetrics(NamedTuple):
-    """What a step says, still on the device.
+    """Metrics of a step, on the device.
 
     Attributes:
-      loss: mean over the targets of the batch, before the step.
-      weight: how many targets that were.
-      grad_norm: of all gradients together, before they are clipped.
-      skipped: the loss or a gradient was not finite, and nothing was changed.
-      metrics: what else the loss reports.
+      loss: mean over the targets of the batch, before the update.
+      weight: number of targets (their total weight).
+      grad_norm: global norm of the gradients, before clipping.
+      skipped: whether loss or gradient was not finite, so that nothing was updated.
+      metrics: means of what else the loss reports.
     """
 
     loss: Float[Array, ""]
@@ -40,58 +40,69 @@ class StepMetrics(NamedTuple):
 class Step:
     """A jitted step: (state, frozen leaves, batch) to the next state and metrics.
 
-    The state is donated, and comes back where it lay: left to itself the compiler may
-    move a leaf over a mesh, and the second step would be compiled anew.
+    The state is donated, and the next one has its shardings: left to itself the
+    compiler may reshard a leaf, and the second step would be compiled again.
     """
 
-    def __init__(self, run: Callable[..., tuple[TrainState, StepMetrics]]) -> None:
-        """Of a function of the three."""
-        self._run = run
+    def __init__(self, step: Callable[..., tuple[TrainState, StepMetrics]]) -> None:
+        self._step = step
         self._jitted: dict[Any, Any] = {}
 
     def __call__(
         self, state: TrainState, frozen: Any, batch: Any
     ) -> tuple[TrainState, StepMetrics]:
         """Take the step."""
-        found: tuple[TrainState, StepMetrics]
-        found = self._of(state)(state, frozen, batch)
-        return found
+        result: tuple[TrainState, StepMetrics]
+        result = self._jit_for(state)(state, frozen, batch)
+        return result
 
-    def lower(self, state: Any, frozen: Any, batch: Any) -> Any:
-        """The step of arrays or of their shapes, ready to be compiled."""
-        return self._of(state).lower(state, frozen, batch)
+    def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
+        """Lower the step for arrays or their shapes."""
+        lowered: jax.stages.Lowered = self._jit_for(state).lower(state, frozen, batch)
+        return lowered
 
     @property
-    def programs(self) -> int:
-        """How many there are in jax's cache."""
+    def num_programs(self) -> int:
+        """The number of compiled programs."""
         return sum(jitted._cache_size() for jitted in self._jitted.values())
 
-    def _of(self, state: Any) -> Any:
+    def _jit_for(self, state: Any) -> Any:
         leaves, structure = jax.tree.flatten(state)
-        places = tuple(_place(leaf) for leaf in leaves)
-        if (places, structure) not in self._jitted:
-            whole = jax.tree.unflatten(structure, places)
-            self._jitted[places, structure] = jax.jit(
-                self._run, donate_argnums=0, out_shardings=(whole, None)
+        shardings = tuple(_named_sharding(leaf) for leaf in leaves)
+        if (shardings, structure) not in self._jitted:
+            state_shardings = jax.tree.unflatten(structure, shardings)
+            self._jitted[shardings, structure] = jax.jit(
+                self._step, donate_argnums=0, out_shardings=(state_shardings, None)
             )
-        return self._jitted[places, structure]
+        return self._jitted[shardings, structure]
 
 
-def _place(leaf: Any) -> NamedSharding | None:
-    place = getattr(leaf, "sharding", None)
-    return place if isinstance(place, NamedSharding) else None
+def _named_sharding(leaf: Any) -> NamedSharding | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1
 ) -> Step:
-    """A jitted step; its state is donated: use the one that is returned.
+    """Make a jitted training step, which donates its state.
 
     Args:
-      loss: of trained leaves, frozen leaves and a batch.
+      loss: loss of trained leaves, frozen leaves and a batch.
       optimizer: of the trained leaves.
-      accumulate: parts that a batch is cut into, one after another; each takes every
-        so manyth row, so that on a mesh all devices share each part.
+      accumulate: parts G of a batch that are processed one after another. Part g takes
+        rows g, g + G, …, so that on a mesh all devices share each part.
+
+    >>> import jax.numpy as jnp, optax, llama_jax
+    >>> from llama_jax.train.losses import LossSums
+    >>> def loss(params, frozen, batch):
+    ...     return LossSums(jnp.sum((params["x"] - batch) ** 2), jnp.float32(4))
+    >>> optimizer = optax.sgd(0.5)
+    >>> step = make_train_step(loss, optimizer)
+    >>> state = llama_jax.init_state({"x": jnp.zeros(())}, optimizer)
+    >>> state, metrics = step(state, {}, jnp.full(4, 3.0))
+    >>> float(metrics.loss), float(state.params["x"])
+    (9.0, 3.0)
     """
     return Step(functools.partial(_step, loss, optimizer, accumulate))
 
@@ -104,33 +115,33 @@ def _step(
     frozen: Any,
     batch: Any,
 ) -> tuple[TrainState, StepMetrics]:
-    sums, grads = _summed(loss, accumulate, state.params, frozen, batch)
-    # A batch without targets has no gradient, and no loss: 0 / 0 is skipped below.
+    sums, grads = _sums_and_gradients(loss, accumulate, state.params, frozen, batch)
+    # A batch without targets gives 0 / 0, and is skipped below.
     grads = jax.tree.map(lambda g: (g / sums.weight).astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums.total / sums.weight) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    kept = functools.partial(jnp.where, finite)
-    new = TrainState(
+    if_finite = functools.partial(jnp.where, finite)
+    next_state = TrainState(
         step=state.step + 1,
-        params=jax.tree.map(kept, params, state.params),
-        opt_state=jax.tree.map(kept, opt_state, state.opt_state),
+        params=jax.tree.map(if_finite, params, state.params),
+        opt_state=jax.tree.map(if_finite, opt_state, state.opt_state),
     )
     metrics = StepMetrics(
         loss=sums.total / sums.weight,
         weight=sums.weight,
         grad_norm=norm,
         skipped=~finite,
-        metrics={name: one / sums.weight for name, one in sums.metrics.items()},
+        metrics={name: total / sums.weight for name, total in sums.metrics.items()},
     )
-    return new, metrics
+    return next_state, metrics
 
 
-def _summed(
+def _sums_and_gradients(
     loss: Loss, parts: int, params: Any, frozen: Any, batch: Any
 ) -> tuple[LossSums, Any]:
-    """The loss's sums and their gradient."""
+    """The sums of the loss, and the gradient of their total."""
 
     def total(params: Any, batch: Any) -> tuple[Array, LossSums]:
         sums = loss(params, frozen, batch)
@@ -153,11 +164,11 @@ def _summed(
 
 
 def _cut(parts: int, rows: Array) -> Array:
-    """`[B, ...]` to `[G, B / G, ...]`: part g has rows g, g + G, and so on."""
+    """Reshape `[B, ...]` to `[G, B / G, ...]`: part g has rows g, g + G, …"""
     batch = rows.shape[0]
     if batch % parts:
         raise ConfigError(
-            f"a batch of {batch} rows cannot be accumulated in {parts} parts; choose "
-            "a batch that is divisible by them"
+            f"accumulate: a batch of {batch} rows cannot be cut into {parts} equal "
+            "parts; choose a divisor"
         )
     return rows.reshape(batch // parts, parts, *rows.shape[1:]).swapaxes(0, 1)

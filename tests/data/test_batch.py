@@ -132,10 +132,10 @@ def test_what_cannot_be_a_batch_is_refused() -> None:
     large = Example(np.arange(9), np.ones(9, bool))
     with pytest.raises(DataError, match="row 0 has 8 tokens for 7 slots"):
         assemble([[large]], 7)
-    with pytest.raises(DataError, match="fills 8 slots, and a row has 7"):
+    with pytest.raises(DataError, match="has 8 slots, but a row only 7"):
         list(pack([large], 7))
     silent = Example(np.arange(4), np.array([True, False, False, False]))
-    with pytest.raises(DataError, match="no token of it is a target"):
+    with pytest.raises(DataError, match="batch has no target tokens"):
         check_targets(pad([silent], 7))
     check_targets(pad([silent, large], 8))
 

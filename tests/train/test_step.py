@@ -224,7 +224,7 @@ def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
 
 
 def test_a_batch_that_parts_do_not_divide_is_refused() -> None:
-    with pytest.raises(ConfigError, match="32 rows cannot be accumulated in 5 parts"):
+    with pytest.raises(ConfigError, match="32 rows cannot be cut into 5 equal parts"):
         first_step(TINY, STACKED, some_batch(rows=32, packed=False), accumulate=5)
 
 
@@ -563,7 +563,7 @@ def test_a_step_compiles_once_and_takes_its_state_over(
         assert all(leaf.is_deleted() for leaf in old)
         for leaf, place in zip(jax.tree.leaves(state), where, strict=True):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-    assert step.programs == 1  # since whoever used it had such a batch
+    assert step.num_programs == 1  # since whoever used it had such a batch
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), shapes
     )
