@@ -14,6 +14,7 @@ from support.attention_inputs import (
     assert_equal,
     inputs_with_gradient,
     newest_only,
+    no_bfloat16_product,
     quantized,
     wide,
     with_gradient,
@@ -200,7 +201,7 @@ def test_the_gradient_of_hoppers_flash_equals_the_reference() -> None:
     ],
     ids=["causal", "one query", "one slot", "over a cache", "packed"],
 )
-@newest_only
+@no_bfloat16_product
 def test_the_arguments_of_cudnn_describe_the_reference(
     queries: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

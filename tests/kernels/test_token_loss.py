@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from support.attention_inputs import newest_only, quick_jit
+from support.attention_inputs import newest_only, no_bfloat16_product, quick_jit
 from support.programs import needs_tpu_compiler
 
 from llama_jax.kernels import greedy_tokens, token_losses
@@ -80,7 +80,7 @@ def test_losses_are_float32_and_gradients_have_the_weights_dtype() -> None:
     assert with_gradient(token_losses, *mixed, targets, weights)[2].dtype == jnp.float32
 
 
-@newest_only
+@no_bfloat16_product
 def test_a_tied_embedding_in_float32_has_a_gradient_from_bfloat16_rows() -> None:
     """Its transposed product over two axes would not be supported by XLA:CPU."""
     x, head, targets, weights = inputs(1, 64, d=64, v=512)
