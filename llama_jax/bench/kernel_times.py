@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import kernels
-from llama_jax.bench.attention_work import Call, Work, causal_shapes, with_gradient
+from llama_jax.bench.attention_work import (
+    Argument,
+    Call,
+    Work,
+    causal_shapes,
+    with_gradient,
+)
 from llama_jax.bench.jax_kernels import jax_kernels
 from llama_jax.bench.machine import (
     best_and_median,
@@ -99,7 +105,9 @@ def _chip() -> str:
     return "v6e" if "v6" in kind else "v5e"
 
 
-def _prepare(work: Work, dtype: DType, attend: Callable[..., Array]) -> Any:
+def _prepare(
+    work: Work, dtype: DType, attend: Callable[..., Array]
+) -> Callable[[], Any]:
     n, _, h = work.heads
     shapes = [jax.ShapeDtypeStruct(x.shape, dtype) for x in causal_shapes(work)]
     if work.kind == "decode":
@@ -113,11 +121,13 @@ def _prepare(work: Work, dtype: DType, attend: Callable[..., Array]) -> Any:
     return _call(with_gradient(work, transposed), shapes)
 
 
-def _prepare_call(build: Callable[[], Call]) -> Any:
+def _prepare_call(build: Callable[[], Call]) -> Callable[[], Any]:
     return _call(*build())
 
 
-def _call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _call(
+    function: Callable[..., Any], arguments: Sequence[Argument]
+) -> Callable[[], Any]:
     keys = jax.random.split(jax.random.key(0), len(arguments))
     arrays = [
         jax.random.normal(key, x.shape, x.dtype)

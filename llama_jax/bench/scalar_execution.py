@@ -23,6 +23,7 @@ from llama_jax.bench.scalar_instructions import (
     OPERAND,
     UNKNOWN,
     Op,
+    Value,
     address,
     expression,
     parse,
@@ -68,7 +69,7 @@ def execute(schedule: Schedule, operands: Sequence[np.ndarray] = ()) -> Executio
             f"{schedule.name} prefetches {len(schedule.prefetched)} scalar operands, "
             f"got {len(operands)}"
         )
-    memory: dict[Any, Any] = {}
+    memory: dict[Value, Value] = {}
     for index, operand in enumerate(operands):
         base = address(f"#allocation{schedule.prefetched[index]}")
         tile = schedule.tiles[index] if schedule.tiles else 1
@@ -159,7 +160,7 @@ def _needed(blocks: Sequence[Sequence[Op]]) -> set[str]:
 
 def _translate(
     schedule: Schedule,
-    memory: dict[Any, Any],
+    memory: dict[Value, Value],
     registers_in: Mapping[int, int],
     transfers: dict[str, int],
 ) -> list[Callable[[str], tuple[int, bool]]]:
@@ -174,7 +175,7 @@ def _translate(
         for block in schedule.blocks
     ]
     needed = _needed([[op for bundle in block for op in bundle] for block in parsed])
-    registers: list[Any] = []
+    registers: list[Value] = []
     register_names: dict[str, str] = {}
 
     def value(operand: str) -> str:

@@ -40,6 +40,9 @@ class Unknown:
 
 UNKNOWN = Unknown()
 
+Value = int | Unknown
+"""A number, as far as it is known."""
+
 
 @dataclasses.dataclass
 class Op:
@@ -146,23 +149,23 @@ def address(symbol: str) -> int:
     return base + int(offset or "0", 16)
 
 
-def _and(left: Any, right: Any) -> Any:
+def _and(left: Value, right: Value) -> Value:
     known = [x for x in (left, right) if not isinstance(x, Unknown)]
     return 0 if 0 in known else UNKNOWN if len(known) < 2 else 1
 
 
-def _or(left: Any, right: Any) -> Any:
+def _or(left: Value, right: Value) -> Value:
     known = [x for x in (left, right) if not isinstance(x, Unknown)]
     return 1 if 1 in known else UNKNOWN if len(known) < 2 else 0
 
 
-def _choose(condition: Any, yes: Any, no: Any) -> Any:
+def _choose(condition: Value, yes: Value, no: Value) -> Value:
     if isinstance(condition, Unknown):
         return UNKNOWN
     return yes if condition else no
 
 
-def _compare(outcome: Any) -> Any:
+def _compare(outcome: bool | Unknown) -> Value:
     return outcome if isinstance(outcome, Unknown) else int(outcome)
 
 

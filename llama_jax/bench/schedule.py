@@ -177,7 +177,7 @@ def operand_tiles(program: str) -> dict[str, tuple[int, ...]]:
 
 
 @functools.cache
-def _device(chip: str) -> Any:
+def _device(chip: str) -> jax.Device:
     return tpu_devices(CORES[chip].slice_name)[0]
 
 

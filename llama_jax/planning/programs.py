@@ -6,12 +6,13 @@ dtypes and shardings only, so their devices need not be present.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Lowered
+from jaxtyping import DTypeLike
 
 from llama_jax.data.batch import Batch
 from llama_jax.generation.decode import prefill
@@ -40,11 +41,20 @@ Tree = Any
 """A pytree of `jax.ShapeDtypeStruct`s."""
 
 
+@runtime_checkable
+class Lowerable(Protocol):
+    """A jitted function or a training step."""
+
+    def lower(self, *arguments: Any, **options: Any) -> Any:
+        """Trace and lower it for these arguments."""
+        ...
+
+
 class Program(NamedTuple):
     """A jitted function and its abstract arguments.
 
     Attributes:
-      function: the jitted function, or a training step.
+      function: to be lowered.
       arguments: pytrees of `jax.ShapeDtypeStruct`s with shardings.
       options: static arguments by name.
       kinds: the arrays among the arguments by kind: "weights", "optimizer", "cache"
@@ -53,7 +63,7 @@ class Program(NamedTuple):
       mesh: sizes by axis.
     """
 
-    function: Callable[..., Any]
+    function: Lowerable
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
     kinds: Mapping[str, Tree]
@@ -62,8 +72,7 @@ class Program(NamedTuple):
 
     def lower(self) -> Lowered:
         """Trace and lower it."""
-        lower = self.function.lower  # type: ignore[attr-defined]
-        lowered: Lowered = lower(*self.arguments, **self.options)
+        lowered: Lowered = self.function.lower(*self.arguments, **self.options)
         return lowered
 
 
@@ -139,7 +148,7 @@ def _train(work: Workload, model: Llama, mesh: Mesh) -> Program:
     return _program(model, mesh, step, (state, frozen, batch), kinds)
 
 
-def _tokens(work: Workload, mesh: Mesh, dtype: Any = jnp.int32) -> Tree:
+def _tokens(work: Workload, mesh: Mesh, dtype: DTypeLike = jnp.int32) -> Tree:
     """An array `[B, T]`, split as training and prefill split it."""
     shape = (work.batch, work.seq)
     sharding = NamedSharding(mesh, activation_spec(shape, "B T", work.rules, mesh))
@@ -201,7 +210,7 @@ def _replicate(tree: Tree, mesh: Mesh) -> Tree:
 def _program(
     model: Llama,
     mesh: Mesh,
-    function: Callable[..., Any],
+    function: Lowerable,
     arguments: tuple[Any, ...],
     kinds: Mapping[str, Tree],
     **options: int,
@@ -223,6 +232,6 @@ def shard_bytes(tree: Tree) -> int:
     )
 
 
-def _bits(dtype: Any) -> int:
-    dtype = jnp.dtype(dtype)
-    return 4 if dtype.name in ("int4", "uint4") else 8 * dtype.itemsize
+def _bits(dtype: DTypeLike) -> int:
+    four_bits = jnp.dtype(dtype).name in ("int4", "uint4")
+    return 4 if four_bits else 8 * jnp.dtype(dtype).itemsize

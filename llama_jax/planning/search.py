@@ -116,12 +116,12 @@ def meshes(work: Workload, chips: int) -> list[dict[str, int]]:
 
 @functools.lru_cache(maxsize=256)
 def _mesh_sizes(config: LlamaConfig, rules: Rules, chips: int) -> list[tuple[int, ...]]:
-    found = []
+    divisors = []
     for sizes in _factorizations(chips, len(MESH_AXES)):
         with contextlib.suppress(MeshError):  # it does not divide the model
             shards_on(config, rules, sizes)
-            found.append(sizes)
-    return found
+            divisors.append(sizes)
+    return divisors
 
 
 def _factorizations(number: int, factors: int) -> Iterator[tuple[int, ...]]:

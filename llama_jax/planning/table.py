@@ -20,7 +20,7 @@ COMMON_HARDWARE = {
     "v5e:4x4": "",
     "v5e:16x16": "",
 }
-"""Topologies of the table, and where each is found."""
+"""Topologies of the table, with the services that offer them or other names."""
 
 DEFAULT_SEQ = 4096
 """Tokens per row by default, if the model's context is not shorter."""
