@@ -21,8 +21,9 @@ the residuals of differentiating the model; tests compare them.
 *Decoding* is one step, which has few temporaries. *Prefill* reads whole prompts.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jax.sharding import NamedSharding
@@ -34,14 +35,32 @@ from llama_jax.planning.workload import (
     abstract_mesh,
     layer_shards,
     local_sizes,
+    sizes_of,
     stored_bytes,
     weight_shards,
 )
-from llama_jax.runtime import Remat, Rules
+from llama_jax.runtime import MESH_AXES, Remat, Rules
 from llama_jax.sharding import activation_spec
 
 LOSS_CHUNK = 256
 """Tokens per row whose logits exist at the same time (`kernels.token_losses`)."""
+
+
+WeightCount = Callable[[Workload, Mapping[str, int]], int]
+
+
+def _cached_by_weights(count: WeightCount) -> WeightCount:
+    """Cache a count of weights: a search varies batch and remat, and they do not."""
+
+    @functools.lru_cache(maxsize=4096)
+    def cached(work: Workload, sizes: tuple[int, ...]) -> int:
+        return count(work, dict(zip(MESH_AXES, sizes, strict=True)))
+
+    @functools.wraps(count)
+    def lookup(work: Workload, mesh: Mapping[str, int]) -> int:
+        return cached(work.replace(batch=1, seq=1, remat="none"), sizes_of(mesh))
+
+    return lookup
 
 
 class Footprint(NamedTuple):
@@ -85,6 +104,7 @@ def footprint(work: Workload, mesh: Mapping[str, int]) -> Footprint:
     )
 
 
+@_cached_by_weights
 def weight_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     """Bytes of one chip's weights, adapters included."""
     shards = weight_shards(work, mesh).values()
@@ -94,6 +114,7 @@ def weight_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     return nbytes
 
 
+@_cached_by_weights
 def num_trained(work: Workload, mesh: Mapping[str, int]) -> int:
     """Number of one chip's parameters that have a gradient."""
     shards = weight_shards(work, mesh).values()
@@ -134,6 +155,7 @@ def residual_bytes(work: Workload, mesh: Mapping[str, int], remat: Remat) -> int
     return local.tokens * per_token + norms + copies
 
 
+@_cached_by_weights
 def layer_weight_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     """Bytes of one layer's weights as a chip multiplies them: D gathered, in `dtype`.
 
@@ -146,6 +168,7 @@ def layer_weight_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     )
 
 
+@_cached_by_weights
 def cast_bytes(work: Workload, mesh: Mapping[str, int]) -> int:
     """Bytes of the copy in `dtype` of one chip's part of all layers' trained weights.
 

@@ -92,6 +92,12 @@ def make_plan(work: Workload, topology: Topology, mesh: Mapping[str, int]) -> Pl
     Raises:
       MeshError: the mesh has another number of chips, or does not divide the model.
     """
+    sizes = _mesh_on(topology, mesh)
+    return _plan(work, topology, sizes, footprint(work, sizes))
+
+
+def _mesh_on(topology: Topology, mesh: Mapping[str, int]) -> dict[str, int]:
+    """All sizes of a mesh, -1 resolved."""
     sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
@@ -103,9 +109,14 @@ def make_plan(work: Workload, topology: Topology, mesh: Mapping[str, int]) -> Pl
             f"mesh {wanted} needs {math.prod(sizes.values())} chips, but {topology} "
             f"has {topology.chips}"
         )
-    memory = footprint(work, sizes)
-    bound = roofline(work, topology, sizes, memory)
-    return Plan(work, topology, sizes, memory, bound)
+    return sizes
+
+
+def _plan(
+    work: Workload, topology: Topology, mesh: Mapping[str, int], memory: Footprint
+) -> Plan:
+    bound = roofline(work, topology, mesh, memory)
+    return Plan(work, topology, mesh, memory, bound)
 
 
 def meshes(work: Workload, chips: int) -> list[dict[str, int]]:
@@ -177,20 +188,22 @@ def search(
     """
     rows = batches(work) if batch is None else [batch]
     best: Plan | None = None
-    smallest: Plan | None = None
+    smallest: tuple[int, Workload, Mapping[str, int]] | None = None
     for sizes, policy in itertools.product(
         _meshes_to_try(work, topology, mesh), remats(work) if remat is None else [remat]
     ):
         for count in rows:  # a larger batch never takes longer per token
-            plan = make_plan(work.replace(batch=count, remat=policy), topology, sizes)
-            if plan.fits:
+            candidate = work.replace(batch=count, remat=policy)
+            memory = footprint(candidate, sizes)
+            if memory.total <= topology.chip.limit_bytes:
+                plan = _plan(candidate, topology, sizes, memory)
                 if best is None or plan.cost < best.cost:
                     best = plan
                 break
-        if smallest is None or plan.footprint.total < smallest.footprint.total:
-            smallest = plan
+        if smallest is None or memory.total < smallest[0]:
+            smallest = memory.total, candidate, sizes
     assert smallest is not None
-    return best or smallest
+    return best or make_plan(smallest[1], topology, smallest[2])
 
 
 def ranked_plans(
@@ -220,7 +233,9 @@ def ranked_plans(
 def _meshes_to_try(
     work: Workload, topology: Topology, mesh: Mapping[str, int] | None
 ) -> Sequence[Mapping[str, int]]:
-    candidates = meshes(work, topology.chips) if mesh is None else [mesh]
+    if mesh is not None:
+        return [_mesh_on(topology, mesh)]
+    candidates = meshes(work, topology.chips)
     if not candidates:
         raise MeshError(
             f"topology {topology}: no mesh of {topology.chips} chips divides this "
