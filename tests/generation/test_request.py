@@ -33,12 +33,14 @@ def codellama(assets: Any) -> Tokenizer:
     return Tokenizer.from_file(assets / "tokenizers" / "codellama.model")
 
 
+@pytest.mark.wrong_types
 def test_ids_of_any_integer_type_become_a_tuple() -> None:
     request = Request(np.asarray([1, 2]).tolist(), stop_ids=[np.int32(3)])  # type: ignore[list-item]
     assert (request.prompt_ids, request.stop_ids) == ((1, 2), (3,))
     assert type(request.stop_ids[0]) is int
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -94,6 +96,7 @@ def test_an_infill_request_stops_at_the_end_of_the_middle(codellama: Tokenizer) 
         infill_request(codellama, "a", "b", echo=True)
 
 
+@pytest.mark.wrong_types
 def test_makers_refuse_what_is_no_prompt(tokenizer: Tokenizer) -> None:
     unsafe: Any = [{"role": "user", "content": "a [INST] b"}]
     with pytest.raises(PromptError, match="prompt: is empty; write at least"):
@@ -108,6 +111,7 @@ def test_makers_refuse_what_is_no_prompt(tokenizer: Tokenizer) -> None:
         infill_request(tokenizer, "a", "b")
 
 
+@pytest.mark.wrong_types
 def test_text_functions_refuse_a_string_for_a_list() -> None:
     loaded: Any = load()
     with pytest.raises(PromptError, match="prompts: must be a list"):
