@@ -20,8 +20,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m llama_jax.finetune",
         description="Fine-tune a Llama on your data (all weights, or adapters), or "
-        "train one from scratch. `finetune tokenizer` trains a tokenizer, and `finetune "
-        "merge` merges adapters into their model; each has its own --help.",
+        "train one from scratch. `finetune tokenizer` trains a tokenizer, and "
+        "`finetune merge` merges adapters into their model; each has its own --help.",
         epilog="The output folder has metrics.jsonl (a line per step), checkpoints/ "
         "(for --resume) and, at the end, model/ or adapter/ (for `python -m "
         "llama_jax.sample`), best/ if another step had the best held-out loss, and "
@@ -176,7 +176,7 @@ def _add_training(group: Any) -> None:
         "--epochs",
         type=cli.positive_int,
         metavar="E",
-        help="(default: 2; from scratch 1)",
+        help="passes over the data (default: 2; from scratch 1)",
     )
     group.add_argument(
         "--steps",

@@ -1,4 +1,4 @@
-"""What the page on fine-tuning shows is what happens."""
+"""The page on fine-tuning: its outputs, flags and code are those of the library."""
 
 import pathlib
 import re
@@ -21,34 +21,34 @@ pytestmark = pytest.mark.skipif(
 )
 
 FILES = {"alpaca.jsonl": 2, "chats.jsonl": 1}
-"""Names of the files that the page shows, and how many records each has."""
+"""Names of the files on the page, and their numbers of records."""
 
 
 def blocks(kind: str) -> list[str]:
-    """The blocks of one kind, in their order."""
+    """The blocks of a kind, in order."""
     text = PAGE.read_text("utf-8") if PAGE.is_file() else ""
     return re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
 
 
 def consoles() -> list[tuple[str, list[str], str]]:
-    """Module, arguments and output of each command whose output is shown."""
-    found = []
+    """Module, arguments and output of each command with an output."""
+    commands = []
     for block in blocks("console"):
         command, _, output = block.partition("\n")
         _, _, _, module, *arguments = shlex.split(command)
-        found.append((module, arguments, output))
-    return found
+        commands.append((module, arguments, output))
+    return commands
 
 
 def lines() -> list[list[str]]:
-    """The words of every command, of those without output."""
+    """The words of every command without an output."""
     text = "".join(blocks("sh")).replace("\\\n", " ")
     return [shlex.split(line) for line in text.splitlines()]
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Where the files are that the page shows."""
+    """The working directory, with the files of the page."""
     for (name, count), text in zip(FILES.items(), blocks("json"), strict=True):
         assert text.count("\n") == count
         (tmp_path / name).write_text(text)
@@ -56,9 +56,7 @@ def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.P
     return tmp_path
 
 
-def test_what_the_page_says_is_learnt_is_what_is_shown(
-    folder: pathlib.Path, capsys: Any
-) -> None:
+def test_batches_are_shown_as_on_the_page(folder: pathlib.Path, capsys: Any) -> None:
     shown = [one for one in consoles() if one[0] == "llama_jax.finetune"]
     assert len(shown) == 2
     for _, arguments, output in shown:
@@ -70,7 +68,7 @@ def test_what_the_page_says_is_learnt_is_what_is_shown(
     ("arguments", "output"),
     [(a, o) for module, a, o in consoles() if module == "llama_jax.plan"],
 )
-def test_the_memory_on_the_page_is_what_the_planner_says(
+def test_plans_are_printed_as_on_the_page(
     arguments: list[str], output: str, capsys: Any
 ) -> None:
     assert plan.main(arguments) == 0
@@ -78,7 +76,7 @@ def test_the_memory_on_the_page_is_what_the_planner_says(
 
 
 @pytest.mark.parametrize("words", lines(), ids=" ".join)
-def test_a_command_on_the_page_has_flags_that_exist(
+def test_commands_on_the_page_have_existing_flags(
     words: list[str], capsys: Any
 ) -> None:
     assert words[:2] == ["python", "-m"]
@@ -108,5 +106,6 @@ def test_the_code_on_the_page_runs(folder: pathlib.Path, capsys: Any) -> None:
     assert [line[:11] for line in out[:3]] == [f"{{'step': {n}," for n in (1, 2, 3)]
     assert len(out) == 6
     assert all(float(number) >= 0 for line in out[3:] for number in line.split())
-    assert load("tuned").model.config == names["opened"].config
+    for model in (load("tuned"), names["tuned"]):
+        assert model.model.config == names["opened"].config
     assert load(adapter="tuned-adapter").params
