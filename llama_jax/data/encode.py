@@ -113,8 +113,8 @@ def _check_examples(examples: Sequence[Example], length: int) -> None:
 
 
 def error_at(record: Record, error: DataError) -> DataError:
-    """The error, with the record's place in front."""
-    return DataError(f"{record.place}: {error}", reason=error.reason)
+    """The error, with the location of the record in front."""
+    return DataError(f"{record.location}: {error}", reason=error.reason)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,14 +195,16 @@ class Encoder:
 
         Raises:
           DataError: the record cannot be written, is too long for `on_long`, or has
-            nothing to learn; the message has its place.
+            nothing to learn; the message has its location.
         """
         try:
             return self._encode(record, key)
         except DataError as error:
             raise error_at(record, error) from error
         except (PromptError, TokenizerError) as error:
-            raise DataError(f"{record.place}: {error}", reason="unsuitable") from error
+            raise DataError(
+                f"{record.location}: {error}", reason="unsuitable"
+            ) from error
 
     def _encode(self, record: Record, key: tuple[int, ...]) -> Encoded:
         content = record.content

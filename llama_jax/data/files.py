@@ -35,7 +35,7 @@ _MOST_OPEN = 64
 _BOM = b"\xef\xbb\xbf"
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """The origin of a record, as `train.jsonl, line 3`."""
 
     file: str
@@ -43,7 +43,7 @@ class Place(NamedTuple):
     number: int
 
     def __str__(self) -> str:
-        """The place as text."""
+        """The location as text."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -53,7 +53,7 @@ class Raw(NamedTuple):
     `begins` and `ends` say whether it has the first and last bytes of its document.
     """
 
-    place: Place
+    location: Location
     data: bytes
     begins: bool
     ends: bool
@@ -132,7 +132,7 @@ class Corpus:
         last = int(self._ends[file]) - 1
         start, stop, number = self._table[index].tolist()
         return Raw(
-            Place(self._names[file], self._units[file], number),
+            Location(self._names[file], self._units[file], number),
             self._map(self._paths[file])[start:stop],
             index == first or int(self._table[index - 1, 2]) != number,
             index == last or int(self._table[index + 1, 2]) != number,

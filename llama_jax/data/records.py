@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-from llama_jax.data.files import Corpus, Place, Raw
+from llama_jax.data.files import Corpus, Location, Raw
 from llama_jax.errors import DataError
 from llama_jax.text.dialogs import Message
 from llama_jax.types import Path
@@ -39,13 +39,13 @@ class Record(NamedTuple):
     """A record and its origin.
 
     Attributes:
-      place: file and line (or row, item, document).
+      location: file and line (or row, item, document).
       content: of one of three kinds.
       begins, ends: of a text, whether it has the document's first and last characters;
         other pieces of a document are records of their own.
     """
 
-    place: Place
+    location: Location
     content: Content
     begins: bool = True
     ends: bool = True
@@ -91,20 +91,22 @@ def read_records(
 
 
 def parse(raw: Raw, *, prefer_text: bool = False) -> Record:
-    """Parse the bytes of a record, or raise a `DataError` with its place."""
+    """Parse the bytes of a record, or raise a `DataError` with its location."""
     try:
         text = raw.data.decode()
-        if raw.place.unit == "document":
-            return Record(raw.place, text, raw.begins, raw.ends)
+        if raw.location.unit == "document":
+            return Record(raw.location, text, raw.begins, raw.ends)
         value = json.loads(text)
     except UnicodeDecodeError as error:
-        raise DataError(f"{raw.place}: is not UTF-8 at byte {error.start}") from error
+        raise DataError(
+            f"{raw.location}: is not UTF-8 at byte {error.start}"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{raw.place}: is not JSON ({error})") from error
+        raise DataError(f"{raw.location}: is not JSON ({error})") from error
     try:
-        return Record(raw.place, recognise(value, prefer_text=prefer_text))
+        return Record(raw.location, recognise(value, prefer_text=prefer_text))
     except DataError as error:
-        raise DataError(f"{raw.place}: {error}") from error
+        raise DataError(f"{raw.location}: {error}") from error
 
 
 def recognise(value: object, *, prefer_text: bool = False) -> Content:

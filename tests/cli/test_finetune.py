@@ -132,7 +132,9 @@ def test_metrics_have_every_step_once_and_all_numbers(done: pathlib.Path) -> Non
     assert found[-1]["records"] == 48
 
 
-def test_a_trained_model_is_one_of_ours(done: pathlib.Path, capsys: Any) -> None:
+def test_the_trained_model_can_be_loaded_and_sampled(
+    done: pathlib.Path, capsys: Any
+) -> None:
     loaded = load(done / "model")
     assert loaded.model.config == TALKING
     assert loaded.tokenizer.contents == tiny_tokenizer().contents
@@ -146,7 +148,7 @@ def test_a_trained_model_is_one_of_ours(done: pathlib.Path, capsys: Any) -> None
     assert json.loads(out)["completion_tokens"] <= 3
 
 
-def test_a_run_leaves_a_report_samples_and_settings(done: pathlib.Path) -> None:
+def test_a_run_writes_a_report_samples_and_settings(done: pathlib.Path) -> None:
     assert "held-out loss" in (done / "report.html").read_text()
     assert "## Samples" in (done / "report.md").read_text()
     found = read_metrics(done / "samples.jsonl")
@@ -162,7 +164,9 @@ def test_a_run_leaves_a_report_samples_and_settings(done: pathlib.Path) -> None:
     ]
 
 
-def test_a_finished_run_is_left_as_it_is(done: pathlib.Path, capsys: Any) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    done: pathlib.Path, capsys: Any
+) -> None:
     before = (done / "metrics.jsonl").read_bytes()
     assert "this run is finished" in succeed(capsys, "--output", str(done), "--resume")
     assert (done / "metrics.jsonl").read_bytes() == before
@@ -186,7 +190,7 @@ def test_a_changed_setting_is_refused_by_name(
     assert words in refused(capsys, "--output", str(done), "--resume", *flags)
 
 
-def test_another_model_or_other_data_is_not_gone_on_with(
+def test_a_run_is_not_resumed_with_another_model_or_other_data(
     done: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     other, run = tmp_path / "other", tmp_path / "run"
@@ -259,7 +263,7 @@ def check_adapters(output: pathlib.Path, base: str, quantize: Any) -> None:
     assert float(jnp.mean(after)) < float(jnp.mean(before))
 
 
-def test_adapters_are_all_that_is_trained(
+def test_only_adapters_are_trained_and_saved(
     lora: pathlib.Path, base: str, capsys: Any
 ) -> None:
     check_adapters(lora, base, None)
@@ -271,14 +275,14 @@ def test_adapters_are_all_that_is_trained(
 
 
 @pytest.mark.slow
-def test_adapters_are_trained_beside_four_bits(
+def test_adapters_are_trained_on_four_bit_weights(
     base: str, data: str, tmp_path: pathlib.Path
 ) -> None:
     adapted(base, data, tmp_path / "run", "qlora")
     check_adapters(tmp_path / "run", base, "nf4")
 
 
-def test_merged_adapters_are_base_and_adapters(
+def test_a_merged_model_equals_base_and_adapters(
     lora: pathlib.Path, base: str, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     adapter, merged = str(lora / "adapter"), str(tmp_path / "merged")
@@ -293,7 +297,7 @@ def test_merged_adapters_are_base_and_adapters(
     assert "already exists" in refused(capsys, "merge", *flags)
 
 
-def test_a_tokenizer_and_a_model_are_made_from_nothing(
+def test_a_tokenizer_and_a_model_are_trained_from_scratch(
     tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     texts = write(
@@ -337,7 +341,7 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(
     assert "4 rows at a time, which the 8 devices" in said
 
 
-def test_batches_that_are_not_finite_are_kept_and_end_the_run(
+def test_skipped_batches_are_saved_and_end_the_run(
     data: str, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     params = random_params(TALKING)
@@ -366,7 +370,7 @@ def test_batches_that_are_not_finite_are_kept_and_end_the_run(
     assert sum(record["skipped"] for record in records(output)) == 9
 
 
-def test_a_signal_saves_and_the_run_goes_on(
+def test_a_run_is_resumed_after_a_signal(
     base: str,
     data: str,
     done: pathlib.Path,
@@ -401,7 +405,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert len(losses[0]) == 12
 
 
-def test_a_batch_is_shown_and_nothing_trained(
+def test_show_batch_prints_rows_and_trains_nothing(
     base: str, data: str, capsys: Any
 ) -> None:
     flags = ("--checkpoint", base, "--data", data, "--packing", "pad")
@@ -428,7 +432,7 @@ def test_a_batch_is_shown_and_nothing_trained(
         (("--tensorboard", "--wandb", "x"), "pip install"),
     ],
 )
-def test_what_makes_no_sense_gets_one_sentence(
+def test_invalid_input_is_refused_in_one_sentence(
     base: str, data: str, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any,
     flags: tuple[str, ...], words: str,
 ) -> None:  # fmt: skip
@@ -462,7 +466,7 @@ def test_what_makes_no_sense_gets_one_sentence(
         ("tokenizer", "--data", "x"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(
+def test_flags_that_contradict_each_other_are_refused(
     argv: tuple[str, ...], capsys: Any
 ) -> None:
     status, out, err = run(capsys, *argv)
@@ -472,7 +476,7 @@ def test_flags_that_do_not_go_together_are_refused(
 
 
 @pytest.mark.parametrize("command", [(), ("merge",), ("tokenizer",)])
-def test_help_is_worth_reading(command: tuple[str, ...], capsys: Any) -> None:
+def test_help_is_printed(command: tuple[str, ...], capsys: Any) -> None:
     status, out, _ = run(capsys, *command, "--help")
     assert status == 0
     assert "--output" in out
@@ -494,7 +498,7 @@ def test_help_is_worth_reading(command: tuple[str, ...], capsys: Any) -> None:
         ((), {"epochs": 2, "seq_length": 4096, "clip": 1.0, "schedule": "cosine"}),
     ],
 )
-def test_what_is_not_chosen_is_the_papers(
+def test_defaults_are_the_papers(
     flags: tuple[str, ...], wanted: dict[str, Any]
 ) -> None:
     config = configured(*flags).for_model(preset("codellama-7b"), "float32")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.runs import SECONDS, Place, check_visits, ended, make_place
+from support.runs import SECONDS, Runs, check_visits, ended, make_runs
 from support.tolerances import EQUAL_FORWARD
 
 from llama_jax.conversion.peft import read_peft
@@ -23,13 +23,13 @@ ON_TWO = ("--mesh", "fsdp=-1")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return make_place(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
-def all_flags(place: Place) -> tuple[str, ...]:
+def all_flags(runs: Runs) -> tuple[str, ...]:
     """Flags of a run that also evaluates and samples."""
-    data = str(place.folder / "records.jsonl")
+    data = str(runs.folder / "records.jsonl")
     return (
         "--eval-data", data, "--eval-every", "6", "--sample-prompt", "12 cats",
         "--sample-every", "7", "--sample-tokens", "4",
@@ -37,16 +37,16 @@ def all_flags(place: Place) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def alone(place: Place) -> list[Any]:
+def alone(runs: Runs) -> list[Any]:
     """Records of a run in one process."""
-    return place.finish("alone", *all_flags(place), epochs=EPOCHS)
+    return runs.finish("alone", *all_flags(runs), epochs=EPOCHS)
 
 
 def run_two(
-    place: Place, name: str, *flags: str, pause: float = 0.0, delays: Any = NEVER
+    runs: Runs, name: str, *flags: str, pause: float = 0.0, delays: Any = NEVER
 ) -> list[tuple[int, str, str]]:
     """Run or resume in two processes to the end; return statuses and outputs."""
-    running = place.start_all(
+    running = runs.start_all(
         name, *flags, count=2, delays=delays, pause=pause, epochs=EPOCHS
     )
     return ended(running)
@@ -72,17 +72,17 @@ def check_leaves(params: Any, wanted: Any) -> None:
         np.testing.assert_allclose(leaf, wanted[path], atol=1e-3 * size, err_msg=path)
 
 
-def test_two_processes_train_as_one(place: Place, alone: list[Any]) -> None:
+def test_two_processes_train_as_one(runs: Runs, alone: list[Any]) -> None:
     (status, out, err), (status_1, out_1, err_1) = run_two(
-        place, "two", *ON_TWO, *all_flags(place)
+        runs, "two", *ON_TWO, *all_flags(runs)
     )
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
     assert (out, out_1) == ("", "")
     assert "held-out loss" in err
     assert "held-out loss" not in err_1
-    check(place.metrics("two"), alone)
-    check_visits(place, "two", EPOCHS)
-    folder, other = place.folder / "two", place.folder / "alone"
+    check(runs.metrics("two"), alone)
+    check_visits(runs, "two", EPOCHS)
+    folder, other = runs.folder / "two", runs.folder / "alone"
     assert {file.name for file in folder.iterdir()} == {
         file.name for file in other.iterdir()
     }
@@ -91,73 +91,71 @@ def test_two_processes_train_as_one(place: Place, alone: list[Any]) -> None:
     check_leaves(load(folder / "model").params, load(other / "model").params)
 
 
-def wait_for_steps(place: Place, name: str, steps: int) -> None:
+def wait_for_steps(runs: Runs, name: str, steps: int) -> None:
     end = time.monotonic() + SECONDS
-    while len(place.metrics(name)) < steps and time.monotonic() < end:
+    while len(runs.metrics(name)) < steps and time.monotonic() < end:
         time.sleep(0.02)
 
 
 def test_sigterm_to_one_of_two_saves_in_both_and_one_process_resumes(
-    place: Place, alone: list[Any]
+    runs: Runs, alone: list[Any]
 ) -> None:
-    flags = (*ON_TWO, *all_flags(place))
-    running = place.start_all(
+    flags = (*ON_TWO, *all_flags(runs))
+    running = runs.start_all(
         "asked", *flags, count=2, delays=NEVER, pause=0.2, epochs=EPOCHS
     )
-    wait_for_steps(place, "asked", 4)
+    wait_for_steps(runs, "asked", 4)
     running[1].send_signal(signal.SIGTERM)
     (status, _, err), (status_1, _, err_1) = ended(running)
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
-    done = len(place.metrics("asked"))
+    done = len(runs.metrics("asked"))
     assert 4 <= done < STEPS
     assert f"stopped after step {done}; resume with: python -m" in err
-    assert not (place.folder / "asked" / "model").exists()
-    check(place.finish("asked", epochs=EPOCHS), alone)
-    check_visits(place, "asked", EPOCHS)
+    assert not (runs.folder / "asked" / "model").exists()
+    check(runs.finish("asked", epochs=EPOCHS), alone)
+    check_visits(runs, "asked", EPOCHS)
 
 
-def test_two_processes_resume_a_run_of_one(place: Place, alone: list[Any]) -> None:
-    status, _ = place.run(
-        "grown", *all_flags(place), epochs=EPOCHS, pause=0.2, delay=1.2
-    )
+def test_two_processes_resume_a_run_of_one(runs: Runs, alone: list[Any]) -> None:
+    status, _ = runs.run("grown", *all_flags(runs), epochs=EPOCHS, pause=0.2, delay=1.2)
     assert status == -signal.SIGKILL
-    before = len(place.metrics("grown"))
-    [(status, _, err), (status_1, _, err_1)] = run_two(place, "grown", *ON_TWO)
+    before = len(runs.metrics("grown"))
+    [(status, _, err), (status_1, _, err_1)] = run_two(runs, "grown", *ON_TWO)
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
     assert 0 < before < STEPS
-    check(place.metrics("grown"), alone)
-    check_visits(place, "grown", EPOCHS)
+    check(runs.metrics("grown"), alone)
+    check_visits(runs, "grown", EPOCHS)
 
 
 def test_if_one_of_two_is_killed_the_other_ends_and_one_process_resumes(
-    place: Place, alone: list[Any]
+    runs: Runs, alone: list[Any]
 ) -> None:
-    flags = (*ON_TWO, *all_flags(place))
+    flags = (*ON_TWO, *all_flags(runs))
     [(status, _, err), (status_1, _, _)] = run_two(
-        place, "torn", *flags, pause=0.2, delays=(-1, 1.5)
+        runs, "torn", *flags, pause=0.2, delays=(-1, 1.5)
     )
     assert status_1 == -signal.SIGKILL
     assert status in (1, -signal.SIGABRT)
-    folder = place.folder / "torn"
+    folder = runs.folder / "torn"
     assert (
         f"resume with: python -m llama_jax.finetune --resume --output {folder}" in err
     )
-    assert 0 < len(place.metrics("torn")) < STEPS
-    check(place.finish("torn", "--mesh", "fsdp=1", epochs=EPOCHS), alone)
+    assert 0 < len(runs.metrics("torn")) < STEPS
+    check(runs.finish("torn", "--mesh", "fsdp=1", epochs=EPOCHS), alone)
 
 
-def test_two_processes_save_one_adapter(place: Place) -> None:
+def test_two_processes_save_one_adapter(runs: Runs) -> None:
     flags = ("--method", "lora", "--lora-rank", "2")
-    wanted = place.finish("lora-alone", *flags, epochs=EPOCHS)
+    wanted = runs.finish("lora-alone", *flags, epochs=EPOCHS)
     # Replicated adapters are saved without a collective operation.
     (status, _, err), (status_1, _, err_1) = run_two(
-        place, "lora", *flags, "--mesh", "data=2"
+        runs, "lora", *flags, "--mesh", "data=2"
     )
     assert (status, status_1) == (0, 0), err[-2000:] + err_1[-2000:]
-    check(place.metrics("lora"), wanted)
-    config = load(place.folder / "base").model.config
+    check(runs.metrics("lora"), wanted)
+    config = load(runs.folder / "base").model.config
     adapters, wanted_adapters = (
-        read_peft(place.folder / name / "adapter", config)[0]
+        read_peft(runs.folder / name / "adapter", config)[0]
         for name in ("lora", "lora-alone")
     )
     check_leaves(adapters, wanted_adapters)
@@ -166,18 +164,18 @@ def test_two_processes_save_one_adapter(place: Place) -> None:
 def test_each_process_saves_its_rows_of_a_skipped_batch(
     tmp_path: pathlib.Path,
 ) -> None:
-    place = make_place(tmp_path, broken=True)
+    runs = make_runs(tmp_path, broken=True)
     flags = ("--mesh", "data=2", "--max-skipped", "2")
-    (status, _, err), (status_1, _, _) = run_two(place, "skipped", *flags)
+    (status, _, err), (status_1, _, _) = run_two(runs, "skipped", *flags)
     assert (status, status_1) == (2, 2), err
     assert "4 steps had a loss or a gradient that was not finite" in err
-    assert (place.folder / "skipped" / "checkpoints" / "4").is_dir()
+    assert (runs.folder / "skipped" / "checkpoints" / "4").is_dir()
     assert "skipped-000001-of-process-*.npz" in err
     for step in (1, 2, 3, 4):
         rows = []
         for index in range(2):
             name = f"skipped-{step:06d}-of-process-{index}.npz"
-            with np.load(place.folder / "skipped" / name) as arrays:
+            with np.load(runs.folder / "skipped" / name) as arrays:
                 rows.append(arrays["tokens"])
         assert rows[0].shape == rows[1].shape == (2, rows[0].shape[1])
         assert np.any(rows[0] != rows[1])

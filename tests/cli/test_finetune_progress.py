@@ -25,7 +25,7 @@ def record(step: int, **more: float) -> dict[str, Any]:
     return {"step": step, "loss": 2.0 + step, "tokens_per_second": 1500.0, **more}
 
 
-def test_a_log_gets_a_line_now_and_then(monkeypatch: Any, capsys: Any) -> None:
+def test_a_log_gets_a_line_at_intervals(monkeypatch: Any, capsys: Any) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     bar = ProgressBar(10, 20, seconds=30.0)
@@ -67,14 +67,14 @@ def test_a_terminal_with_a_size_gets_a_bar(rows: int, monkeypatch: Any) -> None:
         assert said.rstrip() == "step 1 of 4: loss 3.0000, 1,500 tokens/s"
 
 
-def test_what_has_no_file_is_no_terminal(monkeypatch: Any) -> None:
+def test_a_stream_without_a_file_is_no_terminal(monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     bar = ProgressBar(0, 1)
     bar.update(record(1))
     assert sys.stderr.getvalue().startswith("step 1 of 1: ")  # type: ignore[attr-defined]
 
 
-def test_a_run_says_how_many_records_it_leaves_out(
+def test_a_run_reports_how_many_records_it_drops(
     tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     files = []

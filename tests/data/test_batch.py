@@ -96,7 +96,7 @@ def test_the_oldest_example_is_always_taken(
 
 
 @given(examples=examples(), stop=st.integers(0, 20), look_ahead=st.integers(1, 8))
-def test_packing_goes_on_from_what_waits(
+def test_packing_continues_with_waiting_examples(
     examples: list[Example], stop: int, look_ahead: int
 ) -> None:
     whole = [kept(row) for row in pack(examples, LENGTH, look_ahead=look_ahead)]
@@ -128,7 +128,7 @@ def test_arrays_of_a_small_batch() -> None:
     assert batch.tokens.dtype == batch.positions.dtype == np.int32
 
 
-def test_what_cannot_be_a_batch_is_refused() -> None:
+def test_rows_that_do_not_fit_are_refused() -> None:
     large = Example(np.arange(9), np.ones(9, bool))
     with pytest.raises(DataError, match="row 0 has 8 tokens for 7 slots"):
         assemble([[large]], 7)
@@ -145,7 +145,7 @@ def test_what_cannot_be_a_batch_is_refused() -> None:
     key=st.tuples(st.integers(-5, 2**70), st.integers(0, 9)),
     data=st.data(),
 )
-def test_an_order_has_every_number_once_and_any_part_of_it_alone(
+def test_a_part_of_a_permutation_can_be_computed_alone(
     size: int, key: tuple[int, int], data: st.DataObject
 ) -> None:
     order = shuffled(0, size, size, key=key).tolist()
@@ -155,7 +155,7 @@ def test_an_order_has_every_number_once_and_any_part_of_it_alone(
     assert shuffled(first, last, size, key=key).tolist() == order[first:last]
 
 
-def test_orders_of_other_keys_are_other_and_look_random() -> None:
+def test_permutations_of_different_keys_differ_and_look_random() -> None:
     orders = [shuffled(0, 1000, 1000, key=(0, epoch)) for epoch in range(20)]
     for i, order in enumerate(orders):
         assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.15
@@ -164,7 +164,7 @@ def test_orders_of_other_keys_are_other_and_look_random() -> None:
     assert shuffled(0, 5, 10**12, key=(3,)).max() < 10**12
 
 
-def test_draws_are_evenly_distributed_and_never_change() -> None:
+def test_draws_are_uniform_and_never_change() -> None:
     found = np.array([draws(4, 7, record) for record in range(5000)])
     assert found.min() >= 0
     assert found.max() < 1

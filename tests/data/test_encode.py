@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.data.encode import DATA_FORMATS, Encoder
-from llama_jax.data.files import Place
+from llama_jax.data.files import Location
 from llama_jax.data.infilling import Cut, cut, encode_cut
 from llama_jax.data.records import Content, Dialog, Pair, Record
 from llama_jax.errors import DataError, PromptError
@@ -18,7 +18,7 @@ from llama_jax.text.dialogs import Message
 from llama_jax.text.prompt_formats import FORMATS, infilling_prompt
 from llama_jax.text.tokenizer import Tokenizer
 
-PLACE = Place("a.jsonl", "line", 7)
+LOCATION = Location("a.jsonl", "line", 7)
 SINGLE_TURN = ("alpaca", "wizardlm-7b")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -47,7 +47,7 @@ def encode(
     tokenizer: Tokenizer, content: Content, format: str, length: int = 4096, **more: Any
 ) -> list[tuple[list[int], list[bool]]]:
     encoder = Encoder(tokenizer=tokenizer, format=format, length=length, **more)
-    found = encoder.encode(Record(PLACE, content), 0, 0).examples
+    found = encoder.encode(Record(LOCATION, content), 0, 0).examples
     return [(example.ids.tolist(), example.mask.tolist()) for example in found]
 
 
@@ -63,19 +63,19 @@ def learnt(ids: Sequence[int], mask: Sequence[bool]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_prompts_of_training_are_those_of_inference(
+def test_training_prompts_equal_those_of_inference(
     small: Tokenizer, format: str
 ) -> None:
-    told = dialog("Who are you?", "A model.", "Sure?", "Yes.")
+    content = dialog("Who are you?", "A model.", "Sure?", "Yes.")
     if format in SINGLE_TURN:
-        told = dialog("Who are you?", "A model.")
-    ((ids, mask),) = encode(small, told, format)
-    prompt = FORMATS[format].encode(small, told.messages[:-1])
+        content = dialog("Who are you?", "A model.")
+    ((ids, mask),) = encode(small, content, format)
+    prompt = FORMATS[format].encode(small, content.messages[:-1])
     assert ids[: len(prompt)] == prompt
     last = learnt(ids, mask)[-1]
     assert ids[len(prompt) :] == last
     assert last[-1] in FORMATS[format].stop_ids(small)
-    answer = told.messages[-1]["content"]
+    answer = content.messages[-1]["content"]
     assert small.decode(last[:-1]).strip() == answer
 
 
@@ -100,8 +100,8 @@ def test_llama2_pairs_have_their_own_begin_and_end_and_answers_are_learnt(
 def test_all_answers_and_nothing_else_are_learnt(
     small: Tokenizer, texts: list[str]
 ) -> None:
-    told = dialog(*texts)
-    ((ids, mask),) = encode(small, told, "vicuna")
+    content = dialog(*texts)
+    ((ids, mask),) = encode(small, content, "vicuna")
     answers = [
         [*small.encode_infilling(f" {text}"), small.eos_id] for text in texts[1::2]
     ]
@@ -149,14 +149,14 @@ def test_only_messages_marked_as_learnt_are_learnt(
         encode(small, nothing, format)
 
 
-def test_an_input_is_appended_where_the_format_has_no_place_for_it(
+def test_an_input_is_appended_if_the_format_has_no_place_for_it(
     small: Tokenizer,
 ) -> None:
     asked = Message(role="user", content="Translate.", input="Oui.")
-    told = Dialog([asked, Message(role="assistant", content="Yes.")])
+    content = Dialog([asked, Message(role="assistant", content="Yes.")])
     joined = dialog("Translate.\n\nOui.", "Yes.")
-    assert encode(small, told, "vicuna") == encode(small, joined, "vicuna")
-    ((ids, _),) = encode(small, told, "alpaca")
+    assert encode(small, content, "vicuna") == encode(small, joined, "vicuna")
+    ((ids, _),) = encode(small, content, "alpaca")
     assert "### Input:\nOui.\n\n### Response:" in small.decode(ids)
 
 
@@ -180,7 +180,7 @@ def test_pieces_of_a_document_have_the_tokens_of_the_whole(
     ids: list[int] = []
     for i, line in enumerate(lines):
         record = Record(
-            PLACE,
+            LOCATION,
             ("\n" if i else "x") + line + ("\n" if i < len(lines) - 1 else "x"),
             begins=i == 0,
             ends=i == len(lines) - 1,
@@ -211,21 +211,21 @@ def test_records_that_a_format_cannot_write_are_named(small: Tokenizer) -> None:
 
 
 def test_long_records_are_refused_or_cut(small: Tokenizer) -> None:
-    told = dialog("Hi", "Hello, how are you today, my friend?")
-    ((ids, mask),) = encode(small, told, "vicuna")
-    assert encode(small, told, "vicuna", len(ids) - 1) == [(ids, mask)]
+    content = dialog("Hi", "Hello, how are you today, my friend?")
+    ((ids, mask),) = encode(small, content, "vicuna")
+    assert encode(small, content, "vicuna", len(ids) - 1) == [(ids, mask)]
     most = len(ids) - 4
     for on_long in ("drop", "refuse"):
         with pytest.raises(DataError, match=f"{len(ids)} tokens, more than the {most}"):
-            encode(small, told, "vicuna", most - 1, on_long=on_long)
-    cut_off = encode(small, told, "vicuna", most - 1, on_long="truncate")
+            encode(small, content, "vicuna", most - 1, on_long=on_long)
+    cut_off = encode(small, content, "vicuna", most - 1, on_long="truncate")
     assert cut_off == [(ids[:most], mask[:most])]
     with pytest.raises(DataError, match="within a sequence's length") as raised:
-        encode(small, told, "vicuna", mask.index(True) - 1, on_long="truncate")
+        encode(small, content, "vicuna", mask.index(True) - 1, on_long="truncate")
     assert raised.value.reason == "empty"
 
 
-def test_settings_that_make_no_sense_are_refused(small: Tokenizer) -> None:
+def test_settings_out_of_range_are_refused(small: Tokenizer) -> None:
     with pytest.raises(PromptError, match="did you mean 'alpaca'"):
         Encoder(tokenizer=small, format="alpacca", length=8)
     with pytest.raises(DataError, match="sequence length must be positive, got 0"):
@@ -290,7 +290,7 @@ def test_documents_that_do_not_fit_stay_text(
     small: Tokenizer, text: str, record: int
 ) -> None:
     encoder = Encoder(tokenizer=small, format="infilling", length=16, seed=3)
-    found = encoder.encode(Record(PLACE, text), record).examples
+    found = encoder.encode(Record(LOCATION, text), record).examples
     parts = cut(text, 3, record)
     made = None if parts is None else encode_cut(small, parts)
     if made is not None and len(made) <= 17:
@@ -303,6 +303,6 @@ def test_documents_that_do_not_fit_stay_text(
 
 def test_a_piece_of_a_document_stays_text(small: Tokenizer) -> None:
     encoder = Encoder(tokenizer=small, format="infilling", length=99, infilling_rate=1)
-    piece = Record(PLACE, "a b", begins=True, ends=False)
+    piece = Record(LOCATION, "a b", begins=True, ends=False)
     (example,) = encoder.encode(piece).examples
     assert example.ids.tolist() == small.encode("a b", bos=True, eos=False)

@@ -98,7 +98,7 @@ def texts(batches: list[Batch], tokenizer: Tokenizer) -> list[str]:
     epochs=st.integers(1, 3),
     seed=st.integers(0, 2**40),
 )
-def test_each_record_comes_once_per_epoch_whoever_loads_it(
+def test_each_record_comes_once_per_epoch_with_any_workers_and_processes(
     numbered: pathlib.Path,
     tokenizer: Tokenizer,
     share: int,
@@ -141,7 +141,7 @@ def test_each_record_comes_once_per_epoch_whoever_loads_it(
     prefetch=st.integers(0, 3),
     shuffle=st.booleans(),
 )
-def test_a_resumed_loader_goes_on_bit_for_bit_with_any_number_of_processes(
+def test_a_resumed_loader_continues_bit_for_bit_with_any_number_of_processes(
     numbered: pathlib.Path,
     tokenizer: Tokenizer,
     step: int,
@@ -180,7 +180,7 @@ def test_a_resumed_loader_goes_on_bit_for_bit_with_any_number_of_processes(
     assert loader.statistics == whole.statistics
 
 
-def test_a_loader_goes_on_where_its_iteration_stopped(
+def test_a_new_iteration_continues_after_the_last_batch(
     numbered: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
     whole = list(load(numbered, tokenizer, epochs=2))
@@ -196,7 +196,7 @@ def test_a_loader_goes_on_where_its_iteration_stopped(
     assert len(loader) == RECORDS
 
 
-def test_epochs_have_other_orders_unless_shuffling_is_off(
+def test_epochs_have_different_orders_unless_shuffling_is_off(
     numbered: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
     def orders(**options: Any) -> list[list[str]]:
@@ -231,7 +231,7 @@ def test_split_rows_are_full_and_target_every_token_once(
     assert counts.slots - counts.tokens < 2 * 10  # the last row of each epoch
 
 
-def test_what_was_dropped_is_counted_by_reason_and_named(
+def test_dropped_records_are_counted_by_reason_and_named(
     mixed: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
     loader = load(
@@ -273,7 +273,7 @@ def test_what_was_dropped_is_counted_by_reason_and_named(
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_what_is_to_be_refused_stops_the_loader_each_time(
+def test_a_refused_record_raises_every_time(
     mixed: pathlib.Path, tokenizer: Tokenizer, prefetch: int
 ) -> None:
     for options, complaint in (
@@ -289,7 +289,7 @@ def test_what_is_to_be_refused_stops_the_loader_each_time(
                 list(loader)
 
 
-def test_data_without_anything_to_learn_stops_the_loader(
+def test_data_with_nothing_to_learn_is_refused(
     tmp_path: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -300,7 +300,7 @@ def test_data_without_anything_to_learn_stops_the_loader(
         next(loader)
 
 
-def test_a_state_of_other_data_or_settings_is_refused(
+def test_a_state_of_different_data_or_settings_is_refused(
     numbered: pathlib.Path, mixed: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
     state = load(numbered, tokenizer).state()
@@ -317,7 +317,7 @@ def test_a_state_of_other_data_or_settings_is_refused(
             load(numbered, tokenizer).restore(broken)
 
 
-def test_settings_that_make_no_sense_are_refused(
+def test_settings_out_of_range_are_refused(
     numbered: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
     for options, complaint in (

@@ -120,8 +120,8 @@ def test_json_lines_are_read_in_order_with_their_lines(
     text = '\ufeff{"text": "ä"}\n\n  \r\n{"text": "b"}\r\n{"text": "c"}'
     found = list(read_records([write(tmp_path / name, text)]))
     assert [record.content for record in found] == ["ä", "b", "c"]
-    assert [record.place.number for record in found] == [1, 4, 5]
-    assert str(found[1].place) == f"{tmp_path / name}, line 4"
+    assert [record.location.number for record in found] == [1, 4, 5]
+    assert str(found[1].location) == f"{tmp_path / name}, line 4"
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
@@ -129,7 +129,7 @@ def test_a_json_list_is_read_item_by_item(tmp_path: pathlib.Path, name: str) -> 
     path = write(tmp_path / name, json.dumps([v for v, _ in SHAPES], indent=1))
     found = list(read_records([path]))
     assert [record.content for record in found] == [content for _, content in SHAPES]
-    assert str(found[-1].place) == f"{path}, item {len(SHAPES)}"
+    assert str(found[-1].location) == f"{path}, item {len(SHAPES)}"
 
 
 def test_parquet_is_read_row_by_row(tmp_path: pathlib.Path) -> None:
@@ -204,7 +204,7 @@ def test_malformed_records_are_named_by_file_and_line(tmp_path: pathlib.Path) ->
 @given(
     data=st.binary(max_size=60), name=st.sampled_from(["a.jsonl", "a.json", "a.txt"])
 )
-def test_no_bytes_are_read_as_anything_but_records_or_refused(
+def test_any_bytes_are_records_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, name: str
 ) -> None:
     path = write(tmp_path_factory.mktemp("fuzz") / name, data)
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: pathlib.Path) -> None:
         contents(cut)
 
 
-def test_what_was_expanded_vanishes_with_the_corpus(tmp_path: pathlib.Path) -> None:
+def test_expanded_files_are_removed_with_the_corpus(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "a.json.gz", '[{"text": "a"}]')
     place = tmp_path / "expanded"
     place.mkdir()

@@ -12,12 +12,12 @@ from llama_jax.text.tokenizer import Tokenizer
 
 def example(tokenizer: Tokenizer, prompt: str, answer: str) -> Example:
     given = tokenizer.encode(prompt, bos=True, eos=False)
-    told = [*tokenizer.encode_infilling(answer), tokenizer.eos_id]
-    mask = [False] * len(given) + [True] * len(told)
-    return Example(np.array(given + told), np.array(mask))
+    response = [*tokenizer.encode_infilling(answer), tokenizer.eos_id]
+    mask = [False] * len(given) + [True] * len(response)
+    return Example(np.array(given + response), np.array(mask))
 
 
-def test_prompts_answers_and_segments_can_be_told_apart() -> None:
+def test_prompts_answers_and_segments_are_distinguishable() -> None:
     tokenizer = Tokenizer.from_file(bundled() / "tokenizer.model")
     rows = [
         [example(tokenizer, "Hi\nyou", " Hello ☃"), example(tokenizer, "a", "b\nc")],

@@ -66,7 +66,7 @@ def test_settings_are_those_of_llamas_own_file(
     assert different == {}
 
 
-def test_pieces_are_laid_out_as_llamas(trained: Tokenizer) -> None:
+def test_pieces_have_the_layout_of_llamas(trained: Tokenizer) -> None:
     assert trained.vocab_size == 350
     assert (trained.unk_id, trained.bos_id, trained.eos_id) == (0, 1, 2)
     assert trained.pad_id == -1
@@ -109,7 +109,9 @@ def test_long_lines_are_cut_and_nothing_is_lost(line: str, times: int) -> None:
     assert b"".join(parts).strip() == whole.strip()
 
 
-def test_what_cannot_be_trained_is_refused(tmp_path: pathlib.Path) -> None:
+def test_text_that_does_not_fit_the_vocabulary_is_refused(
+    tmp_path: pathlib.Path,
+) -> None:
     with pytest.raises(DataError, match="no text in the data"):
         train_model(["", "\n"], vocab_size=300)
     for size in (10, 100_000):

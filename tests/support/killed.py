@@ -2,8 +2,8 @@
 
 python tests/support/killed.py LOG PAUSE DELAY ARGUMENT...
 
-Every batch waits PAUSE seconds. DELAY seconds behind the second one the process is
-killed as nothing can prepare for (never, if it is negative). LOG gets a line for each
+Every batch waits PAUSE seconds. DELAY seconds after the second one the process is
+killed by SIGKILL (never, if it is negative). LOG gets a line for each
 batch: how many rows there were up to it, and what its own say.
 """
 

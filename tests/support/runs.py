@@ -25,13 +25,13 @@ STEPS = math.ceil(RECORDS * EPOCHS / BATCH)
 QUICK = "--xla_backend_optimization_level=0"
 
 
-class Place(NamedTuple):
-    """Where a model and records are."""
+class Runs(NamedTuple):
+    """A folder with a model, records and runs."""
 
     folder: pathlib.Path
 
     def log(self, name: str, index: int = 0) -> pathlib.Path:
-        """Where a process of a run says what batches it took."""
+        """The log of the batches that a process read."""
         return self.folder / (f"{name}-{index}.log" if index else f"{name}.log")
 
     def command(
@@ -43,7 +43,7 @@ class Place(NamedTuple):
         pause: float,
         delay: float,
     ) -> list[str]:
-        """The command of a run; `--resume` begins anew where nothing is there."""
+        """The command of a run; `--resume` starts a new run if there is none."""
         return [
             sys.executable, str(HERE / "killed.py"), str(self.log(name, index)),
             str(pause), str(delay), "--checkpoint", str(self.folder / "base"),
@@ -106,7 +106,7 @@ class Place(NamedTuple):
 
 
 def ended(running: Sequence[Any]) -> list[tuple[int, str, str]]:
-    """Status, standard output and standard error of processes; none is left behind."""
+    """Status, output and errors of processes; all are killed in the end."""
     try:
         said = [process.communicate(timeout=SECONDS) for process in running]
     finally:
@@ -119,7 +119,7 @@ def ended(running: Sequence[Any]) -> list[tuple[int, str, str]]:
     ]
 
 
-def make_place(folder: pathlib.Path, *, broken: bool = False) -> Place:
+def make_runs(folder: pathlib.Path, *, broken: bool = False) -> Runs:
     """A random model, whose loss may be no number, and records that differ."""
     params = random_params(TALKING)
     if broken:
@@ -129,7 +129,7 @@ def make_place(folder: pathlib.Path, *, broken: bool = False) -> Place:
         for number in range(RECORDS):
             text = f"{number} cats" + " all day" * (number % 4)
             file.write(json.dumps({"text": text}) + "\n")
-    return Place(folder)
+    return Runs(folder)
 
 
 def losses(records: list[Any]) -> list[tuple[int, float, float, float]]:
@@ -137,18 +137,18 @@ def losses(records: list[Any]) -> list[tuple[int, float, float, float]]:
     return [tuple(record[name] for name in names) for record in records]  # type: ignore[misc]
 
 
-def check_visits(place: Place, name: str, epochs: int = EPOCHS) -> None:
-    visits = place.visits(name)
+def check_visits(runs: Runs, name: str, epochs: int = EPOCHS) -> None:
+    visits = runs.visits(name)
     assert len(visits) == RECORDS
     assert set(visits.values()) == {epochs}
 
 
 def kill_and_resume(
-    place: Place, name: str, kills: int, *, steps: int, pause: float, **kwargs: Any
+    runs: Runs, name: str, kills: int, *, steps: int, pause: float, **kwargs: Any
 ) -> None:
     """Kill a run at random moments, the kills being about equally far apart."""
     rng = random.Random(name)
     for _ in range(kills):
         delay = rng.uniform(0.2, 1.8) * pause * steps / (kills + 1)
-        status, err = place.run(name, pause=pause, delay=delay, **kwargs)
+        status, err = runs.run(name, pause=pause, delay=delay, **kwargs)
         assert status == -signal.SIGKILL, err[-3000:]

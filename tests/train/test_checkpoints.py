@@ -120,7 +120,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path: pathlib.Path) -> None:
         assert steps(tmp_path) == [6, 7]
 
 
-def test_a_half_written_checkpoint_is_not_found_and_goes(
+def test_an_incomplete_checkpoint_is_ignored_and_removed(
     tmp_path: pathlib.Path,
 ) -> None:
     with TrainCheckpoints(tmp_path) as checkpoints:
@@ -136,7 +136,7 @@ def test_a_half_written_checkpoint_is_not_found_and_goes(
     assert steps(tmp_path) == [1, 2]
 
 
-def test_a_checkpoint_that_was_being_removed_harms_nobody(
+def test_a_partly_removed_checkpoint_is_ignored(
     tmp_path: pathlib.Path,
 ) -> None:
     with TrainCheckpoints(tmp_path, keep=3) as checkpoints:

@@ -103,7 +103,7 @@ def test_a_step_is_dispatched_before_the_last_ones_metrics_are_read() -> None:
     ]  # fmt: skip
 
 
-def test_what_is_due_happens_before_the_next_batch_is_taken() -> None:
+def test_due_callbacks_run_before_the_next_batch_is_read() -> None:
     events: list[str] = []
 
     def taken() -> Any:
@@ -133,7 +133,7 @@ def test_what_is_due_happens_before_the_next_batch_is_taken() -> None:
     ]  # fmt: skip
 
 
-def test_the_end_is_evaluated_and_saved_even_if_nothing_was_due() -> None:
+def test_the_last_step_is_evaluated_and_saved_even_if_not_due() -> None:
     saved: list[dict[str, Any]] = []
     calls = Callbacks(
         evaluate=lambda state: {"eval_loss": float(state.params["x"])},
@@ -158,7 +158,7 @@ def test_a_better_evaluation_is_saved_at_once() -> None:
     assert saved == [1, 3, 4]  # the last one because it is the last
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(
+def test_a_step_that_is_not_finite_updates_nothing_and_saves_its_batch(
     tmp_path: pathlib.Path,
 ) -> None:
     found: list[dict[str, Any]] = []
@@ -177,7 +177,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_keeps_its_batch(
     assert float(fitted.state.params["x"]) == float(without.state.params["x"])
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run_saved() -> None:
+def test_too_many_skipped_steps_save_and_end_the_run() -> None:
     saved: list[int] = []
     calls = Callbacks(save=lambda state, _: saved.append(int(state.step)))
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_a_batch_without_a_target_ends_the_run() -> None:
         train(9, empty=3)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_returns() -> None:
+def test_a_requested_stop_saves_and_returns() -> None:
     saved: list[int] = []
     found: list[int] = []
     asked = iter([False, False, True])
@@ -212,7 +212,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_returns() -> None:
     assert found == [1, 2, 3]
 
 
-def test_a_run_goes_on_where_its_state_is() -> None:
+def test_fit_continues_from_the_step_of_its_state() -> None:
     whole = train(8)
     half = train(8, steps=5)
     assert int(half.state.step) == 5
@@ -222,7 +222,7 @@ def test_a_run_goes_on_where_its_state_is() -> None:
     assert int(found.state.step) == 8
 
 
-def test_a_run_with_nothing_left_to_do_does_nothing() -> None:
+def test_fit_without_batches_does_nothing() -> None:
     calls = Callbacks(record=lambda _: pytest.fail("a step was made"))
     assert int(fit(STEP, start(), {}, [], calls).state.step) == 0
 

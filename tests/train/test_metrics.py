@@ -46,7 +46,7 @@ def test_each_step_is_a_line_of_json(tmp_path: pathlib.Path) -> None:
     assert json.loads(lines[1])["loss"] is None
 
 
-def test_a_record_of_the_last_step_takes_its_place(tmp_path: pathlib.Path) -> None:
+def test_a_record_of_the_last_step_replaces_its_line(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "metrics.jsonl"
     with MetricsFile(file) as metrics:
         for one in (record(1), record(2), record(2, eval_loss=0.5), record(3)):
@@ -59,7 +59,7 @@ def test_a_record_of_the_last_step_takes_its_place(tmp_path: pathlib.Path) -> No
     assert read_metrics(file)[2]["eval_loss"] == 0.25
 
 
-def test_lines_behind_the_resumed_step_are_dropped(tmp_path: pathlib.Path) -> None:
+def test_lines_after_the_resumed_step_are_dropped(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "metrics.jsonl"
     with MetricsFile(file) as metrics:
         for step in range(1, 8):
@@ -75,7 +75,7 @@ def test_lines_behind_the_resumed_step_are_dropped(tmp_path: pathlib.Path) -> No
 
 
 @given(st.binary(max_size=200), st.integers(0, 9))
-def test_any_bytes_are_a_file_that_can_be_gone_on_with(
+def test_a_file_of_any_bytes_can_be_continued(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, step: int
 ) -> None:
     file = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
@@ -97,7 +97,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         WeightsAndBiases("project", "nowhere", {})
 
 
-def test_tensorboard_reads_what_is_written(tmp_path: pathlib.Path) -> None:
+def test_tensorboard_reads_the_events(tmp_path: pathlib.Path) -> None:
     loading = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
@@ -112,24 +112,24 @@ def test_tensorboard_reads_what_is_written(tmp_path: pathlib.Path) -> None:
     assert scalars == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
 
 
-def test_weights_and_biases_gets_the_numbers(
+def test_weights_and_biases_receives_the_numbers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    told: list[Any] = []
+    calls: list[Any] = []
     run = types.SimpleNamespace(
-        log=lambda numbers, step: told.append((step, numbers)),
-        finish=lambda: told.append("end"),
+        log=lambda numbers, step: calls.append((step, numbers)),
+        finish=lambda: calls.append("end"),
     )
     module: Any = types.ModuleType("wandb")
-    module.init = lambda **options: told.append(options) or run
+    module.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
     writer = WeightsAndBiases("llamas", tmp_path / "first", {"seed": 1})
     writer.write(record(3, name="not a number"))
     writer.close()
-    assert told[0]["project"] == "llamas"
-    assert told[0]["config"] == {"seed": 1}
-    assert told[1] == (3, {k: v for k, v in record(3).items() if k != "step"})
-    assert told[2] == "end"
+    assert calls[0]["project"] == "llamas"
+    assert calls[0]["config"] == {"seed": 1}
+    assert calls[1] == (3, {k: v for k, v in record(3).items() if k != "step"})
+    assert calls[2] == "end"
 
 
 RECORDS = [
@@ -195,7 +195,7 @@ def test_a_table_of_losses_has_few_rows_and_all_steps(losses: list[float]) -> No
     assert [row[0] for row in rows[-1:]] == ([len(losses)] if losses else [])
 
 
-def test_a_picture_is_drawn_where_matplotlib_is_installed(
+def test_losses_are_drawn_if_matplotlib_is_installed(
     tmp_path: pathlib.Path,
 ) -> None:
     pytest.importorskip("matplotlib")

@@ -132,7 +132,7 @@ def bits(tree: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["plain", "tied"])
-def test_the_judges_gradient_is_the_slope_of_the_judges_logits(
+def test_the_oracles_gradient_is_the_slope_of_its_loss(
     config: LlamaConfig,
 ) -> None:
     batch = some_batch(config, packed=True)
@@ -198,7 +198,7 @@ def test_loss_and_gradient_of_a_step_are_those_in_float64(
         pytest.param("dots", "unrolled", marks=pytest.mark.slow),
     ],
 )
-def test_what_is_computed_again_changes_no_gradient(remat: Any, layout: Any) -> None:
+def test_remat_changes_no_gradient(remat: Any, layout: Any) -> None:
     batch = some_batch(packed=True)
     runtime = Runtime(remat=remat, layer_layout=layout)
     state, _ = first_step(TINY, runtime, batch)
@@ -211,7 +211,7 @@ def judged_once() -> tuple[float, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("parts", [4, pytest.param(32, marks=pytest.mark.slow)])
-def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
+def test_accumulated_parts_equal_the_whole_batch(parts: int) -> None:
     batch = some_batch(rows=32, packed=True)
     assert isinstance(batch.loss_mask, np.ndarray)
     batch.loss_mask[1::4] = 0  # so that parts weigh differently, and one nothing
@@ -223,12 +223,12 @@ def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
     check_gradient(state.opt_state.trace, whole.opt_state.trace)
 
 
-def test_a_batch_that_parts_do_not_divide_is_refused() -> None:
+def test_a_batch_that_is_not_divisible_into_parts_is_refused() -> None:
     with pytest.raises(ConfigError, match="32 rows cannot be cut into 5 equal parts"):
         first_step(TINY, STACKED, some_batch(rows=32, packed=False), accumulate=5)
 
 
-def test_parts_report_the_sums_of_a_loss_of_ones_own() -> None:
+def test_accumulated_parts_report_the_metrics_of_a_custom_loss() -> None:
     def loss(params: Any, frozen: Any, batch: Any) -> LossSums:
         errors = (batch["x"] * params["w"] - frozen["y"]) ** 2
         return LossSums(
@@ -270,7 +270,7 @@ def test_five_steps_of_adamw_are_those_in_float64() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.25, 1e3, None])
-def test_gradients_longer_than_the_limit_are_clipped_together(
+def test_gradients_are_clipped_by_their_global_norm(
     clip: float | None,
 ) -> None:
     optimizer = make_optimizer(1e-3, clip=clip)
@@ -302,7 +302,7 @@ def test_decay_pulls_all_but_norms_by_the_learning_rate(
     name: OptimizerName, layout: Any
 ) -> None:
     params = in_layout(random_params(TINY), Runtime(layer_layout=layout))
-    # Decay comes behind the step's own direction, so the difference of two optimizers
+    # Decay is applied after the step's direction, so the difference of two optimizers
     # with the same gradient is all that it does.
     gradient = jax.tree.map(lambda x: 0.01 * jnp.sin(7 * x), params)
     with_it, without = (
@@ -402,7 +402,7 @@ def test_schedules_rise_and_fall_as_their_formulas(
         assert float(schedule(step)) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
-def test_cosine_ends_at_a_tenth_unless_told() -> None:
+def test_cosine_ends_at_a_tenth_by_default() -> None:
     schedule = make_schedule("cosine", 3e-4, steps=100, warmup=10)
     assert float(schedule(9)) == pytest.approx(3e-4)
     assert float(schedule(10)) == pytest.approx(3e-4)
@@ -420,7 +420,7 @@ def test_cosine_ends_at_a_tenth_unless_told() -> None:
         {"peak": 1.0, "steps": 5, "final": 1.5},
     ],
 )
-def test_a_schedule_that_makes_no_sense_is_refused(numbers: Any) -> None:
+def test_a_schedule_with_values_out_of_range_is_refused(numbers: Any) -> None:
     with pytest.raises(ConfigError, match="the peak must be positive"):
         make_schedule("cosine", **numbers)
 
@@ -454,7 +454,7 @@ def broken(batch: Batch, how: str) -> Batch:
         pytest.param("adamw", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_batch_without_a_finite_loss_changes_nothing_but_the_number(
+def test_a_batch_without_a_finite_loss_updates_only_the_step_number(
     name: OptimizerName, how: str, accumulate: int
 ) -> None:
     optimizer, step = trainer(name, accumulate)
@@ -472,7 +472,7 @@ def test_a_batch_without_a_finite_loss_changes_nothing_but_the_number(
     assert bits(state.params) != before[: len(jax.tree.leaves(state.params))]
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is() -> None:
+def test_a_gradient_that_is_not_finite_is_skipped_even_if_the_loss_is_finite() -> None:
     def loss(params: Any, _: Any, batch: Any) -> LossSums:
         return LossSums(jnp.sqrt(params["w"] * batch), jnp.float32(1))
 
@@ -501,7 +501,7 @@ def test_products_in_bfloat16_leave_weights_and_gradients_in_float32() -> None:
 
 
 @every_optimizer
-def test_a_step_gives_back_every_dtype_that_it_took(name: OptimizerName) -> None:
+def test_a_step_keeps_every_dtype_of_its_state(name: OptimizerName) -> None:
     optimizer = make_optimizer(1e-2, name=name)
     step = make_train_step(loss_of(TINY, HALF), optimizer)
     params = jax.eval_shape(lambda: in_layout(random_params(TINY), HALF))
@@ -512,7 +512,7 @@ def test_a_step_gives_back_every_dtype_that_it_took(name: OptimizerName) -> None
         assert leaf.dtype in (jnp.float32, jnp.int32)
 
 
-def test_first_moments_may_be_held_in_half() -> None:
+def test_first_moments_may_be_stored_in_bfloat16() -> None:
     optimizer = make_optimizer(1e-3, moment_dtype=jnp.bfloat16)
     step = make_train_step(loss_of(TINY, STACKED), optimizer)
     params = jax.eval_shape(lambda: in_layout(random_params(TINY), STACKED))
@@ -539,7 +539,7 @@ def test_first_moments_may_be_held_in_half() -> None:
         pytest.param("data=8", "lion", marks=pytest.mark.slow),
     ],
 )
-def test_a_step_compiles_once_and_takes_its_state_over(
+def test_a_step_compiles_once_and_donates_its_state(
     name: OptimizerName, mesh: str | None
 ) -> None:
     on = None
@@ -564,7 +564,7 @@ def test_a_step_compiles_once_and_takes_its_state_over(
         assert all(leaf.is_deleted() for leaf in old)
         for leaf, place in zip(jax.tree.leaves(state), where, strict=True):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
-    assert step.num_programs == 1  # since whoever used it had such a batch
+    assert step.num_programs == 1  # as all uses had such a batch
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), shapes
     )
@@ -575,7 +575,7 @@ LORA = Lora(rank=3, alpha=6)
 
 @functools.cache
 def some_adapters() -> Any:
-    """Unrolled, as they are behind a few steps: b is not zero."""
+    """Unrolled, as after a few steps: b is not zero."""
     first = init_lora(TINY, jax.random.key(1), LORA)
     draw = np.random.default_rng(1)
     return unstack_layers(
@@ -626,7 +626,7 @@ def test_the_gradient_of_adapters_is_that_of_the_merged_weights() -> None:
         pytest.param("nf4", marks=pytest.mark.slow),
     ],
 )
-def test_adapters_are_trained_and_nothing_else(kind: Any) -> None:
+def test_only_adapters_are_trained(kind: Any) -> None:
     frozen = in_layout(random_params(TINY), STACKED)
     if kind is not None:
         frozen = quantize_params(frozen, kind)
