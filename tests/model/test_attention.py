@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Shapes:
-    """Shapes of q and k that a kernel is given; plain operations take its place."""
+    """Shapes of q and k that a kernel gets; plain operations take its shardings."""
     shapes: Shapes = []
 
     def kernel(q: Any, k: Any, v: Any, **rest: Any) -> Any:
@@ -69,30 +69,30 @@ def test_each_device_computes_its_rows_and_heads(
     seen: Shapes, mesh: str, heads: tuple[int, int], local: Shapes, packed: bool
 ) -> None:
     q, k, v = inputs(8, *heads)
-    given: dict[str, Any] = {"q_start": None, "segment_ids": None}
+    options: dict[str, Any] = {"q_start": None, "segment_ids": None}
     if packed:
-        given["segment_ids"] = jnp.asarray(
+        options["segment_ids"] = jnp.asarray(
             np.arange(8)[:, None] * 0 + np.arange(16) // 5
         )
     devices = make_mesh(parse_mesh(mesh))
-    run = jax.jit(lambda *x: attend(*x, **given, runtime=KERNEL, mesh=devices))
+    run = jax.jit(lambda *x: attend(*x, **options, runtime=KERNEL, mesh=devices))
     np.testing.assert_allclose(
         run(q, k, v),
-        reference.attention(q, k, v, **given),
+        reference.attention(q, k, v, **options),
         rtol=EQUAL_FORWARD,
         atol=EQUAL_FORWARD,
     )
     assert seen == local
 
 
-def test_a_cache_is_cut_like_the_queries(seen: Shapes) -> None:
+def test_a_cache_is_cut_as_queries_are(seen: Shapes) -> None:
     q, k, v = inputs(4, 4, 2, slots=64)
     start = jnp.asarray([0, 5, 48, 20])
     devices = make_mesh({"data": 4, "tensor": 2})
-    given = {"q_start": start, "segment_ids": None}
-    found = attend(q, k, v, **given, runtime=KERNEL, mesh=devices)
+    options = {"q_start": start, "segment_ids": None}
+    actual = attend(q, k, v, **options, runtime=KERNEL, mesh=devices)
     np.testing.assert_allclose(
-        found,
+        actual,
         reference.attention(q, k, v, q_start=start),
         rtol=EQUAL_FORWARD,
         atol=EQUAL_FORWARD,
@@ -101,11 +101,11 @@ def test_a_cache_is_cut_like_the_queries(seen: Shapes) -> None:
 
 
 def test_a_kernels_gradient_is_cut_too(seen: Shapes) -> None:
-    given = {"q_start": None, "segment_ids": None}
+    options = {"q_start": None, "segment_ids": None}
     devices = make_mesh({"data": 2, "tensor": 4})
 
     def loss(q: Any, k: Any, v: Any, mesh: Any) -> Any:
-        return jnp.sum(attend(q, k, v, **given, runtime=KERNEL, mesh=mesh) ** 2)
+        return jnp.sum(attend(q, k, v, **options, runtime=KERNEL, mesh=mesh) ** 2)
 
     grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
     x = inputs(4, 8, 2)
@@ -137,11 +137,11 @@ def test_a_training_step_on_a_tpu_mesh_gathers_no_heads(layout: LayerLayout) -> 
     devices = tpu_devices("v5e:2x4")
     mesh = make_mesh({"data": 2, "tensor": 4}, devices)
     model = Llama(config, runtime, mesh)
-    place = param_shardings(config, runtime, mesh)
+    shardings = param_shardings(config, runtime, mesh)
     params = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=at),
         param_shapes(config, layout=layout),
-        place,
+        shardings,
     )
     rows = NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     tokens = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=rows)

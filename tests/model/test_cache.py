@@ -64,15 +64,15 @@ def paged(dtype: str, *, order: int = 0) -> KVCache:
 def contents(cache: KVCache, row: int) -> list[np.ndarray]:
     """Slots in use of a row, of every layer's keys, values and scales."""
     length = int(cache.length[row])
-    found = []
+    actual = []
     for leaf in map(np.asarray, jax.tree.leaves(cache.layers)):
         if cache.page_table is None:
             slots = leaf[row]
         else:
             pages = leaf[np.asarray(cache.page_table[row])]
             slots = np.moveaxis(pages, 0, 1).reshape(leaf.shape[1], -1, *leaf.shape[3:])
-        found.append(slots[:, :length])
-    return found
+        actual.append(slots[:, :length])
+    return actual
 
 
 def test_every_layer_cache_follows_the_protocol() -> None:
@@ -96,10 +96,10 @@ def test_a_paged_cache_gives_the_logits_of_a_dense_one(
         logits = []
         for index, cache in enumerate(caches):
             new = tokens[:, done : done + width]
-            found, caches[index] = forward(
+            actual, caches[index] = forward(
                 model, params, new, cache=cache, lengths=real
             )
-            logits.append(np.asarray(found))
+            logits.append(np.asarray(actual))
         for row, count in enumerate(real):
             np.testing.assert_array_equal(
                 logits[0][row, :count], logits[1][row, :count]
@@ -251,10 +251,10 @@ def test_an_inserted_row_decodes_as_alone_and_others_stay(
     alone = grow(prefix, S)
     for step in range(3):
         new = tokens[:, 10 + step].at[1].set(step)
-        found, cache = decoding.decode_step(model, params, cache, new)
-        wanted, alone = decoding.decode_step(model, params, alone, new[1:2])
+        actual, cache = decoding.decode_step(model, params, cache, new)
+        expected, alone = decoding.decode_step(model, params, alone, new[1:2])
         np.testing.assert_allclose(
-            found[1], wanted[0], rtol=DECODE_FLOAT32, atol=DECODE_FLOAT32
+            actual[1], expected[0], rtol=DECODE_FLOAT32, atol=DECODE_FLOAT32
         )
 
 
@@ -283,10 +283,10 @@ def test_a_row_is_inserted_on_a_mesh(
     on_mesh = jax.device_put(cache, shardings)
     placed = jax.device_put(prefix, cache_shardings(TINY, runtime, mesh, 1, 9))
     put = jax.jit(insert, static_argnames=("runtime", "mesh"))
-    found = put(on_mesh, jnp.asarray(2), placed, runtime=runtime, mesh=mesh)
-    wanted = insert(cache, 2, prefix)
+    actual = put(on_mesh, jnp.asarray(2), placed, runtime=runtime, mesh=mesh)
+    expected = insert(cache, 2, prefix)
     for one, other, sharding in zip(
-        *map(jax.tree.leaves, (found, wanted, shardings)), strict=True
+        *map(jax.tree.leaves, (actual, expected, shardings)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
         if one.ndim > 1:
@@ -346,7 +346,7 @@ def test_continuations_of_one_prefix_are_scored_in_a_batch(tokens: Any) -> None:
     )
     _, prefix = forward(model, params, tokens[:1, :6], cache=NewCache(S))
     cache = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), prefix)
-    found, _ = forward(model, params, tokens[:, 6:12], cache=cache)
+    actual, _ = forward(model, params, tokens[:, 6:12], cache=cache)
     np.testing.assert_allclose(
-        found, whole[:, 6:], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
+        actual, whole[:, 6:], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
     )

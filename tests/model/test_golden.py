@@ -45,8 +45,8 @@ class Case:
     @property
     def prompts(self) -> list[list[int]]:
         """Token ids."""
-        found: list[list[int]] = self.texts["prompt_tokens"]
-        return found
+        actual: list[list[int]] = self.texts["prompt_tokens"]
+        return actual
 
     @property
     def rows(self) -> list[list[int]]:
@@ -60,8 +60,8 @@ class Case:
     @functools.cached_property
     def logits(self) -> list[np.ndarray]:
         """Of one full forward over the rows: what each row's tokens 1, 2, … face."""
-        found = full_forward(self.loaded, self.rows)
-        return [found[i, : len(row) - 1] for i, row in enumerate(self.rows)]
+        actual = full_forward(self.loaded, self.rows)
+        return [actual[i, : len(row) - 1] for i, row in enumerate(self.rows)]
 
     @functools.cached_property
     def generated(self) -> list[Completion]:
@@ -124,8 +124,8 @@ def stories(assets: pathlib.Path) -> Case:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.getfixturevalue(request.param)
-    return found
+    actual: Case = request.getfixturevalue(request.param)
+    return actual
 
 
 def cases(*names: Any) -> pytest.MarkDecorator:
@@ -142,14 +142,14 @@ def test_logits_equal_metas(case: Case) -> None:
     tokens, positions = case.arrays["tokens"], case.arrays["positions"]
     at = np.tile(positions, (len(tokens), 1))
     model, params, _ = case.loaded
-    found, _ = forward(model, params, jnp.asarray(tokens), logits_at=jnp.asarray(at))
-    wanted = case.arrays["logits"]
-    assert np.abs(wanted).max() > 1
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=GOLDEN_LOGITS)
+    actual, _ = forward(model, params, jnp.asarray(tokens), logits_at=jnp.asarray(at))
+    expected = case.arrays["logits"]
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=GOLDEN_LOGITS)
 
 
 @cases("llama1", "llama2", "codellama", "stories")
-def test_metas_greedy_tokens_are_the_likeliest_in_their_places(case: Case) -> None:
+def test_metas_greedy_tokens_are_the_likeliest(case: Case) -> None:
     for row, prompt, logits in zip(case.rows, case.prompts, case.logits, strict=True):
         assert row[: len(prompt)] == prompt
         likeliest = logits.argmax(axis=-1).tolist()
@@ -158,7 +158,7 @@ def test_metas_greedy_tokens_are_the_likeliest_in_their_places(case: Case) -> No
 
 @cases(slow("llama1"), "llama2", slow("codellama"), slow("stories"))
 def test_generated_greedy_tokens_equal_metas(case: Case) -> None:
-    assert [list(found.token_ids) for found in case.generated] == case.rows
+    assert [list(actual.token_ids) for actual in case.generated] == case.rows
 
 
 @cases("llama1", "llama2", "codellama", "stories")
@@ -170,26 +170,26 @@ def test_prompts_and_texts_equal_metas(case: Case) -> None:
         assert list(map(tokenizer.decode, case.rows)) == texts["generate_greedy"]
         return
     new = [row[len(p) :] for row, p in zip(case.rows, prompts, strict=True)]
-    wanted = [answer["generation"] for answer in texts["text_completion"]]
-    assert list(map(tokenizer.decode, new)) == wanted
+    expected = [answer["generation"] for answer in texts["text_completion"]]
+    assert list(map(tokenizer.decode, new)) == expected
 
 
 @cases("llama2", "codellama", "stories")
 def test_prompts_of_dialogs_equal_metas(case: Case) -> None:
     tokenizer, dialogs = case.loaded.tokenizer, case.texts["dialogs"]
     style, prompts = default_format(tokenizer), case.texts["chat_prompt_tokens"]
-    for dialog, wanted in zip(dialogs, prompts, strict=True):
-        assert style.encode(tokenizer, dialog, allow_tags=True) == wanted
+    for dialog, expected in zip(dialogs, prompts, strict=True):
+        assert style.encode(tokenizer, dialog, allow_tags=True) == expected
 
 
 @cases(slow("llama2"), "codellama", slow("stories"))
 def test_answers_to_dialogs_equal_metas(case: Case) -> None:
     dialogs = case.texts["dialogs"]
-    found = chat_completion(case.loaded, dialogs, sampling=GREEDY, max_new_tokens=16)
-    wanted = [answer["generation"] for answer in case.texts["chat_completion"]]
-    assert {answer["role"] for answer in wanted} == {"assistant"}
-    assert [c.text for c in found] == [answer["content"] for answer in wanted]
-    assert "unsafe" in {c.finish_reason for c in found}
+    actual = chat_completion(case.loaded, dialogs, sampling=GREEDY, max_new_tokens=16)
+    expected = [answer["generation"] for answer in case.texts["chat_completion"]]
+    assert {answer["role"] for answer in expected} == {"assistant"}
+    assert [c.text for c in actual] == [answer["content"] for answer in expected]
+    assert "unsafe" in {c.finish_reason for c in actual}
 
 
 @pytest.mark.parametrize("suffix_first", [False, True])
@@ -197,9 +197,9 @@ def test_infillings_equal_metas(codellama: Case, suffix_first: bool) -> None:
     pairs = codellama.texts["infill"]
     prompts = codellama.texts[f"infill_prompt_tokens_suffix_first_{suffix_first}"]
     tokenizer = codellama.loaded.tokenizer
-    for pair, wanted in zip(pairs, prompts, strict=True):
-        found = infilling_prompt(tokenizer, *pair, suffix_first=suffix_first)
-        assert found == wanted
+    for pair, expected in zip(pairs, prompts, strict=True):
+        actual = infilling_prompt(tokenizer, *pair, suffix_first=suffix_first)
+        assert actual == expected
     prefixes, suffixes = zip(*pairs, strict=True)
     middles = text_infilling(
         codellama.loaded,
@@ -221,52 +221,54 @@ def test_infillings_equal_metas(codellama: Case, suffix_first: bool) -> None:
 
 
 @cases(slow("llama1"), "llama2", slow("codellama"), slow("stories"))
-def test_logprobs_are_those_of_a_full_forward(case: Case) -> None:
-    for row, logits, found in zip(case.rows, case.logits, case.generated, strict=True):
-        wanted = oracle.log_softmax(logits)[np.arange(len(row) - 1), row[1:]]
-        assert found.logprobs is not None
+def test_logprobs_equal_those_of_a_full_forward(case: Case) -> None:
+    for row, logits, actual in zip(case.rows, case.logits, case.generated, strict=True):
+        expected = oracle.log_softmax(logits)[np.arange(len(row) - 1), row[1:]]
+        assert actual.logprobs is not None
         np.testing.assert_allclose(
-            found.logprobs, [0, *wanted], rtol=0, atol=GOLDEN_LOGPROBS
+            actual.logprobs, [0, *expected], rtol=0, atol=GOLDEN_LOGPROBS
         )
 
 
 @cases("llama2")
 def test_logprobs_equal_metas(case: Case) -> None:
     golden = case.texts["generate_echo_logprobs"]
-    for found, wanted in zip(case.generated, golden, strict=True):
-        np.testing.assert_allclose(found.logprobs, wanted, rtol=0, atol=GOLDEN_LOGPROBS)
+    for actual, expected in zip(case.generated, golden, strict=True):
+        np.testing.assert_allclose(
+            actual.logprobs, expected, rtol=0, atol=GOLDEN_LOGPROBS
+        )
 
 
 @cases("codellama")
 def test_logprobs_of_prompts_equal_metas(case: Case) -> None:
     # Code Llama's code scores a new token before it writes it: those are all 0.
     golden = case.texts["generate_echo_logprobs"]
-    for prompt, logits, wanted in zip(case.prompts, case.logits, golden, strict=True):
-        found = oracle.log_softmax(logits)[np.arange(len(prompt) - 1), prompt[1:]]
+    for prompt, logits, expected in zip(case.prompts, case.logits, golden, strict=True):
+        actual = oracle.log_softmax(logits)[np.arange(len(prompt) - 1), prompt[1:]]
         np.testing.assert_allclose(
-            [0, *found], wanted[: len(prompt)], rtol=0, atol=GOLDEN_LOGPROBS
+            [0, *actual], expected[: len(prompt)], rtol=0, atol=GOLDEN_LOGPROBS
         )
-        assert not any(wanted[len(prompt) :])
+        assert not any(expected[len(prompt) :])
 
 
 @cases("stories")
-def test_metas_logprobs_are_ours_with_its_summation(case: Case) -> None:
+def test_metas_logprobs_equal_ours_with_its_summation(case: Case) -> None:
     golden = case.texts["generate_echo_logprobs"]
     exact, sequential = 0.0, 0.0
-    for row, logits, wanted in zip(case.rows, case.logits, golden, strict=True):
+    for row, logits, expected in zip(case.rows, case.logits, golden, strict=True):
         chosen = np.arange(len(row) - 1), row[1:]
         shifted = logits - logits.max(axis=-1, keepdims=True)
         total = np.cumsum(np.exp(shifted), axis=-1, dtype=np.float32)[:, -1]
-        found = shifted[chosen] - np.log(total)
-        sequential = max(sequential, np.abs(found - wanted[1:]).max())
+        actual = shifted[chosen] - np.log(total)
+        sequential = max(sequential, np.abs(actual - expected[1:]).max())
         true = oracle.log_softmax(logits)[chosen]
-        exact = max(exact, np.abs(true - wanted[1:]).max())
+        exact = max(exact, np.abs(true - expected[1:]).max())
     assert sequential < GOLDEN_LOGPROBS
     assert exact > GOLDEN_LOGPROBS  # else the comment above is out of date
 
 
 @cases(slow("llama2"), slow("codellama"), "stories")
-def test_every_token_that_metas_code_drew_is_in_our_top_p_set(case: Case) -> None:
+def test_every_token_sampled_by_metas_code_is_in_our_top_p_set(case: Case) -> None:
     prompts, drawn = case.prompts, case.texts["sampled_t0.6_p0.9_seed7"]
     rows = [prompt + new for prompt, new in zip(prompts, drawn, strict=True)]
     logits = full_forward(case.loaded, rows)
@@ -276,10 +278,10 @@ def test_every_token_that_metas_code_drew_is_in_our_top_p_set(case: Case) -> Non
         scaled = logits[row, len(prompt) - 1 : len(text) - 1] / 0.6
         setting = [Sampling(temperature=0.6, top_p=0.9)] * len(scaled)
         settings = sampling_rows(setting, scaled.shape[-1])
-        kept = np.isfinite(jax.jit(filter_logits)(scaled, settings))
+        passed = np.isfinite(jax.jit(filter_logits)(scaled, settings))
         for at, token in enumerate(text[len(prompt) :]):
-            assert kept[at, token], (row, at)
+            assert passed[at, token], (row, at)
             checked += 1
-        sizes.append(kept.mean())
+        sizes.append(passed.mean())
     assert checked == sum(map(len, drawn))
     assert np.mean(sizes) < 0.1  # small sets: being in one means something

@@ -63,7 +63,7 @@ def numbers(cache: KVCache) -> list[Any]:
 
 
 def assert_same(
-    found: Any, wanted: Any, cache: KVCache, other: KVCache, rows: int = B
+    actual: Any, expected: Any, cache: KVCache, other: KVCache, rows: int = B
 ) -> None:
     """Equal logits, but in a row of which a rounding fell the other way.
 
@@ -79,16 +79,16 @@ def assert_same(
         assert apart.max() <= 1
         turned |= apart.any(axis=(1, 2, 3))
     assert turned.sum() <= 1
-    found, wanted = np.asarray(found), np.asarray(wanted)
+    actual, expected = np.asarray(actual), np.asarray(expected)
     np.testing.assert_allclose(
-        found[~turned], wanted[~turned], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
+        actual[~turned], expected[~turned], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
     )
-    assert_near(found, wanted)
+    assert_near(actual, expected)
 
 
-def assert_near(found: Any, wanted: Any) -> None:
-    spread = np.asarray(wanted).std()
-    apart = np.abs(np.asarray(found) - np.asarray(wanted)).max()
+def assert_near(actual: Any, expected: Any) -> None:
+    spread = np.asarray(expected).std()
+    apart = np.abs(np.asarray(actual) - np.asarray(expected)).max()
     assert apart < INT8_CACHE_LOGITS * spread
 
 
@@ -108,41 +108,44 @@ LENGTHS = (3, 16, 1, 8, 9, 15, 2, 4)
 def decoded(
     runtime: Runtime, params: Any, tokens: Any, mesh: Any = None, steps: int = 3
 ) -> tuple[list[Any], list[KVCache]]:
-    """Logits and caches of prompts that are read and a few steps behind them."""
+    """Logits and caches of prompts that are read and a few steps after them."""
     model = Llama(TINY, runtime, mesh)
     lengths = jnp.asarray(LENGTHS, jnp.int32)
     logits, cache = decoding.prefill(model, params, tokens, lengths, 32)
-    found, held = [logits], [jax.tree.map(jnp.copy, cache)]
+    actual, stored = [logits], [jax.tree.map(jnp.copy, cache)]
     for step in range(steps):
         new = jnp.full((B,), 5 + step, jnp.int32)
         logits, cache = decoding.decode_step(model, params, cache, new)
-        found.append(logits)
-        held.append(jax.tree.map(jnp.copy, cache))
-    return found, held
+        actual.append(logits)
+        stored.append(jax.tree.map(jnp.copy, cache))
+    return actual, stored
 
 
-# What it holds.
+# Contents.
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", ["int4", "bfloat16", ""])
-def test_another_type_of_cache_is_refused(name: Any) -> None:
+def test_unknown_cache_dtypes_are_refused(name: Any) -> None:
     with pytest.raises(ConfigError, match=r"cache_dtype is .*; choose from int8, None"):
         Runtime(cache_dtype=name)
 
 
-def test_slots_are_rounded_once_and_to_half_a_step(params: Any, tokens: Any) -> None:
+def test_slots_are_rounded_once_by_half_a_step_at_most(
+    params: Any, tokens: Any
+) -> None:
     _, full = decoded(Runtime(), params, tokens)
     _, eight = decoded(EIGHT, params, tokens)
-    for whole, held in (
+    for whole, stored in (
         (full[-1].layers[0].k, eight[-1].layers[0].k),
         (full[-1].layers[0].v, eight[-1].layers[0].v),
     ):
-        assert isinstance(held, QuantizedSlots)
-        assert (held.values.dtype, held.scales.dtype) == (jnp.int8, jnp.float32)
-        apart = np.abs(np.asarray(dequantize_slots(held, jnp.float32) - whole))
-        step = np.asarray(held.scales)[..., None]
+        assert isinstance(stored, QuantizedSlots)
+        assert (stored.values.dtype, stored.scales.dtype) == (jnp.int8, jnp.float32)
+        apart = np.abs(np.asarray(dequantize_slots(stored, jnp.float32) - whole))
+        step = np.asarray(stored.scales)[..., None]
         assert (apart <= step * (0.5 + 1e-4)).all()
-        assert np.abs(np.asarray(held.values)).max() == 127
+        assert np.abs(np.asarray(stored.values)).max() == 127
     # What was written is not touched again: rounding twice would lose more.
     for before, after in zip(eight[0].layers, eight[-1].layers, strict=True):
         for row, length in enumerate(LENGTHS):
@@ -166,22 +169,22 @@ def test_an_empty_cache_is_int8_with_scales_and_grows() -> None:
         np.testing.assert_array_equal(one[:, :, 4:], 0)
 
 
-# What is read of it.
+# Attention.
 
 
-def test_decoding_is_near_that_over_a_full_cache(params: Any, tokens: Any) -> None:
-    wanted, _ = decoded(Runtime(), params, tokens)
-    found, _ = decoded(EIGHT, params, tokens)
+def test_decoding_is_near_that_over_a_float_cache(params: Any, tokens: Any) -> None:
+    expected, _ = decoded(Runtime(), params, tokens)
+    actual, _ = decoded(EIGHT, params, tokens)
     # A prompt attends to its own keys and values before they are rounded.
     np.testing.assert_allclose(
-        found[0], wanted[0], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
+        actual[0], expected[0], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
     )
-    for one, other in zip(found[1:], wanted[1:], strict=True):
+    for one, other in zip(actual[1:], expected[1:], strict=True):
         assert_near(one, other)
         assert not np.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_equals_that_over_a_cache_of_the_rounded_numbers(
+def test_decoding_equals_that_over_a_float_cache_of_rounded_numbers(
     params: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append = DenseLayerCache.append
@@ -192,27 +195,27 @@ def test_decoding_equals_that_over_a_cache_of_the_rounded_numbers(
 
     def run(runtime: Runtime) -> tuple[list[Any], KVCache]:
         model = Llama(TINY, runtime)
-        # Jitted anew: what is patched must not stay in a cache of programs.
+        # A new jitted function: the patched one must not stay in a cache of programs.
         step = jax.jit(lambda *a, **k: apply(model, *a, **k))
         cache = init_cache(TINY, B, 32, runtime.slot_dtype)
-        found = []
+        actual = []
         for part in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
             logits, cache = step(params, part, cache=cache)
-            found.append(logits)
-        return found, cache
+            actual.append(logits)
+        return actual, cache
 
-    found, cache = run(EIGHT)
+    actual, cache = run(EIGHT)
     monkeypatch.setattr(DenseLayerCache, "append", append_rounded)
-    wanted, other = run(Runtime())
+    expected, other = run(Runtime())
     layers = (Int8LayerCache(*map(quantize_slots, layer)) for layer in other.layers)
     again = other._replace(layers=tuple(layers))
-    for one, two in zip(found, wanted, strict=True):
+    for one, two in zip(actual, expected, strict=True):
         assert_same(one, two, cache, again)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 40])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_over_int8_slots_is_that_over_their_numbers(
+def test_attention_over_int8_slots_equals_that_over_dequantized_slots(
     heads: int, kv_heads: int, queries: int
 ) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
@@ -223,9 +226,11 @@ def test_attention_over_int8_slots_is_that_over_their_numbers(
     start = jnp.asarray([0, 8, 3])
     wide = [dequantize_slots(x, jnp.float32) for x in (k, v)]
     attention = jax.jit(kernels.attention)
-    found = attention(q, k, v, q_start=start)
-    wanted = attention(q, *wide, q_start=start)
-    np.testing.assert_allclose(found, wanted, rtol=DECODE_FLOAT32, atol=DECODE_FLOAT32)
+    actual = attention(q, k, v, q_start=start)
+    expected = attention(q, *wide, q_start=start)
+    np.testing.assert_allclose(
+        actual, expected, rtol=DECODE_FLOAT32, atol=DECODE_FLOAT32
+    )
 
 
 @pytest.mark.parametrize("widths", [(16,), (1, 15), (7, 8, 1), (3,) * 5, (1,) * 16])
@@ -234,30 +239,30 @@ def test_any_split_of_ragged_rows_equals_one_call(
 ) -> None:
     model = Llama(TINY, EIGHT)
     lengths = np.asarray(LENGTHS)
-    whole, wanted = forward(
+    whole, expected = forward(
         model, params, tokens, cache=init_cache(TINY, B, 32, "int8"), lengths=lengths
     )
     cache, done = init_cache(TINY, B, 32, "int8"), 0
-    found = np.zeros_like(whole)
+    actual = np.zeros_like(whole)
     for width in widths:
         real = np.clip(lengths - done, 0, width)
         part = tokens[:, done : done + width]
         logits, cache = forward(model, params, part, cache=cache, lengths=real)
-        found[:, done : done + width] = logits
+        actual[:, done : done + width] = logits
         done += width
     np.testing.assert_array_equal(cache.length, np.minimum(lengths, done))
     seen = np.arange(T)[None] < np.minimum(lengths, done)[:, None]
 
-    def only(held: KVCache) -> KVCache:
+    def only(cache: KVCache) -> KVCache:
         keep = np.arange(32)[None] < np.minimum(lengths, done)[:, None]
 
-        def kept(x: Any) -> Any:
+        def masked(x: Any) -> Any:
             return x * keep.reshape(B, 1, 32, *(1 for _ in x.shape[3:]))
 
-        return jax.tree.map(lambda x: kept(x) if x.ndim > 1 else x, held)
+        return jax.tree.map(lambda x: masked(x) if x.ndim > 1 else x, cache)
 
-    found, whole = (np.where(seen[..., None], x, 0) for x in (found, whole))
-    assert_same(found, whole, only(cache), only(wanted))
+    actual, whole = (np.where(seen[..., None], x, 0) for x in (actual, whole))
+    assert_same(actual, whole, only(cache), only(expected))
 
 
 # Meshes.
@@ -265,7 +270,7 @@ def test_any_split_of_ragged_rows_equals_one_call(
 
 @pytest.fixture(scope="module")
 def eight(params: Any, tokens: Any) -> tuple[list[Any], list[KVCache]]:
-    """What one device finds."""
+    """Results of one device."""
     return decoded(EIGHT, params, tokens)
 
 
@@ -276,14 +281,16 @@ def test_meshes_equal_one_device(
 ) -> None:
     mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
     placed = jax.device_put(params, param_shardings(TINY, EIGHT, mesh))
-    found, held = decoded(EIGHT, placed, tokens, mesh)
-    wanted, alone = eight
-    places = cache_shardings(TINY, EIGHT, mesh, B, 32)
-    for cache in held:
-        for part, place in zip(cache.layers[0].k, places.layers[0].k, strict=True):
+    actual, stored = decoded(EIGHT, placed, tokens, mesh)
+    expected, alone = eight
+    shardings = cache_shardings(TINY, EIGHT, mesh, B, 32)
+    for cache in stored:
+        for part, sharding in zip(
+            cache.layers[0].k, shardings.layers[0].k, strict=True
+        ):
             assert part.addressable_shards[0].data.nbytes * 8 == part.nbytes
-            assert part.sharding.is_equivalent_to(place, part.ndim)
-    for one, other, cache, same in zip(found, wanted, held, alone, strict=True):
+            assert part.sharding.is_equivalent_to(sharding, part.ndim)
+    for one, other, cache, same in zip(actual, expected, stored, alone, strict=True):
         assert_same(one, other, cache, same)
 
 
@@ -294,21 +301,21 @@ def test_several_tokens_are_written_into_cut_slots(
 ) -> None:
     mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
     placed = jax.device_put(params, param_shardings(TINY, EIGHT, mesh))
-    found = []
+    actual = []
     for on, weights in ((mesh, placed), (None, params)):
         model = Llama(TINY, EIGHT, on)
         first = NewCache(32)
         _, cache = forward(model, weights, tokens[:, :5], cache=first)
         logits, cache = forward(model, weights, tokens[:, 5:], cache=cache)
-        found.append((logits, cache))
-    (one, cache), (other, alone) = found
+        actual.append((logits, cache))
+    (one, cache), (other, alone) = actual
     assert_same(one, other, cache, alone)
 
 
 # Generation.
 
 
-def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
+def test_generation_equals_single_steps_and_compiles_once() -> None:
     config = TALKING.replace(num_layers=1)
     loaded = talking_model(config, EIGHT)
     prompts = [[1, 50, 60], [1, 70]]
@@ -335,17 +342,17 @@ def test_generation_writes_what_single_steps_do_and_compiles_once() -> None:
 def test_decoding_writes_into_the_cache_that_it_was_given(params: Any) -> None:
     cache = init_cache(TINY, 2, 16, "int8")
 
-    def places(cache: KVCache) -> list[int]:
+    def pointers(cache: KVCache) -> list[int]:
         leaves = jax.tree.leaves(cache.layers)
         return [leaf.unsafe_buffer_pointer() for leaf in leaves]
 
-    before, token = places(cache), jnp.ones((2,), jnp.int32)
+    before, token = pointers(cache), jnp.ones((2,), jnp.int32)
     _, after = decoding.decode_step(Llama(TINY, EIGHT), params, cache, token)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
-    assert places(after) == before
+    assert pointers(after) == before
 
 
-# What compilers make of it.
+# Compiled programs.
 
 SLOTS = 768
 # No weight, cache layer or activation of the same size as another kind of them.
@@ -367,8 +374,8 @@ def check_nothing_is_copied(
     assert not whole_results(compiled.as_text(), {layer, *weight_sizes(config)})
     memory = compiled.memory_analysis()
     scales = 4 * layer // config.head_dim
-    held = 2 * config.num_layers * (layer + scales)
-    assert memory.alias_size_in_bytes >= held
+    stored = 2 * config.num_layers * (layer + scales)
+    assert memory.alias_size_in_bytes >= stored
 
 
 @pytest.mark.parametrize("program", ["decode_step", "advance"])
@@ -431,7 +438,7 @@ def work(task: Any = "decode", **fields: Any) -> Workload:
 
 @eight_devices
 @every_mesh
-def test_plans_count_the_cache_as_it_lies(text: str) -> None:
+def test_plans_count_the_cache_as_it_is_sharded(text: str) -> None:
     mesh = make_mesh(parse_mesh(text), jax.devices()[:8])
     cache = init_cache(TINY, 8, 32, "int8")
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
@@ -440,8 +447,8 @@ def test_plans_count_the_cache_as_it_lies(text: str) -> None:
     part = sum(
         leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed)
     )
-    held = footprint(work(), dict(mesh.shape))
-    assert held.cache == part
+    stored = footprint(work(), dict(mesh.shape))
+    assert stored.cache == part
     built = programs.make_program(work(), mesh)
     assert programs.shard_bytes(built.kinds["cache"]) == part
     assert footprint(work("prefill"), dict(mesh.shape)).cache == part
@@ -454,27 +461,26 @@ def test_a_plan_of_training_has_no_cache(capsys: pytest.CaptureFixture[str]) -> 
     assert "--cache-dtype: --task lora has no cache" in capsys.readouterr().err
 
 
-def test_a_plan_advises_a_cache_in_eight_bits(
+def test_a_plan_suggests_an_int8_cache(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ["--topology", "v5e:1x1", "--batch", "8", "--seq", "4096"]
-    assert plan.main([*asked, "--quantize", "int8"]) == 0
+    flags = ["--topology", "v5e:1x1", "--batch", "8", "--seq", "4096"]
+    assert plan.main([*flags, "--quantize", "int8"]) == 0
     assert "What would fit: --cache-dtype int8; or" in capsys.readouterr().out
-    assert plan.main([*asked, "--quantize", "int8", "--cache-dtype", "int8"]) == 0
+    assert plan.main([*flags, "--quantize", "int8", "--cache-dtype", "int8"]) == 0
     out = capsys.readouterr().out
     assert "int8 weights, int8 cache" in out
     assert "  fits: 15.87 of 16.91 GB" in out
 
 
-def test_the_command_that_samples_holds_its_cache_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[Runtime] = []
+@pytest.mark.wrong_types  # `load` gives None
+def test_sample_takes_cache_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Runtime] = []
 
     def load(*_: Any, runtime: Runtime, **__: Any) -> None:
-        asked.append(runtime)
+        calls.append(runtime)
 
     monkeypatch.setattr(cli, "load", load)
     cli.load_model(sample.parse(["--cache-dtype", "int8"]))
     cli.load_model(sample.parse([]))
-    assert [runtime.cache_dtype for runtime in asked] == ["int8", None]
+    assert [runtime.cache_dtype for runtime in calls] == ["int8", None]

@@ -36,7 +36,7 @@ SLOW = pytest.mark.slow  # each compiles a model or two, for seconds
 
 
 def trained(adapters: Any, seed: int = 0) -> Any:
-    """Adapters as they are behind a few steps: b is not zero."""
+    """Adapters as after a few training steps: b is not zero."""
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(adapters))))
     return jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), adapters
@@ -59,14 +59,14 @@ def tokens() -> jax.Array:
     return random_tokens(TINY, 2, 12)
 
 
-def check_equal(found: Any, wanted: Any) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+def check_equal(actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
 
 
 @pytest.mark.parametrize(
     "base", ["plain", "nf4", *(pytest.param(k, marks=SLOW) for k in ("int8", "int4"))]
 )
-def test_an_adapted_model_is_the_merged_one_in_either_layout(
+def test_an_adapted_model_equals_the_merged_one_in_either_layout(
     params: Any, adapters: Any, tokens: jax.Array, base: Any
 ) -> None:
     if base != "plain":
@@ -75,16 +75,16 @@ def test_an_adapted_model_is_the_merged_one_in_either_layout(
     model = Llama(TINY, Runtime())
     merged = merge(params, unrolled, LORA.scaling, dtype="float32")
     assert all(isinstance(leaf, jax.Array) for leaf in flatten(merged).values())
-    wanted, _ = forward(model, merged, tokens)
-    found, _ = forward(model, adapt(params, unrolled, LORA.scaling), tokens)
-    check_equal(found, wanted)
-    assert float(jnp.abs(wanted - forward(model, params, tokens)[0]).max()) > 0.1
+    expected, _ = forward(model, merged, tokens)
+    actual, _ = forward(model, adapt(params, unrolled, LORA.scaling), tokens)
+    check_equal(actual, expected)
+    assert float(jnp.abs(expected - forward(model, params, tokens)[0]).max()) > 0.1
 
     def stack(rows: list[Any]) -> Any:
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *rows)
 
     stacked = adapt(stack_layers(params, stack), adapters, LORA.scaling)
-    check_equal(forward(Llama(TINY, STACKED), stacked, tokens)[0], wanted)
+    check_equal(forward(Llama(TINY, STACKED), stacked, tokens)[0], expected)
     # Adapted leaves are stacked and unstacked whole, too.
     again = unstack_layers(stacked)
     jax.tree.map(
@@ -99,27 +99,27 @@ def test_new_adapters_change_nothing(params: Any, tokens: jax.Array, base: Any) 
     for runtime in (Runtime(), Runtime(dtype="bfloat16", param_dtype="float32")):
         model = Llama(TINY, runtime)
         first = init_lora(TINY, jax.random.key(0), LORA, runtime=runtime)
-        wanted, _ = forward(model, params, tokens)
-        found, _ = forward(model, adapt(params, first, LORA.scaling), tokens)
-        np.testing.assert_array_equal(found, wanted)
+        expected, _ = forward(model, params, tokens)
+        actual, _ = forward(model, adapt(params, first, LORA.scaling), tokens)
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_new_adapters_of_eight_bits_change_only_a_rounding(
+def test_new_adapters_on_int8_weights_change_only_rounding(
     params: Any, tokens: jax.Array
 ) -> None:
     # XLA:CPU multiplies by the scale and adds what follows at once where it can.
     params = quantize_params(params, "int8")
     model = Llama(TINY, Runtime())
     first = init_lora(TINY, jax.random.key(0), LORA, runtime=Runtime())
-    found, _ = forward(model, adapt(params, first, LORA.scaling), tokens)
-    check_equal(found, forward(model, params, tokens)[0])
+    actual, _ = forward(model, adapt(params, first, LORA.scaling), tokens)
+    check_equal(actual, forward(model, params, tokens)[0])
 
 
 @pytest.mark.parametrize(
     ("base", "rows"),
     [("plain", (1, 1)), ("int8", (1, 1)), ("int8", (2, 3)), ("nf4", (2, 3))],
 )
-def test_gradients_are_those_through_the_merged_weight(
+def test_gradients_equal_those_through_the_merged_weight(
     base: Any, rows: tuple[int, ...]
 ) -> None:
     keys = jax.random.split(jax.random.key(0), 5)
@@ -131,23 +131,23 @@ def test_gradients_are_those_through_the_merged_weight(
         plain = dequantize(weight, jnp.float32)
     a = jax.random.normal(keys[2], (inputs, rank)) / 8
     b = jax.random.normal(keys[3], (rank, outputs))
-    given = jax.random.normal(keys[4], (*rows, outputs))
+    cotangent = jax.random.normal(keys[4], (*rows, outputs))
 
     def through_leaf(x: Any, a: Any, b: Any) -> Any:
-        return jnp.sum(given * linear(x, Adapted(weight, a, b, 0.5)))
+        return jnp.sum(cotangent * linear(x, Adapted(weight, a, b, 0.5)))
 
     def through_merged(x: Any, a: Any, b: Any) -> Any:
-        return jnp.sum(given * jnp.matmul(x, plain + 0.5 * a @ b))
+        return jnp.sum(cotangent * jnp.matmul(x, plain + 0.5 * a @ b))
 
-    found = jax.jit(jax.grad(through_leaf, (0, 1, 2)))(x, a, b)
-    wanted = jax.grad(through_merged, (0, 1, 2))(x, a, b)
-    for one, other in zip(found, wanted, strict=True):
+    actual = jax.jit(jax.grad(through_leaf, (0, 1, 2)))(x, a, b)
+    expected = jax.grad(through_merged, (0, 1, 2))(x, a, b)
+    for one, other in zip(actual, expected, strict=True):
         scale = float(jnp.abs(other).max())
         assert float(jnp.abs(one - other).max()) < EQUAL_GRADIENT * scale
 
 
 @pytest.mark.parametrize("base", [pytest.param("plain", marks=SLOW), "int8"])
-def test_a_models_gradients_are_those_through_merged_weights(
+def test_gradients_of_a_model_equal_those_through_merged_weights(
     params: Any, adapters: Any, tokens: jax.Array, base: Any
 ) -> None:
     frozen = stack_layers(params)
@@ -158,16 +158,16 @@ def test_a_models_gradients_are_those_through_merged_weights(
     def loss(weights: Any) -> Any:
         return jnp.mean(jax.nn.logsumexp(apply(model, weights, tokens)[0], axis=-1))
 
-    found = jax.jit(
+    actual = jax.jit(
         jax.grad(lambda adapters: loss(adapt(frozen, adapters, LORA.scaling)))
     )(adapters)
-    wanted = jax.jit(
+    expected = jax.jit(
         jax.grad(lambda a: loss(merge(frozen, a, LORA.scaling, dtype="float32")))
     )(adapters)
-    for path, leaf in flatten(wanted).items():
+    for path, leaf in flatten(expected).items():
         scale = float(jnp.abs(leaf).max())
         assert scale > 0
-        off = float(jnp.abs(flatten(found)[path] - leaf).max())
+        off = float(jnp.abs(flatten(actual)[path] - leaf).max())
         assert off < EQUAL_GRADIENT * scale, path
 
 
@@ -186,8 +186,8 @@ def test_adapters_are_the_same_in_either_layout_and_follow_their_targets() -> No
             assert len(np.unique(np.asarray(leaf))) > 0.99 * leaf.size
     sizes = {"q": (32, 32), "k": (32, 16), "v": (32, 16), "o": (32, 32)}
     few = Lora(rank=3, alpha=1, targets=("q_proj", "v_proj"))
-    wanted = 3 * TINY.num_layers * (sum(sizes["q"]) + sum(sizes["v"]))
-    assert count_params(init_lora(TINY, key, few)) == wanted
+    expected = 3 * TINY.num_layers * (sum(sizes["q"]) + sum(sizes["v"]))
+    assert count_params(init_lora(TINY, key, few)) == expected
     names = {path.split("/")[-2] for path in flatten(stacked)}
     assert names == set(PROJECTIONS)
 
@@ -269,35 +269,37 @@ def test_an_adapted_model_on_a_mesh_equals_one_device(
 
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
-    wanted, of_one = gradient(Llama(TINY, STACKED), adapters, frozen)
-    place = functools.partial(weight_shardings, config=TINY, runtime=STACKED, mesh=mesh)
-    found, of_mesh = gradient(
-        Llama(TINY, STACKED, mesh),
-        jax.device_put(adapters, place(adapters)),
-        jax.device_put(frozen, place(frozen)),
+    expected, of_one = gradient(Llama(TINY, STACKED), adapters, frozen)
+    sharding = functools.partial(
+        weight_shardings, config=TINY, runtime=STACKED, mesh=mesh
     )
-    check_equal(found, wanted)
+    actual, of_mesh = gradient(
+        Llama(TINY, STACKED, mesh),
+        jax.device_put(adapters, sharding(adapters)),
+        jax.device_put(frozen, sharding(frozen)),
+    )
+    check_equal(actual, expected)
     for path, leaf in flatten(of_one).items():
         off = np.abs(np.asarray(flatten(of_mesh)[path]) - np.asarray(leaf)).max()
         assert off < EQUAL_GRADIENT * float(jnp.abs(leaf).max()), path
 
 
 @eight_devices
-def test_adapters_are_born_where_their_weights_lie() -> None:
+def test_adapters_are_initialized_sharded_as_their_weights() -> None:
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    born = flatten(init_lora(TINY, jax.random.key(0), LORA, mesh=mesh))
+    sharded = flatten(init_lora(TINY, jax.random.key(0), LORA, mesh=mesh))
     layer = "transformer/layers/"
-    for path, wanted in {
+    for path, expected in {
         "mlp/up_proj/a": PartitionSpec(None, "fsdp", None),
         "mlp/up_proj/b": PartitionSpec(None, None, "tensor"),
         "mlp/down_proj/a": PartitionSpec(None, "tensor", None),
         "mlp/down_proj/b": PartitionSpec(None, None, "fsdp"),
     }.items():
-        place = jax.NamedSharding(mesh, wanted)
-        assert born[layer + path].sharding.is_equivalent_to(place, 3), path
+        sharding = jax.NamedSharding(mesh, expected)
+        assert sharded[layer + path].sharding.is_equivalent_to(sharding, 3), path
     alone = flatten(init_lora(TINY, jax.random.key(0), LORA))
-    jax.tree.map(np.testing.assert_array_equal, born, alone)
-    # A tree of adapted leaves has the same places.
+    jax.tree.map(np.testing.assert_array_equal, sharded, alone)
+    # A tree of adapted leaves has the same shardings.
     shapes = adapt(
         quantized_shapes(TINY, STACKED, "int8"), lora_shapes(TINY, LORA), 1.0
     )
@@ -308,11 +310,11 @@ def test_adapters_are_born_where_their_weights_lie() -> None:
 
 def compile_gradient(config: Any, runtime: Runtime, kind: Any, tokens: Any) -> Any:
     """The gradient of a loss with respect to adapters, from shapes alone."""
-    model, place = Llama(config, runtime), tokens.sharding
+    model, sharding = Llama(config, runtime), tokens.sharding
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
     frozen = placed(quantized_shapes(config, runtime, kind))
@@ -352,18 +354,18 @@ def test_a_gradient_over_a_quantized_base_widens_two_layers_of_eight_at_most(
         vocab_size=100, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64,
         mlp_dim=768, num_layers=8,
     )  # fmt: skip
-    place = SingleDeviceSharding(jax.devices()[0])
-    tokens = jax.ShapeDtypeStruct((5, 16), jnp.int32, sharding=place)
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    tokens = jax.ShapeDtypeStruct((5, 16), jnp.int32, sharding=sharding)
     runtime = Runtime(layer_layout=layout, remat=remat)
     compiled = compile_gradient(config, runtime, kind, tokens)
     layer = 4 * 256 * 256 + 3 * 256 * 768
     rows = 5 * 16 * (256 * 10 + 768 * 6) * 4  # of one layer's activations
-    kept = 1.3 * rows * (config.num_layers if remat == "none" else 1)
+    saved = 1.3 * rows * (config.num_layers if remat == "none" else 1)
     # Stacked four-bit numbers become bytes before the loop; floats are four times that.
     unpacked = config.num_layers * layer if (kind, layout) in UNPACKED else 0
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     # Less than one layer with jax 0.12, 1.2 of them with 0.7.2; of eight.
-    assert temporaries < 2 * 4 * layer + kept + unpacked
+    assert temporaries < 2 * 4 * layer + saved + unpacked
 
 
 @needs_tpu_compiler
@@ -371,8 +373,8 @@ def test_a_gradient_over_a_quantized_base_widens_two_layers_of_eight_at_most(
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_training_step_on_a_tpu_multiplies_with_bits(kind: Any) -> None:
     config = preset("llama2-7b").replace(num_layers=4, vocab_size=1000)
-    place = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
-    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=place)
+    sharding = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
+    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=sharding)
     # As on a TPU; by default it is as on the device that this process has.
     runtime = STACKED.replace(dtype="bfloat16", attention="mosaic_tpu")
     compiled = compile_gradient(config, runtime, kind, tokens)

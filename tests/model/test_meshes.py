@@ -77,14 +77,14 @@ def placed(runtime: Runtime, mesh: Any, config: LlamaConfig = TINY) -> dict[str,
 def batch(mesh: Any) -> Batch:
     """Rows of two packed records, of which the second half is learnt."""
     tokens = random_tokens(TINY, B, T)
-    place = np.arange(T)
+    index = np.arange(T)
     ends = np.arange(4, 4 + B)[:, None]  # the first record's, row by row
     arrays = Batch(
         tokens=tokens,
         targets=jnp.roll(tokens, -1, axis=1),
-        loss_mask=jnp.asarray((place[None] % 3 > 0) & (place[None] != ends - 1), float),
-        segment_ids=jnp.asarray(1 + (place[None] >= ends), jnp.int32),
-        positions=jnp.asarray(place - np.where(place[None] >= ends, ends, 0)),
+        loss_mask=jnp.asarray((index[None] % 3 > 0) & (index[None] != ends - 1), float),
+        segment_ids=jnp.asarray(1 + (index[None] >= ends), jnp.int32),
+        positions=jnp.asarray(index - np.where(index[None] >= ends, ends, 0)),
     )
     if mesh is None:
         return arrays
@@ -94,8 +94,8 @@ def batch(mesh: Any) -> Batch:
 
 def logits(mesh: Any) -> jax.Array:
     model, tokens = Llama(TINY, FORWARD, mesh), random_tokens(TINY, B, T)
-    found, _ = forward(model, placed(FORWARD, mesh), tokens)
-    return found  # type: ignore[no-any-return]
+    actual, _ = forward(model, placed(FORWARD, mesh), tokens)
+    return actual  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -105,16 +105,16 @@ def logits_alone() -> np.ndarray:
 
 @every_mesh
 def test_forward_equals_one_device(text: str) -> None:
-    found = logits(mesh_of(text))
-    assert len(found.sharding.device_set) == 8
+    actual = logits(mesh_of(text))
+    assert len(actual.sharding.device_set) == 8
     np.testing.assert_allclose(
-        found, logits_alone(), rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
+        actual, logits_alone(), rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
     )
 
 
-def test_a_number_of_each_token_comes_in_order_from_a_ring() -> None:
+def test_scalars_from_a_ring_are_in_the_order_of_the_sequence() -> None:
     tokens, mesh = random_tokens(TINY, B, T), mesh_of("sequence=4,tensor=2")
-    found, wanted = (
+    actual, expected = (
         forward(
             ScalarModel(SCALAR, FORWARD, on),
             placed(FORWARD, on, SCALAR),
@@ -122,19 +122,19 @@ def test_a_number_of_each_token_comes_in_order_from_a_ring() -> None:
         )[0]
         for on in (mesh, None)
     )
-    np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+    np.testing.assert_allclose(actual, expected, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
 
 
-def test_logits_at_some_places_come_from_a_ring() -> None:
-    mesh, places = mesh_of("sequence=8"), jnp.tile(jnp.asarray([[15, 0, 7]]), (B, 1))
-    found, _ = forward(
+def test_logits_at_come_from_a_ring() -> None:
+    mesh, indices = mesh_of("sequence=8"), jnp.tile(jnp.asarray([[15, 0, 7]]), (B, 1))
+    actual, _ = forward(
         Llama(TINY, FORWARD, mesh),
         placed(FORWARD, mesh),
         random_tokens(TINY, B, T),
-        logits_at=places,
+        logits_at=indices,
     )
-    wanted = logits_alone()[:, [15, 0, 7]]
-    np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+    expected = logits_alone()[:, [15, 0, 7]]
+    np.testing.assert_allclose(actual, expected, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
 
 
 def trained(mesh: Any, accumulate: int = 1) -> tuple[TrainState, list[float]]:
@@ -163,8 +163,8 @@ def trained_alone() -> tuple[TrainState, list[float]]:
 @some_meshes
 def test_training_equals_one_device(text: str) -> None:
     state, losses = trained(mesh_of(text))
-    alone, wanted = trained_alone()
-    np.testing.assert_allclose(losses, wanted, rtol=EQUAL_FORWARD)
+    alone, expected = trained_alone()
+    np.testing.assert_allclose(losses, expected, rtol=EQUAL_FORWARD)
     moments = [s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=has_moments)[:1]]
     first = [s.mu for s in jax.tree.leaves(alone.opt_state, is_leaf=has_moments)[:1]]
     # First moments are sums of gradients, which AdamW's division by their size is not.
@@ -181,7 +181,7 @@ def has_moments(state: Any) -> bool:
 @pytest.mark.parametrize(
     "text", ["fsdp=8", "fsdp=4,tensor=2", "data=2,tensor=4", "sequence=4,tensor=2"]
 )
-def test_weights_and_moments_lie_in_parts(text: str) -> None:
+def test_weights_and_moments_are_sharded(text: str) -> None:
     mesh = mesh_of(text)
     ways = mesh.size // mesh.shape["data"]
     state = init_state(placed(TRAIN, mesh), make_optimizer(1e-3))
@@ -193,7 +193,7 @@ def test_weights_and_moments_lie_in_parts(text: str) -> None:
             assert here * ways == leaf.nbytes, (leaf.shape, leaf.sharding)
 
 
-def test_accumulated_parts_are_the_large_batch_on_a_mesh() -> None:
+def test_accumulated_micro_batches_equal_the_large_batch_on_a_mesh() -> None:
     _, losses = trained(mesh_of("data=2,fsdp=2,tensor=2"), accumulate=2)
     np.testing.assert_allclose(losses, trained_alone()[1], rtol=EQUAL_FORWARD)
 
@@ -203,22 +203,22 @@ def test_decoding_equals_one_device(text: str) -> None:
     mesh = mesh_of(text)
     tokens = random_tokens(TINY, B, T)
     lengths = jnp.asarray([3, 16, 1, 8, 9, 15, 2, 4], jnp.int32)
-    found, wanted = [], []
-    for on, results in ((mesh, found), (None, wanted)):
+    actual, expected = [], []
+    for on, results in ((mesh, actual), (None, expected)):
         model, params = Llama(TINY, FORWARD, on), placed(FORWARD, on)
         logits, cache = prefill(model, params, tokens, lengths, 32)
         results.append(logits)
         if on is not None:
-            kept = cache.layers[0].k
-            assert kept.addressable_shards[0].data.nbytes * 8 == kept.nbytes
+            keys = cache.layers[0].k
+            assert keys.addressable_shards[0].data.nbytes * 8 == keys.nbytes
         for token in range(2):
             next_ids = jnp.full((B,), 5 + token, jnp.int32)
             logits, cache = decode_step(model, params, cache, next_ids)
             results.append(logits)
         if on is not None:
-            kept = cache.layers[0].k
-            assert kept.addressable_shards[0].data.nbytes * 8 == kept.nbytes
-    for one, other in zip(found, wanted, strict=True):
+            keys = cache.layers[0].k
+            assert keys.addressable_shards[0].data.nbytes * 8 == keys.nbytes
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
 
 
@@ -235,7 +235,7 @@ def test_several_tokens_are_written_into_cut_slots(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["data=2,tensor=4", "fsdp=2,sequence=2,tensor=2"])
-def test_generation_writes_the_same_tokens(text: str) -> None:
+def test_generation_gives_the_same_tokens(text: str) -> None:
     config = TALKING.replace(num_layers=1)
     alone = talking_model(config)
     mesh = mesh_of(text)
@@ -244,7 +244,7 @@ def test_generation_writes_the_same_tokens(text: str) -> None:
     prompts = [[1, 50, 60], [1, 70], [1, 80, 90, 100, 110], [1, 300]]
     greedy = Sampling(temperature=0)
     requests = [Request(ids, max_new_tokens=6, sampling=greedy) for ids in prompts]
-    wanted = generate(alone, requests)
-    found = generate(alone._replace(model=model, params=params), requests)
-    assert [c.token_ids for c in found] == [c.token_ids for c in wanted]
-    assert all(len(c.token_ids) == 6 for c in found)
+    expected = generate(alone, requests)
+    actual = generate(alone._replace(model=model, params=params), requests)
+    assert [c.token_ids for c in actual] == [c.token_ids for c in expected]
+    assert all(len(c.token_ids) == 6 for c in actual)

@@ -88,9 +88,7 @@ def weights() -> st.SearchStrategy[jax.Array]:
 
 @hypothesis.settings(max_examples=25)
 @given(weight=weights(), group=st.sampled_from([1, 64]))
-def test_no_number_is_farther_off_than_half_a_step(
-    weight: jax.Array, group: int
-) -> None:
+def test_rounding_errors_are_at_most_half_a_step(weight: jax.Array, group: int) -> None:
     exact = np.asarray(weight, np.float64)
     inputs = weight.shape[0]
     eight = quantize(weight, "int8")
@@ -119,16 +117,16 @@ def test_no_number_is_farther_off_than_half_a_step(
 
 def test_normal_floats_are_the_nearest_levels() -> None:
     numbers = np.linspace(-1, 1, 257)[:, None].repeat(2, axis=1)
-    found = quantize(jnp.asarray(numbers, jnp.float32), "nf4", group=257)
+    actual = quantize(jnp.asarray(numbers, jnp.float32), "nf4", group=257)
     levels = np.asarray(NF4_LEVELS)
     nearest = np.abs(numbers[..., None] - levels).min(axis=-1)
-    values = np.asarray(dequantize(found, jnp.float32))
+    values = np.asarray(dequantize(actual, jnp.float32))
     np.testing.assert_allclose(np.abs(values - numbers), nearest, atol=1e-6)
-    assert set(np.asarray(found.values.astype(jnp.int32)).ravel()) == set(range(16))
+    assert set(np.asarray(actual.values.astype(jnp.int32)).ravel()) == set(range(16))
     np.testing.assert_allclose(np.unique(values), levels, atol=1e-6)
 
 
-def test_groups_are_equal_and_no_larger_than_asked_for() -> None:
+def test_groups_are_equal_and_no_larger_than_the_limit() -> None:
     assert [group_size(n, 64) for n in (4096, 11008, 288, 48, 67)] == [
         64,
         64,
@@ -140,70 +138,74 @@ def test_groups_are_equal_and_no_larger_than_asked_for() -> None:
 
 @every_kind
 @pytest.mark.parametrize("rows", [(1, 1), (3, 7), (2, 48)])
-def test_a_product_is_that_with_the_widened_weight(
+def test_a_product_equals_that_with_the_dequantized_weight(
     kind: Any, rows: tuple[int, ...]
 ) -> None:
     key = jax.random.key(0)
     x = jax.random.normal(key, (*rows, 192))
     w = quantize(jax.random.normal(jax.random.fold_in(key, 1), (192, 40)) / 14, kind)
     plain = dequantize(w, jnp.float32)
-    wanted = np.asarray(x, np.float64) @ np.asarray(plain, np.float64)
-    found = jax.jit(linear)(x, w)
-    np.testing.assert_allclose(found, wanted, atol=EQUAL_FORWARD)
-    given = jax.random.normal(jax.random.fold_in(key, 2), wanted.shape)
-    of_x = jax.jit(jax.grad(lambda x: jnp.sum(given * linear(x, w))))(x)
-    np.testing.assert_allclose(of_x, given @ plain.T, atol=EQUAL_FORWARD)
+    expected = np.asarray(x, np.float64) @ np.asarray(plain, np.float64)
+    actual = jax.jit(linear)(x, w)
+    np.testing.assert_allclose(actual, expected, atol=EQUAL_FORWARD)
+    cotangent = jax.random.normal(jax.random.fold_in(key, 2), expected.shape)
+    of_x = jax.jit(jax.grad(lambda x: jnp.sum(cotangent * linear(x, w))))(x)
+    np.testing.assert_allclose(of_x, cotangent @ plain.T, atol=EQUAL_FORWARD)
 
 
 @every_kind
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_product_in_few_bits_is_rounded_like_any_other(kind: Any, dtype: str) -> None:
+def test_a_product_with_quantized_weights_is_rounded_once(
+    kind: Any, dtype: str
+) -> None:
     key = jax.random.key(0)
     x = jax.random.normal(key, (96, 256), dtype)
     exact = jax.random.normal(jax.random.fold_in(key, 1), (256, 32)) / 2**10
     w = quantize(exact.astype(dtype), kind)
     plain = np.asarray(dequantize(w, jnp.float32), np.float64)
-    wanted = np.asarray(x, np.float64) @ plain
-    spread = np.abs(wanted).max()
+    expected = np.asarray(x, np.float64) @ plain
+    spread = np.abs(expected).max()
     step = float(jnp.finfo(dtype).eps)
     for few in (x, x[:1]):
-        found = linear(few, w)
-        assert found.dtype == dtype
-        off = np.asarray(found, np.float64) - wanted[: len(few)]
+        actual = linear(few, w)
+        assert actual.dtype == dtype
+        off = np.asarray(actual, np.float64) - expected[: len(few)]
         assert np.abs(off).max() < 2 * step * spread
         assert linear(few, w, out_dtype=jnp.float32).dtype == jnp.float32
     # A gradient as small as float16 can say is not lost on its way.
-    given = jnp.full((96, 32), 2.0**-12, dtype)
-    of_x = jax.grad(lambda x: jnp.sum((given * linear(x, w)).astype(jnp.float32)))(x)
+    cotangent = jnp.full((96, 32), 2.0**-12, dtype)
+    of_x = jax.grad(lambda x: jnp.sum((cotangent * linear(x, w)).astype(jnp.float32)))(
+        x
+    )
     assert of_x.dtype == dtype
-    wanted = np.asarray(given, np.float64) @ plain.T
-    off = np.abs(np.asarray(of_x, np.float64) - wanted).max()
+    expected = np.asarray(cotangent, np.float64) @ plain.T
+    off = np.abs(np.asarray(of_x, np.float64) - expected).max()
     smallest = float(jnp.finfo(dtype).smallest_subnormal)
-    assert off < 2 * step * np.abs(wanted).max() + smallest
+    assert off < 2 * step * np.abs(expected).max() + smallest
 
 
 @every_kind
-def test_a_quantized_model_is_the_widened_one(kind: Any) -> None:
+def test_a_quantized_model_equals_the_dequantized_one(kind: Any) -> None:
     params, tokens = random_params(TINY), random_tokens(TINY, 2, 12)
     model = Llama(TINY, Runtime())
     quantized = quantize_params(params, kind)
-    wanted, _ = forward(model, widened(quantized), tokens)
-    found, _ = forward(model, quantized, tokens)
-    np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
-    assert float(jnp.abs(found - forward(model, params, tokens)[0]).max()) > 1e-3
+    expected, _ = forward(model, widened(quantized), tokens)
+    actual, _ = forward(model, quantized, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+    assert float(jnp.abs(actual - forward(model, params, tokens)[0]).max()) > 1e-3
     runtime = Runtime(layer_layout="stacked", remat="dots")
     stacked = quantize_params(stack_layers(params), kind)
-    found, _ = forward(Llama(TINY, runtime), stacked, tokens)
-    np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+    actual, _ = forward(Llama(TINY, runtime), stacked, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
 
 
 @every_kind
-def test_layers_are_quantized_alike_in_either_layout(kind: Any) -> None:
+def test_layers_are_quantized_alike_in_both_layouts(kind: Any) -> None:
     unrolled = quantize_params(random_params(TINY), kind)
     stacked = quantize_params(stack_layers(random_params(TINY)), kind)
-    found, wanted = flatten(unstack_layers(stacked)), flatten(unrolled)
-    assert found.keys() == wanted.keys()
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    actual, expected = flatten(unstack_layers(stacked)), flatten(unrolled)
+    assert actual.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_only_projections_are_quantized() -> None:
@@ -227,7 +229,7 @@ def test_weights_are_freed_as_they_are_quantized() -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(quantized))
 
 
-def test_what_is_quantized_stays_as_it_is() -> None:
+def test_quantized_weights_are_not_quantized_again() -> None:
     quantized = quantize_params(random_params(TINY), "int8")
     again = flatten(quantize_params(quantized, "int4"))
     assert all(leaf is flatten(quantized)[path] for path, leaf in again.items())
@@ -259,7 +261,7 @@ def test_a_quantized_weight_of_another_model_is_refused() -> None:
 
 @every_kind
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
-def test_shapes_are_those_of_the_arrays(kind: Any, layout: Any) -> None:
+def test_shapes_equal_those_of_the_arrays(kind: Any, layout: Any) -> None:
     runtime = Runtime(layer_layout=layout, dtype="bfloat16")
     params = in_layout(random_params(TINY), runtime)
     shapes = quantized_shapes(TINY, runtime, kind)
@@ -273,7 +275,7 @@ def test_shapes_are_those_of_the_arrays(kind: Any, layout: Any) -> None:
 
 @every_kind
 @pytest.mark.parametrize("width", [32, 33])
-def test_a_tree_that_is_stored_comes_back(
+def test_restore_inverts_describe(
     tmp_path: pathlib.Path, kind: Any, width: int
 ) -> None:
     import orbax.checkpoint as ocp
@@ -290,13 +292,13 @@ def test_a_tree_that_is_stored_comes_back(
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "tree", arrays)
     with ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.restore(tmp_path / "tree", arrays)
-    restored = restore(found, json.loads(json.dumps(described)))
+        actual = checkpointer.restore(tmp_path / "tree", arrays)
+    restored = restore(actual, json.loads(json.dumps(described)))
     assert jax.tree.structure(restored) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
-def test_a_description_of_something_else_is_refused() -> None:
+def test_a_description_that_does_not_match_is_refused() -> None:
     arrays, described = describe(quantize_params(random_params(TINY), "int4"))
     path = "transformer/layers/0/mlp/gate_proj"
     for facts in ({}, {"kind": "int3", "inputs": 32}, {"kind": "int4"}, None):
@@ -317,25 +319,25 @@ def test_a_quantized_model_on_a_mesh_equals_one_device(kind: Any) -> None:
     runtime, tokens = Runtime(), random_tokens(TINY, 4, 12)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     params = quantize_params(random_params(TINY), kind, group=8)
-    wanted, _ = forward(Llama(TINY, runtime), params, tokens)
-    places = weight_shardings(params, TINY, runtime, mesh)
-    placed = jax.device_put(params, places)
-    found, _ = forward(Llama(TINY, runtime, mesh), placed, tokens)
-    np.testing.assert_allclose(found, wanted, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
+    expected, _ = forward(Llama(TINY, runtime), params, tokens)
+    shardings = weight_shardings(params, TINY, runtime, mesh)
+    placed = jax.device_put(params, shardings)
+    actual, _ = forward(Llama(TINY, runtime, mesh), placed, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD)
     one = flatten(placed)["transformer/layers/0/mlp/gate_proj"]
     assert one.values.addressable_shards[0].data.shape == (16, 24)
     # A weight that lies on the mesh is quantized there, into the same numbers.
     plain = random_params(TINY)
-    born = quantize_params(
+    quantized = quantize_params(
         jax.device_put(plain, weight_shardings(plain, TINY, runtime, mesh)),
         kind,
         group=8,
     )
-    jax.tree.map(np.testing.assert_array_equal, born, params)
+    jax.tree.map(np.testing.assert_array_equal, quantized, params)
 
 
 @eight_devices
-def test_scales_lie_as_their_weights_do() -> None:
+def test_scales_are_sharded_as_their_weights() -> None:
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     for layout, lead in (("unrolled", ()), ("stacked", (None,))):
         runtime = Runtime(layer_layout=layout)
@@ -365,11 +367,11 @@ def compile_step(
 ) -> tuple[Any, Any]:
     """`decode_step` of a quantized model from shapes alone, and its parameters."""
     runtime = Runtime(dtype=dtype)
-    place = SingleDeviceSharding(device)
+    sharding = SingleDeviceSharding(device)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
     params = placed(quantized_shapes(config, runtime, kind))
@@ -395,8 +397,8 @@ def check_bits_are_held_as_bits(
 ) -> None:
     memory = compiled.memory_analysis()
     cache = 2 * config.num_layers * cache_layer_size(config, batch, slots) * width
-    held = held_bytes(params) + cache
-    assert held <= memory.argument_size_in_bytes < 1.001 * held + 1e5
+    total = held_bytes(params) + cache
+    assert total <= memory.argument_size_in_bytes < 1.001 * total + 1e5
     assert memory.alias_size_in_bytes >= cache
 
 
@@ -470,5 +472,5 @@ def test_llama2_7b_in_eight_bits_decodes_eight_rows_on_one_chip() -> None:
     )
     check_bits_are_held_as_bits(compiled, params, config, 8, 2048, 2)
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    assert held < 15.75 * 2**30
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert total < 15.75 * 2**30

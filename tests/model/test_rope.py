@@ -47,7 +47,7 @@ def heads(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(T, N, H)).astype(np.float32)
 
 
-def test_position_zero_turns_nothing() -> None:
+def test_position_zero_rotates_nothing() -> None:
     np.testing.assert_array_equal(turn(heads(0), np.zeros(T, int)), heads(0))
 
 
@@ -56,7 +56,7 @@ def test_position_zero_turns_nothing() -> None:
     st.lists(st.integers(0, 100), min_size=T, max_size=T),
     st.integers(0, 100),
 )
-def test_scores_depend_on_the_distance_alone(
+def test_scores_depend_on_the_distance_only(
     queries: list[int], keys: list[int], shift: int
 ) -> None:
     q, k = heads(1), heads(2)
@@ -75,15 +75,15 @@ def test_scores_do_depend_on_the_distance() -> None:
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
-def test_rotation_equals_the_oracles(theta: float) -> None:
+def test_rotation_equals_the_oracle(theta: float) -> None:
     positions = np.array([0, 1, 17, 99, 3])
-    wanted = oracle.rotate(heads(3), positions, theta)
+    expected = oracle.rotate(heads(3), positions, theta)
     np.testing.assert_allclose(
-        turn(heads(3), positions, theta), wanted, rtol=0, atol=ROPE_ROTATION
+        turn(heads(3), positions, theta), expected, rtol=0, atol=ROPE_ROTATION
     )
 
 
-def test_half_split_rotation_is_metas_interleaved_one_permuted() -> None:
+def test_half_split_rotation_equals_metas_interleaved_one_permuted() -> None:
     # Meta: entries 2i and 2i + 1 of a head are a complex number, multiplied by
     # exp(i · position · theta^(-2i/H)).
     interleaved = heads(4)
@@ -97,16 +97,16 @@ def test_half_split_rotation_is_metas_interleaved_one_permuted() -> None:
         """(N h two) -> (N two h)"""
         return x.reshape(T, N, H // 2, 2).swapaxes(-1, -2).reshape(T, N, H)
 
-    found = turn(permuted(interleaved), positions)
-    np.testing.assert_allclose(found, permuted(turned), rtol=0, atol=ROPE_ROTATION)
+    actual = turn(permuted(interleaved), positions)
+    np.testing.assert_allclose(actual, permuted(turned), rtol=0, atol=ROPE_ROTATION)
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_positions_of_a_hundred_thousand_stay_exact(theta: float) -> None:
     positions = np.array([99_999, 100_000, 65_537, 16_384, 1])
-    wanted = oracle.rotate(heads(5), positions, theta)
+    expected = oracle.rotate(heads(5), positions, theta)
     norms = np.linalg.norm(heads(5), axis=-1, keepdims=True)
-    error = np.abs(turn(heads(5), positions, theta) - wanted) / norms
+    error = np.abs(turn(heads(5), positions, theta) - expected) / norms
     assert error.max() < ROPE_LONG
 
 
@@ -126,20 +126,20 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32() -> None:
     positions = jnp.asarray([[0, 1, 17, 99, 3]])
     tables = rope_tables(positions, H, 1e4, None)
     rounded = jnp.asarray(heads(6), jnp.bfloat16)[None]
-    found = apply_rope(rounded, tables)
-    assert found.dtype == jnp.bfloat16
+    actual = apply_rope(rounded, tables)
+    assert actual.dtype == jnp.bfloat16
     exact = apply_rope(rounded.astype(jnp.float32), tables)
-    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(actual, exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("theta", [1e4, 5e5])
-def test_scaled_rotation_equals_the_oracles(name: str, theta: float) -> None:
+def test_scaled_rotation_equals_the_oracle(name: str, theta: float) -> None:
     positions = np.array([0, 1, 17, 99, 3])
-    wanted = oracle.rotate(heads(7), positions, theta, SCALINGS[name])
-    found = turn(heads(7), positions, theta, SCALINGS[name])
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROPE_ROTATION)
-    assert np.abs(found - turn(heads(7), positions, theta)).max() > 0.1
+    expected = oracle.rotate(heads(7), positions, theta, SCALINGS[name])
+    actual = turn(heads(7), positions, theta, SCALINGS[name])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=ROPE_ROTATION)
+    assert np.abs(actual - turn(heads(7), positions, theta)).max() > 0.1
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -147,10 +147,10 @@ def test_frequencies_are_scaled_in_float32_as_published(name: str) -> None:
     scaling, one = SCALINGS[name], np.float32
     exponent = np.arange(0, 128, 2, dtype=np.float32) / one(128)
     frequencies = one(1) / one(5e5) ** exponent
-    wanted = []
+    expected = []
     for frequency in frequencies:
         if scaling.kind == "linear":
-            wanted.append(frequency / one(scaling.factor))
+            expected.append(frequency / one(scaling.factor))
             continue
         old, low, high = (
             one(scaling.original_max_seq_len),
@@ -159,16 +159,16 @@ def test_frequencies_are_scaled_in_float32_as_published(name: str) -> None:
         )
         wavelength = one(2 * np.pi) / frequency
         if wavelength < old / high:
-            wanted.append(frequency)
+            expected.append(frequency)
         elif wavelength > old / low:
-            wanted.append(frequency / one(scaling.factor))
+            expected.append(frequency / one(scaling.factor))
         else:
             smooth = (old / wavelength - low) / (high - low)
             stretched = (one(1) - smooth) * frequency / one(scaling.factor)
-            wanted.append(stretched + smooth * frequency)
-    found = scale_frequencies(frequencies, scaling)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, wanted)
+            expected.append(stretched + smooth * frequency)
+    actual = scale_frequencies(frequencies, scaling)
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones() -> None:

@@ -60,9 +60,9 @@ def logits(params: dict[str, Any], tokens: jax.Array) -> np.ndarray:
     return np.asarray(forward(MODEL, params, tokens)[0])
 
 
-def assert_near(found: Any, wanted: Any, tolerance: float) -> None:
+def assert_near(actual: Any, expected: Any, tolerance: float) -> None:
     np.testing.assert_allclose(
-        np.asarray(found), np.asarray(wanted), rtol=tolerance, atol=tolerance
+        np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance
     )
 
 
@@ -73,9 +73,9 @@ def assert_near(found: Any, wanted: Any, tolerance: float) -> None:
 @given(configs())
 def test_model_equals_the_oracle(config: LlamaConfig) -> None:
     params, tokens = random_params(config), random_tokens(config, 2, 7)
-    found, cache = forward(Llama(config, Runtime()), params, tokens)
+    actual, cache = forward(Llama(config, Runtime()), params, tokens)
     assert cache is None
-    assert_near(found, oracle.logits(config, params, tokens), ORACLE_FLOAT32)
+    assert_near(actual, oracle.logits(config, params, tokens), ORACLE_FLOAT32)
 
 
 def test_packed_model_equals_the_oracle(
@@ -83,17 +83,17 @@ def test_packed_model_equals_the_oracle(
 ) -> None:
     packed = {"segment_ids": SEGMENTS, "positions": RESTARTED}
     arrays = {name: jnp.asarray(value) for name, value in packed.items()}
-    found, _ = forward(MODEL, params, tokens, **arrays)
-    wanted = oracle.logits(TINY, params, tokens, **packed)
-    assert_near(found, wanted, ORACLE_FLOAT32)
+    actual, _ = forward(MODEL, params, tokens, **arrays)
+    expected = oracle.logits(TINY, params, tokens, **packed)
+    assert_near(actual, expected, ORACLE_FLOAT32)
 
 
 def test_scalar_model_equals_the_oracle(tokens: jax.Array) -> None:
     params = random_params(SCALAR)
-    found, cache = forward(ScalarModel(SCALAR, Runtime()), params, tokens)
+    actual, cache = forward(ScalarModel(SCALAR, Runtime()), params, tokens)
     assert cache is None
-    assert found.shape == tokens.shape
-    assert_near(found, oracle.scalars(TINY, params, tokens), ORACLE_FLOAT32)
+    assert actual.shape == tokens.shape
+    assert_near(actual, oracle.scalars(TINY, params, tokens), ORACLE_FLOAT32)
 
 
 # The cache
@@ -126,7 +126,7 @@ def test_any_split_into_calls_equals_one_forward(
     split: tuple[list[int], int, list[list[int]]],
 ) -> None:
     lengths, width, parts = split
-    # Room behind the longest row for the padding of its last call.
+    # Room after the longest row for the padding of its last call.
     cache = init_cache(TINY, B, T + width, jnp.float32)
     done = [0] * B
     for call in range(max(map(len, parts))):
@@ -134,12 +134,12 @@ def test_any_split_into_calls_equals_one_forward(
         new = np.full((B, width), 95, np.int32)  # padding: any id
         for row, size in enumerate(sizes):
             new[row, :size] = tokens[row, done[row] : done[row] + size]
-        found, cache = forward(
+        actual, cache = forward(
             MODEL, params, jnp.asarray(new), cache=cache, lengths=jnp.asarray(sizes)
         )
         for row, size in enumerate(sizes):
-            wanted = logits[row, done[row] : done[row] + size]
-            assert_near(found[row, :size], wanted, EQUAL_FORWARD)
+            expected = logits[row, done[row] : done[row] + size]
+            assert_near(actual[row, :size], expected, EQUAL_FORWARD)
             done[row] += size
     assert done == lengths == cache.length.tolist()
 
@@ -154,14 +154,14 @@ def test_prefill_and_decoding_equal_one_forward(
 ) -> None:
     lengths = jnp.asarray([8, 1, 5])
     prompts = tokens[:, :width]
-    found, cache = decoding.prefill(MODEL, params, prompts, lengths, num_slots)
+    actual, cache = decoding.prefill(MODEL, params, prompts, lengths, num_slots)
     rows = jnp.arange(B)
-    assert_near(found, logits[rows, lengths - 1], EQUAL_FORWARD)
+    assert_near(actual, logits[rows, lengths - 1], EQUAL_FORWARD)
     assert cache.num_slots == num_slots
     for step in range(4):
         at = lengths + step
-        found, cache = decoding.decode_step(MODEL, params, cache, tokens[rows, at])
-        assert_near(found, logits[rows, at], EQUAL_FORWARD)
+        actual, cache = decoding.decode_step(MODEL, params, cache, tokens[rows, at])
+        assert_near(actual, logits[rows, at], EQUAL_FORWARD)
         assert cache.length.tolist() == (at + 1).tolist()
 
 
@@ -175,15 +175,15 @@ def test_decoding_equals_one_forward_with_scaled_positions(
         more["original_max_seq_len"] = 64
     scaling = RopeScaling(kind=kind, factor=8.0, **more)
     model = Llama(TINY.replace(rope_scaling=scaling), Runtime())
-    wanted = np.asarray(forward(model, params, tokens)[0])
-    assert np.abs(wanted - logits).max() > 0.01
+    expected = np.asarray(forward(model, params, tokens)[0])
+    assert np.abs(expected - logits).max() > 0.01
     lengths = jnp.asarray([8, 1, 5])
-    found, cache = decoding.prefill(model, params, tokens[:, :8], lengths, 16)
+    actual, cache = decoding.prefill(model, params, tokens[:, :8], lengths, 16)
     for step in range(4):
         at = lengths + step
-        assert_near(found, wanted[jnp.arange(B), at - 1], EQUAL_FORWARD)
+        assert_near(actual, expected[jnp.arange(B), at - 1], EQUAL_FORWARD)
         next_tokens = tokens[jnp.arange(B), at]
-        found, cache = decoding.decode_step(model, params, cache, next_tokens)
+        actual, cache = decoding.decode_step(model, params, cache, next_tokens)
 
 
 def test_new_keys_are_appended_after_each_rows_length_and_nowhere_else() -> None:
@@ -192,11 +192,11 @@ def test_new_keys_are_appended_after_each_rows_length_and_nowhere_else() -> None
     rows = CacheRows(jnp.asarray([0, 5]))
     new = jnp.arange(2 * 2 * 3 * 8, dtype=jnp.float32).reshape(2, 2, 3, 8)
     written = layer.append(new, -new, rows, runtime=Runtime(), mesh=None)
-    wanted = np.full((2, 2, 8, 8), -1, np.float32)
-    wanted[0, :, 0:3], wanted[1, :, 5:8] = new[0], new[1]
-    np.testing.assert_array_equal(written.k, wanted)
-    wanted[0, :, 0:3], wanted[1, :, 5:8] = -new[0], -new[1]
-    np.testing.assert_array_equal(written.v, wanted)
+    expected = np.full((2, 2, 8, 8), -1, np.float32)
+    expected[0, :, 0:3], expected[1, :, 5:8] = new[0], new[1]
+    np.testing.assert_array_equal(written.k, expected)
+    expected[0, :, 0:3], expected[1, :, 5:8] = -new[0], -new[1]
+    np.testing.assert_array_equal(written.v, expected)
 
 
 def test_a_cache_grows_and_does_not_shrink() -> None:
@@ -227,9 +227,9 @@ def test_neighbours_and_padding_change_no_bit(
 ) -> None:
     others = random_tokens(TINY, B, T, seed=1)
     mixed = others.at[1, :7].set(tokens[1, :7])
-    found, _ = forward(MODEL, params, mixed)
-    np.testing.assert_array_equal(found[1, :7], logits[1, :7])
-    assert not np.array_equal(found[1, 7:], logits[1, 7:])
+    actual, _ = forward(MODEL, params, mixed)
+    np.testing.assert_array_equal(actual[1, :7], logits[1, :7])
+    assert not np.array_equal(actual[1, 7:], logits[1, 7:])
 
 
 def test_neighbours_and_padding_change_no_bit_of_decoding(
@@ -253,7 +253,7 @@ def test_neighbours_and_padding_change_no_bit_of_decoding(
 def test_losses_depend_on_nothing_later_and_on_no_other_segment(
     params: dict[str, Any], packed: bool
 ) -> None:
-    row = jnp.arange(T)[None]  # distinct tokens: a row of the embedding is a place
+    row = jnp.arange(T)[None]  # distinct tokens: a row of the embedding is a position
     segments = jnp.asarray(SEGMENTS[:1] if packed else [[0] * T])
     positions = jnp.asarray(RESTARTED[:1]) if packed else None
 
@@ -301,9 +301,9 @@ def test_logits_at_equal_a_slice(
     params: dict[str, Any], tokens: jax.Array, logits: np.ndarray
 ) -> None:
     at = jnp.asarray([[0, 11], [3, 3], [5, 0]])
-    found, _ = forward(MODEL, params, tokens, logits_at=at)
-    wanted = np.take_along_axis(logits, np.asarray(at)[..., None], axis=1)
-    assert_near(found, wanted, EQUAL_FORWARD)
+    actual, _ = forward(MODEL, params, tokens, logits_at=at)
+    expected = np.take_along_axis(logits, np.asarray(at)[..., None], axis=1)
+    assert_near(actual, expected, EQUAL_FORWARD)
 
 
 def test_grouped_heads_equal_repeated_heads(
@@ -319,8 +319,8 @@ def test_grouped_heads_equal_repeated_heads(
         return jnp.repeat(heads, group, axis=1).reshape(TINY.embed_dim, -1)
 
     wide = jax.tree_util.tree_map_with_path(repeat, params)
-    found, _ = forward(Llama(repeated, Runtime()), wide, tokens)
-    assert_near(found, logits, EQUAL_FORWARD)
+    actual, _ = forward(Llama(repeated, Runtime()), wide, tokens)
+    assert_near(actual, logits, EQUAL_FORWARD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -359,12 +359,12 @@ def test_scan_and_remat_change_neither_loss_nor_gradient(
         Llama(TINY, runtime), in_layout(params, runtime), tokens
     )
     assert_near(loss, plain[0], EQUAL_FORWARD)
-    wanted = flatten(in_layout(plain[1], runtime))
-    assert flatten(gradient).keys() == wanted.keys()
+    expected = flatten(in_layout(plain[1], runtime))
+    assert flatten(gradient).keys() == expected.keys()
     for path, leaf in flatten(gradient).items():
-        scale = float(jnp.abs(wanted[path]).max())
+        scale = float(jnp.abs(expected[path]).max())
         assert scale > 0, path
-        difference = float(jnp.abs(leaf - wanted[path]).max())
+        difference = float(jnp.abs(leaf - expected[path]).max())
         assert difference < EQUAL_GRADIENT * scale, path
 
 
@@ -384,12 +384,12 @@ def test_narrow_dtypes_are_near_float32(
 ) -> None:
     runtime = Runtime(dtype=dtype)
     narrow = in_layout(params, runtime)
-    found, _ = forward(Llama(TINY, runtime), narrow, tokens)
-    assert found.dtype == jnp.float32
-    error = np.abs(np.asarray(found) - logits).max() / logits.std()
+    actual, _ = forward(Llama(TINY, runtime), narrow, tokens)
+    assert actual.dtype == jnp.float32
+    error = np.abs(np.asarray(actual) - logits).max() / logits.std()
     assert error < tolerance
     # The logits are sums that nothing has rounded to the narrow dtype.
-    assert np.any(np.asarray(found) != np.asarray(found.astype(dtype)))
+    assert np.any(np.asarray(actual) != np.asarray(actual.astype(dtype)))
 
 
 def test_norm_softmax_and_rotation_are_float32_in_bfloat16(
@@ -398,14 +398,14 @@ def test_norm_softmax_and_rotation_are_float32_in_bfloat16(
     runtime = Runtime(dtype="bfloat16")
     run = functools.partial(apply, Llama(TINY, runtime))
     jaxpr = jax.make_jaxpr(run)(in_layout(params, runtime), tokens)
-    found = dict.fromkeys(("rsqrt", "exp", "cos", "sin"), 0)
+    actual = dict.fromkeys(("rsqrt", "exp", "cos", "sin"), 0)
     for equation in equations(jaxpr.jaxpr):
-        if equation.primitive.name in found:
-            found[equation.primitive.name] += 1
+        if equation.primitive.name in actual:
+            actual[equation.primitive.name] += 1
             assert equation.invars[0].aval.dtype == jnp.float32, equation
-    assert found["rsqrt"] == 2 * TINY.num_layers + 1
-    assert found["exp"] >= TINY.num_layers
-    assert found["cos"] == found["sin"] == 1
+    assert actual["rsqrt"] == 2 * TINY.num_layers + 1
+    assert actual["exp"] >= TINY.num_layers
+    assert actual["cos"] == actual["sin"] == 1
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -432,7 +432,7 @@ def test_activations_have_the_runtimes_dtype(tokens: jax.Array) -> None:
     assert out.layers[0].k.dtype == out.layers[0].v.dtype == jnp.bfloat16
 
 
-# The scalar model, and the first weights
+# The scalar model, and initial weights
 
 
 def test_scalar_model_shares_the_transformers_tree(
@@ -447,13 +447,13 @@ def test_scalar_model_shares_the_transformers_tree(
     )
     head = params["lm_head"][:, 0]
     reward = {"transformer": params["transformer"], "scalar_head": head}
-    found, _ = forward(model, reward, tokens)
-    assert found.dtype == jnp.float32
+    actual, _ = forward(model, reward, tokens)
+    assert actual.dtype == jnp.float32
     logits, _ = forward(MODEL, params, tokens)
-    assert_near(found, logits[..., 0], EQUAL_FORWARD)
+    assert_near(actual, logits[..., 0], EQUAL_FORWARD)
 
 
-def test_first_weights_are_normal_and_norms_are_one() -> None:
+def test_initial_weights_are_normal_and_norms_are_one() -> None:
     config = TINY.replace(vocab_size=500, num_layers=8)
     model = Llama(config, Runtime(layer_layout="stacked"))
     flat = flatten(init_params(model, jax.random.key(0)))
@@ -462,16 +462,16 @@ def test_first_weights_are_normal_and_norms_are_one() -> None:
             np.testing.assert_array_equal(leaf, 1)
             continue
         into_stream = path.endswith(("o_proj", "down_proj"))
-        wanted = 0.02 / 4 if into_stream else 0.02
+        expected = 0.02 / 4 if into_stream else 0.02
         # Five standard errors of a standard deviation, and of a mean.
-        bound = 5 * wanted / (2 * leaf.size) ** 0.5
-        assert abs(float(leaf.std()) - wanted) < bound, path
-        assert abs(float(leaf.mean())) < 5 * wanted / leaf.size**0.5, path
+        bound = 5 * expected / (2 * leaf.size) ** 0.5
+        assert abs(float(leaf.std()) - expected) < bound, path
+        assert abs(float(leaf.mean())) < 5 * expected / leaf.size**0.5, path
     layers = flat["transformer/layers/mlp/up_proj"]
     assert not np.array_equal(layers[0], layers[1])
 
 
-def test_first_weights_are_the_same_in_both_layouts() -> None:
+def test_initial_weights_are_the_same_in_both_layouts() -> None:
     key = jax.random.key(3)
     unrolled = flatten(init_params(Llama(TINY, Runtime()), key))
     model = Llama(TINY, Runtime(layer_layout="stacked"))
