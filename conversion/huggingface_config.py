@@ -91,6 +91,9 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
         fields_of_default = ("hidden_size", "num_attention_heads")
         head_dim = default_head_dim(sizes["embed_dim"], heads, *fields_of_default)
     theta, scaling = _rope(values)
+    tied = values.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise ConfigError(f"tie_word_embeddings is {tied!r}; it must be a boolean")
     return LlamaConfig(
         **sizes,
         num_kv_heads=positive_integer(
@@ -101,7 +104,7 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
         rope_scaling=scaling,
         # 1e-6 is the default of transformers.
         norm_eps=number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=values.get("tie_word_embeddings", False),
+        tied_embeddings=tied,
         head="lm",
     )
 
@@ -155,6 +158,8 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             f"rope_scaling is {nested!r}; supported are the types default, linear and "
             "llama3, each with all of its fields"
         )
+    for name in names:
+        number(f"rope_scaling {name}", nested[name])
     fields = {ours: nested[theirs] for theirs, ours in names.items()}
     return theta, RopeScaling(kind=kind, **fields)
 

@@ -28,7 +28,8 @@ def describe_source(source: Source, *, all_layers: bool = False) -> Iterator[str
     num_params = sum(leaf.size for leaf in source.leaves().values())
     yield f"  {'parameters':<16} {num_params:,}"
     yield f"  {'tensors':<16} {counts}; {_total_bytes(tensors.values()):,} bytes"
-    yield f"  {'rank files':<16} {source.ranks}"
+    if source.ranks > 1:
+        yield f"  {'rank files':<16} {source.ranks}"
     listed = [name for name in tensors if all_layers or _in_first_layer(name)]
     width = max(map(len, listed), default=0)
     for name in listed:
@@ -76,13 +77,13 @@ def describe_result(result: ConversionResult, dst: object) -> Iterator[str]:
       result: of the conversion.
       dst: its target path.
     """
-    config = result.config.to_dict()
+    fields = {name: str(value) for name, value in result.config.to_dict().items()}
+    fields["max_seq_len"] += f" ({result.max_seq_len_origin})"
     yield (
         f"{dst}: {result.num_params:,} parameters, {result.num_bytes:,} bytes, "
         f"{result.seconds:.1f} s"
     )
-    yield f"  config: {', '.join(f'{name} {value}' for name, value in config.items())}"
-    yield f"  max_seq_len: {result.config.max_seq_len} ({result.max_seq_len_origin})"
+    yield f"  config: {', '.join(f'{name} {value}' for name, value in fields.items())}"
     yield f"  tokenizer: {result.tokenizer_file}"
     if result.peak_host_bytes is not None:
         yield f"  peak host memory: {result.peak_host_bytes:,} bytes"
@@ -92,7 +93,7 @@ def describe_comparison(comparison: Comparison) -> Iterator[str]:
     """Yield what `verify` prints, in a few lines."""
     yield (
         f"weights: {comparison.tensors} tensors, {comparison.equal} bit-identical, "
-        f"{comparison.rounded} equal after rounding to the second's dtype, "
+        f"{comparison.rounded} equal after rounding, "
         f"{len(comparison.differing)} different"
     )
     if comparison.differing:

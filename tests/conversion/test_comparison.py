@@ -1,4 +1,4 @@
-"""`verify`, `inspect`, `--dry-run` and the memory limit of the command."""
+"""Comparisons, and `verify`, `inspect`, `--dry-run` and memory limit of the command."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from support.foreign import (
     write_llama2c_tokenizer,
     write_meta,
 )
+from support.type_checks import without_type_checks
 
 from llama_jax.conversion import compare, convert, open_source, prepare_conversion
 from llama_jax.conversion.__main__ import main
@@ -36,31 +37,33 @@ def source(tmp_path: pathlib.Path) -> pathlib.Path:
     return write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
 
 
-def changed(folder: pathlib.Path, name: str, factor: float) -> pathlib.Path:
-    """The same model but for one tensor."""
+def write_changed(folder: pathlib.Path, name: str, factor: float) -> pathlib.Path:
+    """Write the same model with one tensor scaled."""
     tensors = meta_tensors(TINY)
     tensors[name] = tensors[name] * np.float32(factor)
     return write_meta(folder, TINY, tensors)
 
 
-def test_equal_checkpoints_are_equal_in_everything(source: pathlib.Path) -> None:
+def test_equal_checkpoints_have_no_differences(source: pathlib.Path) -> None:
     other = write_meta(source.parent / "meta", TINY, meta_tensors(TINY))
-    found = compare(open_source(source), open_source(other, max_seq_len=64))
-    assert found.same
-    assert (found.tensors, found.equal, found.rounded) == (21, 21, 0)
-    assert found.max_logit_error == found.kl == found.max_weight_error == 0
-    assert found.top1_agreement == 1
-    assert found.first_diverging_layer is None
-    assert set(found.layer_errors) == {0.0}
+    comparison = compare(open_source(source), open_source(other, max_seq_len=64))
+    assert comparison.same
+    assert (comparison.tensors, comparison.equal, comparison.rounded) == (21, 21, 0)
+    assert (
+        comparison.max_logit_error == comparison.kl == comparison.max_weight_error == 0
+    )
+    assert comparison.top1_agreement == 1
+    assert comparison.first_diverging_layer is None
+    assert set(comparison.layer_errors) == {0.0}
 
 
 def test_a_rounded_checkpoint_is_equal_after_rounding(source: pathlib.Path) -> None:
     convert(source, source.parent / "half", target_format="hf", dtype="bfloat16")
-    found = compare(open_source(source), open_source(source.parent / "half"))
-    assert found.same
-    assert (found.equal, found.rounded) == (0, 21)
-    assert found.max_logit_error > 0
-    assert 0 < found.kl < 0.1
+    comparison = compare(open_source(source), open_source(source.parent / "half"))
+    assert comparison.same
+    assert (comparison.equal, comparison.rounded) == (0, 21)
+    assert comparison.max_logit_error > 0
+    assert 0 < comparison.kl < 0.1
 
 
 @pytest.mark.parametrize(
@@ -72,29 +75,29 @@ def test_a_rounded_checkpoint_is_equal_after_rounding(source: pathlib.Path) -> N
         ("output.weight", None),
     ],
 )
-def test_the_first_layer_that_differs_is_named(
+def test_the_first_diverging_layer_is_reported(
     source: pathlib.Path, name: str, layer: int | None
 ) -> None:
-    other = changed(source.parent / "other", name, 1.5)
-    found = compare(open_source(source), open_source(other, max_seq_len=64))
-    assert not found.same
-    assert len(found.differing) == 1
-    assert found.equal == 20
-    assert found.first_diverging_layer == layer
-    assert found.max_logit_error > 0.1
-    assert found.max_weight_error == pytest.approx(
+    other = write_changed(source.parent / "other", name, 1.5)
+    comparison = compare(open_source(source), open_source(other, max_seq_len=64))
+    assert not comparison.same
+    assert len(comparison.differing) == 1
+    assert comparison.equal == 20
+    assert comparison.first_diverging_layer == layer
+    assert comparison.max_logit_error > 0.1
+    assert comparison.max_weight_error == pytest.approx(
         np.abs(meta_tensors(TINY)[name]).max() * 0.5
     )
-    assert found.differing[0] in "\n".join(describe_comparison(found))
+    assert comparison.differing[0] in "\n".join(describe_comparison(comparison))
 
 
-def test_numbers_that_are_none_differ_in_every_report(source: pathlib.Path) -> None:
-    other = changed(source.parent / "other", "norm.weight", math.nan)
-    found = compare(open_source(source), open_source(other, max_seq_len=64))
-    assert found.differing == ("transformer/final_norm/scale",)
-    other = changed(source.parent / "again", "layers.0.ffn_norm.weight", math.nan)
-    found = compare(open_source(source), open_source(other, max_seq_len=64))
-    assert found.first_diverging_layer == 0
+def test_nan_weights_count_as_different(source: pathlib.Path) -> None:
+    other = write_changed(source.parent / "other", "norm.weight", math.nan)
+    comparison = compare(open_source(source), open_source(other, max_seq_len=64))
+    assert comparison.differing == ("transformer/final_norm/scale",)
+    other = write_changed(source.parent / "again", "layers.0.ffn_norm.weight", math.nan)
+    comparison = compare(open_source(source), open_source(other, max_seq_len=64))
+    assert comparison.first_diverging_layer == 0
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -110,8 +113,12 @@ def test_tied_and_copied_embeddings_are_the_same_model(
     assert re.search(r"token_embedding .*-> output\.weight", out)
     convert(source, other, target_format="meta")
     both = open_source(source), open_source(other, max_seq_len=64)
-    found = compare(*both[::order])
-    assert (found.tensors, found.equal, found.max_logit_error) == (21, 21, 0)
+    comparison = compare(*both[::order])
+    assert (comparison.tensors, comparison.equal, comparison.max_logit_error) == (
+        21,
+        21,
+        0,
+    )
     tensors = meta_tensors(tied)
     tensors["output.weight"] = tensors["output.weight"] * 2
     both = (
@@ -130,11 +137,11 @@ def test_different_models_cannot_be_compared(source: pathlib.Path) -> None:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     status = main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
-def test_the_command_verifies_any_two(
+def test_the_command_verifies_any_two_checkpoints(
     source: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = source.parent / "new"
@@ -144,7 +151,7 @@ def test_the_command_verifies_any_two(
     status, out, _ = run(capsys, "verify", source, new)
     assert status == 0
     assert "top-1 agreement 100.0%" in out
-    other = changed(source.parent / "other", "norm.weight", 2)
+    other = write_changed(source.parent / "other", "norm.weight", 2)
     status, out, _ = run(capsys, "verify", new, other, "--max-seq-len", 64)
     assert status == 1
     assert "transformer/final_norm/scale" in out
@@ -153,14 +160,14 @@ def test_the_command_verifies_any_two(
     assert err.startswith("error: ")
 
 
-def test_inspect_says_what_a_checkpoint_is(
+def test_inspect_describes_a_checkpoint(
     source: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_meta(source.parent / "meta", TINY, meta_tensors(TINY), ranks=2)
     status, out, _ = run(capsys, "inspect", source.parent / "meta", "--max-seq-len", 9)
     assert status == 0
-    for said in ("Meta", "rank files       2", "44,192", "float32[272, 32]"):
-        assert said in out
+    for part in ("Meta", "rank files       2", "44,192", "float32[272, 32]"):
+        assert part in out
     assert "layers.1." not in out
     _, out, _ = run(
         capsys, "inspect", source.parent / "meta", "--all", "--max-seq-len", 9
@@ -193,7 +200,7 @@ def test_a_dry_run_refuses_what_the_conversion_would(
     assert f"ranks is {arguments[1]}" in err
 
 
-def test_what_would_not_fit_is_refused_beforehand(
+def test_a_conversion_over_the_memory_limit_is_refused(
     source: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(source.parent.iterdir())
@@ -207,23 +214,21 @@ def test_what_would_not_fit_is_refused_beforehand(
         main([str(source), str(new), "--max-host-bytes", "lots"])
 
 
-def test_memory_is_seen_while_it_is_held() -> None:
+def test_peak_memory_includes_temporary_allocations() -> None:
     with track_peak_memory() as peak:
         before = anonymous_bytes()
         assert before is not None
-        # Others may give memory back meanwhile, so part of it will do.
-        held = np.ones(400_000_000, np.uint8)
-        until = time.monotonic() + 20
-        while (peak.bytes or 0) < before + 100_000_000 and time.monotonic() < until:
+        # Other threads may free memory meanwhile, so less than all must be seen.
+        array = np.ones(400_000_000, np.uint8)
+        deadline = time.monotonic() + 20
+        while (peak.bytes or 0) < before + 100_000_000 and time.monotonic() < deadline:
             time.sleep(0.01)
-        del held
+        del array
     assert (peak.bytes or 0) >= before + 100_000_000
 
 
 @pytest.mark.parametrize("format", ["meta", "hf", "gguf", "llama2c", "orbax"])
-def test_a_format_that_is_named_is_not_guessed(
-    tmp_path: pathlib.Path, format: Any
-) -> None:
+def test_a_named_format_is_not_guessed(tmp_path: pathlib.Path, format: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     (tmp_path / "x.bin").write_bytes(struct.pack("<7i", 1, 2, 3, 4, 5, 6, 7))
     path = tmp_path / "x.bin" if format in ("gguf", "llama2c") else tmp_path
@@ -231,6 +236,7 @@ def test_a_format_that_is_named_is_not_guessed(
         open_source(path, format=format)
 
 
+@without_type_checks()
 def test_an_unknown_format_is_refused(source: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="onnx"):
         open_source(source, format="onnx")  # type: ignore[arg-type]
@@ -238,13 +244,13 @@ def test_an_unknown_format_is_refused(source: pathlib.Path) -> None:
         convert(source, source.parent / "y", target_format="onnx")  # type: ignore[arg-type]
 
 
-def test_what_a_large_model_would_take_is_known_beforehand(
+def test_the_memory_limit_of_a_70b_model_is_a_few_tensors(
     tmp_path: pathlib.Path,
 ) -> None:
-    """A folder of Hugging Face's with 70 billion parameters, all of them holes."""
+    """Of a Hugging Face folder whose 140 GB are a sparse file."""
     config = preset("llama2-70b")
-    described = config_to_hugging_face(config, "bfloat16", {})
-    (tmp_path / "config.json").write_text(json.dumps(described))
+    fields = config_to_hugging_face(config, "bfloat16", {})
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     header, offset = {}, 0
     for name, shape in source_shapes(HUGGING_FACE, config).items():
         end = offset + 2 * math.prod(shape)
@@ -260,6 +266,6 @@ def test_what_a_large_model_would_take_is_known_beforehand(
         prepared = prepare_conversion(
             tmp_path, tmp_path / "x", target_format=format, tokenizer=packed
         )
-        taken = (prepared.host_bytes or 0) - (anonymous_bytes() or 0)
-        # Two or three of the largest, the embedding, and what lies around them.
-        assert 2 < taken / (2 * 32000 * 8192) < 3.2, format
+        needed = (prepared.host_bytes or 0) - (anonymous_bytes() or 0)
+        # Two or three times the embedding, the largest tensor, and overhead.
+        assert 2 < needed / (2 * 32000 * 8192) < 3.2, format

@@ -1,4 +1,4 @@
-"""Conversion from end to end, by call and by command line."""
+"""Conversions from end to end, by function and by command."""
 
 import json
 import os
@@ -21,7 +21,9 @@ from support.foreign import (
     write_llama2c,
     write_llama2c_tokenizer,
     write_meta,
+    write_tokenizer_model,
 )
+from support.type_checks import without_type_checks
 
 from llama_jax.checkpoint.atomic_write import new_folder
 from llama_jax.checkpoint.model_folder import load_params, read_config, read_tokenizer
@@ -34,40 +36,32 @@ from llama_jax.runtime import Runtime
 
 @pytest.fixture
 def meta(tmp_path: pathlib.Path) -> pathlib.Path:
-    """One of Meta's folders of two ranks, with a tokenizer."""
+    """Write a Meta folder of two ranks, with a tokenizer."""
     folder = write_meta(tmp_path / "meta", TINY, meta_tensors(TINY), ranks=2)
-    _place_tokenizer(folder)
+    write_tokenizer_model(folder)
     return folder
 
 
-def _place_tokenizer(folder: pathlib.Path, pieces: int = 272) -> None:
-    from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
-
-    packed = write_llama2c_tokenizer(folder / "packed", pieces)
-    (folder / "tokenizer.model").write_bytes(read_llama2c_tokenizer(packed))
-    packed.unlink()
-
-
-def assert_holds(folder: pathlib.Path, wanted: dict[str, np.ndarray]) -> None:
-    found = flatten(load_params(folder, read_config(folder), runtime=Runtime()))
-    assert found.keys() == wanted.keys()
-    for path, array in wanted.items():
-        np.testing.assert_array_equal(found[path], array.astype(np.float32))
+def assert_contains(folder: pathlib.Path, expected: dict[str, np.ndarray]) -> None:
+    actual = flatten(load_params(folder, read_config(folder), runtime=Runtime()))
+    assert actual.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(actual[path], array.astype(np.float32))
 
 
-def test_a_folder_of_meta_becomes_ours(meta: pathlib.Path) -> None:
+def test_a_meta_folder_converts_to_ours(meta: pathlib.Path) -> None:
     out = meta.parent / "out"
-    done = convert(meta, out, max_seq_len=64)
-    assert read_config(out) == done.config == TINY
-    assert_holds(out, ours_from_meta(TINY, meta_tensors(TINY)))
+    result = convert(meta, out, max_seq_len=64)
+    assert read_config(out) == result.config == TINY
+    assert_contains(out, ours_from_meta(TINY, meta_tensors(TINY)))
     tokenizer = read_tokenizer(out)
     assert tokenizer is not None
     assert tokenizer.contents == (meta / "tokenizer.model").read_bytes()
-    assert done.num_bytes == sum(
+    assert result.num_bytes == sum(
         f.stat().st_size for f in out.rglob("*") if f.is_file()
     )
-    assert 4 * done.num_params < done.num_bytes < 5 * done.num_params
-    assert done.num_params == sum(a.size for a in meta_tensors(TINY).values())
+    assert 4 * result.num_params < result.num_bytes < 5 * result.num_params
+    assert result.num_params == sum(a.size for a in meta_tensors(TINY).values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -76,57 +70,59 @@ def test_weights_are_cast_once(tmp_path: pathlib.Path, dtype: Any) -> None:
     source = write_llama2c(tmp_path / "x.bin", TINY, tensors)
     packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
     convert(source, tmp_path / "out", tokenizer=packed, dtype=dtype)
-    wanted = ours_from_meta(TINY, tensors)
-    wanted = {path: array.astype(jnp.dtype(dtype)) for path, array in wanted.items()}
-    assert_holds(tmp_path / "out", wanted)
-    described = tmp_path / "out" / "params" / "lm_head" / ".zarray"
+    expected = ours_from_meta(TINY, tensors)
+    expected = {
+        path: array.astype(jnp.dtype(dtype)) for path, array in expected.items()
+    }
+    assert_contains(tmp_path / "out", expected)
+    zarray = tmp_path / "out" / "params" / "lm_head" / ".zarray"
     kinds = {"float32": "<f4", "float16": "<f2"}
-    assert json.loads(described.read_text())["dtype"] == kinds.get(dtype, dtype)
+    assert json.loads(zarray.read_text())["dtype"] == kinds.get(dtype, dtype)
 
 
-@pytest.mark.parametrize("place", ["beside", "above"])
+@pytest.mark.parametrize("location", ["beside", "above"])
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.bin"])
 def test_a_tokenizer_is_found_beside_or_above(
-    tmp_path: pathlib.Path, place: str, name: str
+    tmp_path: pathlib.Path, location: str, name: str
 ) -> None:
     folder = tmp_path / "deep" / "folder"
     folder.mkdir(parents=True)
     source = write_llama2c(folder / "x.bin", TINY, meta_tensors(TINY))
     with pytest.raises(TokenizerError, match="--tokenizer"):
         convert(source, tmp_path / "out")
-    where = folder if place == "beside" else folder.parent
+    parent = folder if location == "beside" else folder.parent
     if name == "tokenizer.model":
-        _place_tokenizer(where)
+        write_tokenizer_model(parent)
     else:
-        write_llama2c_tokenizer(where / name)
-    assert convert(source, tmp_path / "out").tokenizer_file == where / name
+        write_llama2c_tokenizer(parent / name)
+    assert convert(source, tmp_path / "out").tokenizer_file == parent / name
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(meta: pathlib.Path) -> None:
-    _place_tokenizer(meta, 273)
+    write_tokenizer_model(meta, 273)
     with pytest.raises(TokenizerError, match="272"):
         convert(meta, meta.parent / "out", max_seq_len=64)
-    _place_tokenizer(meta, 271)  # a smaller one is allowed
+    write_tokenizer_model(meta, 271)  # a smaller one is allowed
     convert(meta, meta.parent / "out", max_seq_len=64)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: pathlib.Path) -> None:
+def test_other_files_and_folders_are_refused(tmp_path: pathlib.Path) -> None:
     for path in (tmp_path / "none", tmp_path, tmp_path / "x.gguf"):
         if path.suffix:
             path.touch()
         with pytest.raises(CheckpointError, match=str(path)):
             convert(path, tmp_path / "out")
-    with pytest.raises(ConfigError, match="choose from"):
+    with without_type_checks(), pytest.raises(ConfigError, match="choose from"):
         convert(tmp_path, tmp_path / "out", dtype="int8")  # type: ignore[arg-type]
 
 
-def test_our_own_checkpoint_is_not_converted(meta: pathlib.Path) -> None:
+def test_our_own_checkpoint_is_not_converted_to_itself(meta: pathlib.Path) -> None:
     convert(meta, meta.parent / "out", max_seq_len=64)
     with pytest.raises(CheckpointError, match="already"):
         convert(meta.parent / "out", meta.parent / "again")
 
 
-def test_an_interruption_at_any_moment_leaves_nothing(meta: pathlib.Path) -> None:
+def test_an_interrupted_conversion_leaves_no_files(meta: pathlib.Path) -> None:
     before = sorted(meta.parent.iterdir())
     for moment in range(0, 24, 5):
         calls = iter(range(100))
@@ -140,19 +136,19 @@ def test_an_interruption_at_any_moment_leaves_nothing(meta: pathlib.Path) -> Non
         assert sorted(meta.parent.iterdir()) == before
 
 
-def test_the_command_line_converts_and_says_what_it_did(
+def test_the_command_converts_and_prints_a_summary(
     meta: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(meta.parent / "out")
     assert main([str(meta), out, "--max-seq-len", "64", "--dtype", "bfloat16"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert said.out.count("\n") == 5
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.count("\n") == 4
     for part in (
         "44,192 parameters", "peak host memory", "num_heads 8", "rope_theta 10000.0",
-        "max_seq_len: 64 (as given)", str(meta / "tokenizer.model"),
+        "max_seq_len 64 (as given)", str(meta / "tokenizer.model"),
     ):  # fmt: skip
-        assert part in said.out, said.out
+        assert part in captured.out, captured.out
 
 
 @pytest.mark.parametrize(
@@ -169,7 +165,7 @@ def test_the_command_line_converts_and_says_what_it_did(
         ["meta/params.json", "out"],
     ],
 )
-def test_every_mistake_is_one_sentence_and_status_2(
+def test_every_error_is_one_line_and_status_2(
     meta: pathlib.Path,
     arguments: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -177,10 +173,10 @@ def test_every_mistake_is_one_sentence_and_status_2(
 ) -> None:
     monkeypatch.chdir(meta.parent)
     assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
     assert not (meta.parent / "out").exists()
 
 
@@ -192,7 +188,7 @@ def test_unknown_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def _write_zeros(path: pathlib.Path, layers: int, dim: int, vocab: int) -> int:
-    """A llama2.c checkpoint of zeros that takes no room on the disk; its bytes."""
+    """Write a llama2.c checkpoint of zeros as a sparse file; return its size."""
     config = TINY.replace(
         embed_dim=dim, num_layers=layers, vocab_size=vocab, mlp_dim=3 * dim,
         num_heads=dim // 64, num_kv_heads=dim // 64, head_dim=64, tied_embeddings=True,
@@ -209,47 +205,47 @@ def _write_zeros(path: pathlib.Path, layers: int, dim: int, vocab: int) -> int:
 
 
 def _interrupted(tmp_path: pathlib.Path, sent: int) -> tuple[int, str]:
-    """Status and last words of a conversion to `out` that a signal met halfway."""
+    """Send a signal to a conversion to `out` halfway; return its status and stderr."""
     _write_zeros(tmp_path / "x.bin", layers=40, dim=1024, vocab=272)
     write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
     command = [sys.executable, "-m", "llama_jax.conversion", "x.bin", "out"]
-    running = subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial-*/params*/*/0.0")):
-        assert running.poll() is None
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    running.send_signal(sent)
-    _, said = running.communicate(timeout=60)
-    return running.returncode, said
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_removes_what_was_begun(tmp_path: pathlib.Path, sent: int) -> None:
-    status, said = _interrupted(tmp_path, sent)
-    assert status == 128 + sent, said
-    assert "Traceback" not in said
+def test_a_signal_removes_unfinished_output(tmp_path: pathlib.Path, sent: int) -> None:
+    status, stderr = _interrupted(tmp_path, sent)
+    assert status == 128 + sent, stderr
+    assert "Traceback" not in stderr
     assert {file.name for file in tmp_path.iterdir()} == {"x.bin", "tokenizer.bin"}
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next_one(
     tmp_path: pathlib.Path,
 ) -> None:
     status, _ = _interrupted(tmp_path, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    (left,) = tmp_path.glob("out*")
-    assert left.name.startswith("out.partial-")
+    (leftover,) = tmp_path.glob("out*")
+    assert leftover.name.startswith("out.partial-")
     with pytest.raises(CheckpointError):
-        open_source(left)
+        open_source(leftover)
     write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
     convert(tmp_path / "x.bin", tmp_path / "out")
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"x.bin", "tokenizer.bin", "out"}
 
 
-def test_a_conversion_that_is_under_way_is_left_alone(tmp_path: pathlib.Path) -> None:
+def test_a_running_conversion_is_not_removed_by_another(tmp_path: pathlib.Path) -> None:
     with new_folder(tmp_path / "out") as first:
         (first / "file").touch()
         with new_folder(tmp_path / "out"):
@@ -258,7 +254,7 @@ def test_a_conversion_that_is_under_way_is_left_alone(tmp_path: pathlib.Path) ->
     assert (tmp_path / "out" / "file").is_file()
 
 
-def test_damaged_folders_raise_nothing_else(meta: pathlib.Path) -> None:
+def test_damaged_meta_folders_raise_only_our_errors(meta: pathlib.Path) -> None:
     rng = random.Random(0)
     files = {
         name: (meta / name).read_bytes()
@@ -272,15 +268,15 @@ def test_damaged_folders_raise_nothing_else(meta: pathlib.Path) -> None:
             data[rng.randrange(len(data))] = rng.randrange(256)
         (meta / name).write_bytes(data)
         try:
-            source_leaves(meta)
+            read_everything(meta)
         except LlamaJaxError as error:
             refused += "\n" not in str(error)
         (meta / name).write_bytes(files[name])
     assert 75 < refused < 150
 
 
-def source_leaves(meta: pathlib.Path) -> None:
-    """All that a conversion does but the writing."""
+def read_everything(meta: pathlib.Path) -> None:
+    """Do all that a conversion does except writing."""
     source = open_source(meta, max_seq_len=64)
     tokenizer, _ = source.find_tokenizer()
     tokenizer.check_fits(source.config.vocab_size)
@@ -289,7 +285,7 @@ def source_leaves(meta: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_model_never_lies_in_memory(tmp_path: pathlib.Path) -> None:
+def test_a_large_model_is_never_in_memory_as_a_whole(tmp_path: pathlib.Path) -> None:
     size = _write_zeros(tmp_path / "x.bin", layers=12, dim=1536, vocab=32000)
     assert size > 1_400_000_000
     write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
@@ -313,11 +309,11 @@ before = peak
 assert main(["x.bin", "out"]) == 0
 print(peak - before)
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    *_, extra = done.stdout.split()
+    *_, extra = completed.stdout.split()
     largest = 4 * 32000 * 1536
-    assert int(extra) < 3 * largest, done.stdout
+    assert int(extra) < 3 * largest, completed.stdout
     assert 3 * largest < size / 2

@@ -1,4 +1,4 @@
-"""GGUF files: what we write and read, and what gguf's own reader and writer say."""
+"""GGUF files, written and read by us and by gguf."""
 
 import dataclasses
 import pathlib
@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.foreign import TINY, write_llama2c_tokenizer
+from support.foreign import TINY
 from support.foreign_gguf import (
     BYTES,
     GQA,
     LLAMA31,
     effective,
     gguf,
-    lazy,
     make,
     metadata,
     renamed,
@@ -26,10 +25,10 @@ from support.foreign_gguf import (
     write_foreign,
 )
 
+from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.gguf import read_gguf, write_gguf
 from llama_jax.conversion.gguf_config import rope_factors
-from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.text.tokenizer import Tokenizer
@@ -49,13 +48,6 @@ TEXTS = (
     "",
     " ",
 )
-
-
-@pytest.fixture(scope="module")
-def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """272 pieces: special ones, bytes and some letters."""
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.bin"
-    return Tokenizer(read_llama2c_tokenizer(write_llama2c_tokenizer(path)))
 
 
 @st.composite
@@ -81,48 +73,48 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
     )
 
 
-@given(config=configs(), kind=st.sampled_from(list(DTYPES)), seed=st.integers(0, 99))
-def test_what_we_write_we_read_bit_for_bit(
-    config: LlamaConfig, kind: Any, seed: int
+@given(config=configs(), dtype=st.sampled_from(list(DTYPES)), seed=st.integers(0, 99))
+def test_written_files_are_read_back_bit_for_bit(
+    config: LlamaConfig, dtype: Any, seed: int
 ) -> None:
-    meta, ours = make(config, DTYPES[kind], seed)
-    done = []
+    meta, ours = make(config, DTYPES[dtype], seed)
+    reports: list[tuple[str, int, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.gguf")
         write_gguf(
             path,
-            LazyModel(config, lazy(ours), None),
-            dtype=kind,
-            progress=lambda *progress: done.append(progress),
+            LazyModel(config, lazy_leaves(ours), None),
+            dtype=dtype,
+            progress=lambda *report: reports.append(report),
         )
         source = read_gguf(path)
         assert source.config == config.replace(rope_scaling=effective(config))
         assert ("output.weight" in source.tensors) is not config.tied_embeddings
-        leaves = source.leaves(DTYPES[kind])
+        leaves = source.leaves(DTYPES[dtype])
         assert leaves.keys() == ours.keys()
         for name, array in ours.items():
-            found = leaves[name].read()
-            assert found.dtype == array.dtype
-            assert found.tobytes() == array.tobytes(), name
+            actual = leaves[name].read()
+            assert actual.dtype == array.dtype
+            assert actual.tobytes() == array.tobytes(), name
         theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         for name, array in renamed(meta).items():
-            wanted = array.astype(np.float32) if array.ndim == 1 else array
-            assert theirs[name].data.tobytes() == wanted.tobytes(), name
+            expected = array.astype(np.float32) if array.ndim == 1 else array
+            assert theirs[name].data.tobytes() == expected.tobytes(), name
             assert theirs[name].shape.tolist() == list(array.shape[::-1])
     total = sum(array.nbytes for array in ours.values())
-    assert done[-1] == ("writing", total, total)
-    assert [at for _, at, _ in done] == sorted({at for _, at, _ in done})
+    assert reports[-1] == ("writing", total, total)
+    assert [done for _, done, _ in reports] == sorted({done for _, done, _ in reports})
 
 
-def test_the_context_can_be_given(tmp_path: pathlib.Path) -> None:
+def test_max_seq_len_can_be_overridden(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "x.gguf", GQA)
     source = read_gguf(tmp_path / "x.gguf", max_seq_len=8)
     assert (source.config.max_seq_len, source.max_seq_len_origin) == (8, "as given")
 
 
-def test_q8_0_is_as_close_as_its_definition_says(tmp_path: pathlib.Path) -> None:
+def test_q8_0_errors_are_within_half_a_step(tmp_path: pathlib.Path) -> None:
     config = GQA.replace(embed_dim=64, mlp_dim=80)  # w2 has rows of 80: float16
-    ours = write(tmp_path / "x.gguf", config, kind="q8_0")
+    ours = write(tmp_path / "x.gguf", config, dtype="q8_0")
     types = {
         tensor.name: tensor.tensor_type.name
         for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors
@@ -132,34 +124,34 @@ def test_q8_0_is_as_close_as_its_definition_says(tmp_path: pathlib.Path) -> None
     assert types["output_norm.weight"] == "F32"
     leaves = read_gguf(tmp_path / "x.gguf").leaves()
     for name, array in ours.items():
-        found = leaves[name].read()
+        actual = leaves[name].read()
         if "down_proj" in name:
-            np.testing.assert_array_equal(found, array.astype(np.float16), name)
+            np.testing.assert_array_equal(actual, array.astype(np.float16), name)
             continue
         if array.ndim == 1:
-            np.testing.assert_array_equal(found, array, name)
+            np.testing.assert_array_equal(actual, array, name)
             continue
-        # Rows of the file: the embedding's are ours, all others are our columns. Within
-        # a row, pairs of rotary halves do not change places.
+        # Blocks are cut from rows of the file: our rows for the embedding, else our
+        # columns. The rotary permutation moves whole rows of the file.
         axis = -1 if "embedding" in name else 0
         blocks = np.moveaxis(array, axis, -1)
         blocks = blocks.reshape(*blocks.shape[:-1], -1, 32)
-        off = np.moveaxis(np.abs(found - array), axis, -1).reshape(blocks.shape)
+        error = np.moveaxis(np.abs(actual - array), axis, -1).reshape(blocks.shape)
         scale = np.abs(blocks).max(-1) / 127
-        # Half a step, and what a scale in float16 makes of 127 of them.
-        assert (off.max(-1) <= scale * (0.5 + 127 * 2.0**-11) * 1.001).all(), name
+        # Half a step, and 127 times the rounding error of a float16 scale.
+        assert (error.max(-1) <= scale * (0.5 + 127 * 2.0**-11) * 1.001).all(), name
 
 
-def test_gguf_sees_all_that_llama_cpp_asks_for(
+def test_metadata_contains_what_llama_cpp_needs(
     tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
 ) -> None:
     config = GQA.replace(rope_theta=5e5)
-    write(tmp_path / "tiny.gguf", config, kind="float16", tokenizer=tiny_tokenizer)
+    write(tmp_path / "tiny.gguf", config, dtype="float16", tokenizer=tiny_tokenizer)
     fields = {
         key: field.contents()
         for key, field in gguf.GGUFReader(tmp_path / "tiny.gguf").fields.items()
     }
-    wanted = metadata(config) | {
+    expected = metadata(config) | {
         "general.architecture": "llama",
         "general.type": "model",
         "general.name": "tiny",
@@ -179,7 +171,7 @@ def test_gguf_sees_all_that_llama_cpp_asks_for(
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": True,
     }
-    for key, value in wanted.items():
+    for key, value in expected.items():
         value = float(np.float32(value)) if type(value) is float else value
         assert fields[key] == value, key
     tokens = fields["tokenizer.ggml.tokens"]
@@ -197,10 +189,12 @@ BIG = TINY.replace(
 
 
 @pytest.mark.parametrize("kind", list(gguf.GGMLQuantizationType), ids=lambda k: k.name)
-def test_every_type_is_read_as_gguf_reads_it(tmp_path: pathlib.Path, kind: Any) -> None:
+def test_every_type_is_dequantized_as_by_gguf(
+    tmp_path: pathlib.Path, kind: Any
+) -> None:
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     meta, _ = make(BIG)
-    tensors, kinds, wanted = renamed(meta), {}, {}
+    tensors, kinds, expected = renamed(meta), {}, {}
     name = "blk.0.ffn_up.weight"
     try:
         raw = gguf.quants.quantize(tensors[name], kind).view(np.uint8)
@@ -209,26 +203,26 @@ def test_every_type_is_read_as_gguf_reads_it(tmp_path: pathlib.Path, kind: Any) 
         raw = np.random.default_rng(1).integers(0, 256, size, np.uint8)
     try:
         with np.errstate(all="ignore"):
-            wanted[name] = gguf.quants.dequantize(raw, kind)
+            expected[name] = gguf.quants.dequantize(raw, kind)
     except NotImplementedError:
-        wanted = {}
+        expected = {}
     tensors[name], kinds[name] = raw, kind
     path = write_foreign(tmp_path / "x.gguf", metadata(BIG), tensors, kinds=kinds)
-    if not wanted:
+    if not expected:
         message = f"the type {kind.name}, which gguf cannot"
         with pytest.raises(CheckpointError, match=message):
             read_gguf(path)
         return
-    found = read_gguf(path).tensors[name]
-    array = found.read()
+    actual = read_gguf(path).tensors[name]
+    array = actual.read()
     if kind.name in ("F16", "BF16"):
-        assert (found.dtype.itemsize, found.host_bytes) == (2, 0)
-    np.testing.assert_array_equal(array.astype(np.float32), wanted[name])
+        assert (actual.dtype.itemsize, actual.host_bytes) == (2, 0)
+    np.testing.assert_array_equal(array.astype(np.float32), expected[name])
     leaf = read_gguf(path).leaves()["transformer/layers/0/mlp/up_proj"]
-    np.testing.assert_array_equal(leaf.read().astype(np.float32), wanted[name].T)
+    np.testing.assert_array_equal(leaf.read().astype(np.float32), expected[name].T)
 
 
-def test_a_quantized_tensor_takes_no_more_memory_than_it_says(
+def test_dequantizing_stays_within_host_bytes(
     tmp_path: pathlib.Path,
 ) -> None:
     rng = np.random.default_rng(0)
@@ -256,7 +250,7 @@ def test_files_of_llama_cpps_converters_are_read(tmp_path: pathlib.Path) -> None
         "llama.expert_count": 0,
         "llama.rope.scaling.type": "none",
         "quantize.imatrix.chunks_count": 7,
-        "somebodys.own": ["a", "b"],
+        "unknown.key": ["a", "b"],
     }
     source = read_gguf(write_foreign(tmp_path / "x.gguf", fields, tensors))
     assert source.config == GQA
@@ -273,79 +267,81 @@ def test_files_of_llama_cpps_converters_are_read(tmp_path: pathlib.Path) -> None
         ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, None),
     ],
 )
-def test_linear_scaling_is_read_as_llama_cpp_reads_it(
+def test_linear_scaling_is_read_as_by_llama_cpp(
     tmp_path: pathlib.Path, fields: dict[str, Any], scaling: float | None
 ) -> None:
     path = tmp_path / "x.gguf"
     write_foreign(path, metadata(GQA) | fields, renamed(make(GQA)[0]))
-    wanted = scaling and RopeScaling(kind="linear", factor=scaling)
-    assert read_gguf(path).config.rope_scaling == wanted
+    expected = scaling and RopeScaling(kind="linear", factor=scaling)
+    assert read_gguf(path).config.rope_scaling == expected
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama_3_factors_are_those_that_meta_published(factor: float) -> None:
-    """By Meta's rule, written out in double precision once more."""
-    found = rope_factors(dataclasses.replace(LLAMA31, factor=factor), 128, 5e5)
-    for pair, divisor in enumerate(found):
+def test_llama_3_factors_equal_metas_formula(factor: float) -> None:
+    """Computed here again, in double precision."""
+    actual = rope_factors(dataclasses.replace(LLAMA31, factor=factor), 128, 5e5)
+    for pair, divisor in enumerate(actual):
         turns = 8192 * 5e5 ** (-2 * pair / 128) / (2 * np.pi)
         smooth = min(1.0, max(0.0, (turns - 1) / 3))
         assert divisor == pytest.approx(1 / ((1 - smooth) / factor + smooth), rel=1e-5)
-    assert (found[0], found[-1]) == (1, factor)
+    assert (actual[0], actual[-1]) == (1, factor)
 
 
 @pytest.fixture(scope="module", params=["llama2", "codellama", "codellama-step"])
-def both(
+def tokenizer_pair(
     request: pytest.FixtureRequest,
     assets: pathlib.Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Tokenizer, Tokenizer]:
-    """A published tokenizer, and the same after a detour through a GGUF file."""
+    """Return a published tokenizer, and the same read back from a GGUF file."""
     tokenizer = Tokenizer.from_file(assets / "tokenizers" / f"{request.param}.model")
     path = tmp_path_factory.mktemp("gguf") / "x.gguf"
     config = GQA.replace(vocab_size=tokenizer.vocab_size, embed_dim=2)
     write(path, config, tokenizer=tokenizer)
-    found, where = read_gguf(path).find_tokenizer()
-    assert where == path
-    return tokenizer, found
+    read_back, file = read_gguf(path).find_tokenizer()
+    assert file == path
+    return tokenizer, read_back
 
 
-def test_special_pieces_survive(both: tuple[Tokenizer, Tokenizer]) -> None:
-    tokenizer, found = both
+def test_special_pieces_survive(tokenizer_pair: tuple[Tokenizer, Tokenizer]) -> None:
+    tokenizer, read_back = tokenizer_pair
     for name in ("vocab_size", "bos_id", "eos_id", "unk_id", "pad_id", "infilling"):
-        assert getattr(found, name) == getattr(tokenizer, name), name
-    assert found.step_id == tokenizer.step_id
+        assert getattr(read_back, name) == getattr(tokenizer, name), name
+    assert read_back.step_id == tokenizer.step_id
 
 
 @given(text=st.text(max_size=80))
 @settings(max_examples=100)
 @example(text="".join(TEXTS))
-def test_a_tokenizer_survives(both: tuple[Tokenizer, Tokenizer], text: str) -> None:
-    tokenizer, found = both
-    for one in (text, *TEXTS) if text == "" else (text,):
-        ids = tokenizer.encode(one, bos=True, eos=True)
-        assert found.encode(one, bos=True, eos=True) == ids
-        assert found.decode(ids) == tokenizer.decode(ids)
-        assert found.encode_infilling(one) == tokenizer.encode_infilling(one)
+def test_a_tokenizer_survives_a_round_trip(
+    tokenizer_pair: tuple[Tokenizer, Tokenizer], text: str
+) -> None:
+    tokenizer, read_back = tokenizer_pair
+    for case in (text, *TEXTS) if text == "" else (text,):
+        ids = tokenizer.encode(case, bos=True, eos=True)
+        assert read_back.encode(case, bos=True, eos=True) == ids
+        assert read_back.decode(ids) == tokenizer.decode(ids)
+        assert read_back.encode_infilling(case) == tokenizer.encode_infilling(case)
 
 
-def test_added_tokens_survive_and_text_never_becomes_one(
+def test_added_tokens_survive_and_no_text_encodes_to_them(
     tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
 ) -> None:
     added = {272: "<|im_start|>", 274: "<|im_end|>"}
     tokenizer = Tokenizer(tiny_tokenizer.contents, added_tokens=added)
     config = GQA.replace(vocab_size=276)
     write(tmp_path / "x.gguf", config, tokenizer=tokenizer)
-    found, _ = read_gguf(tmp_path / "x.gguf").find_tokenizer()
-    assert found.vocab_size == 272
-    assert found.added_tokens == added
-    assert found.unnamed_ids(276) == (273, 275)
+    read_back, _ = read_gguf(tmp_path / "x.gguf").find_tokenizer()
+    assert read_back.vocab_size == 272
+    assert read_back.added_tokens == added
+    assert read_back.unnamed_ids(276) == (273, 275)
     text = "the <|im_start|>tea[PAD273]"
-    ids = found.encode(text, bos=True, eos=False)
+    ids = read_back.encode(text, bos=True, eos=False)
     assert ids == tokenizer.encode(text, bos=True, eos=False)
     assert max(ids) < 272
 
 
-def test_the_space_in_front_may_be_missing(
+def test_add_space_prefix_is_read(
     tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
 ) -> None:
     fields = metadata(GQA) | {
@@ -380,10 +376,10 @@ def test_the_space_in_front_may_be_missing(
         ({"eos_token_id": "x"}, "eos_token_id is 'x', which is not a token id"),
     ],
 )
-def test_another_tokenizer_is_refused(
+def test_other_tokenizers_are_refused(
     tmp_path: pathlib.Path, changes: dict[str, Any], message: str
 ) -> None:
-    found = {
+    values = {
         "model": "llama",
         "tokens": ["<unk>", "<s>", "</s>", *BYTES, "a"],
         "scores": [-1.0] * 260,
@@ -391,7 +387,7 @@ def test_another_tokenizer_is_refused(
     } | changes
     fields = metadata(GQA) | {
         f"tokenizer.ggml.{key}": value
-        for key, value in found.items()
+        for key, value in values.items()
         if value is not None
     }
     path = write_foreign(tmp_path / "x.gguf", fields, renamed(make(GQA)[0]))

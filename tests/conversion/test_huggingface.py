@@ -1,4 +1,4 @@
-"""Hugging Face folders: the configuration, the files, and what is refused."""
+"""Hugging Face folders: configuration, files, and what is refused."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from support.foreign import (
     write_pth,
 )
 
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaf
 from llama_jax.config import RopeScaling
 from llama_jax.conversion import convert, open_source
 from llama_jax.conversion.huggingface import write_hugging_face
@@ -33,12 +33,12 @@ LLAMA3 = RopeScaling(
     high_freq_factor=4.0,
     original_max_seq_len=8192,
 )
-DESCRIBED = config_to_hugging_face(TINY, "float16", {"bos": 1, "eos": 2})
+FIELDS = config_to_hugging_face(TINY, "float16", {"bos": 1, "eos": 2})
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder of Hugging Face's, in one file."""
+    """Write a Hugging Face folder with one safetensors file."""
     write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
     source = write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
     convert(source, tmp_path / "hf", target_format="hf")
@@ -51,13 +51,8 @@ def edit(folder: pathlib.Path, **changes: Any) -> None:
 
 
 def tensors_of(folder: pathlib.Path) -> dict[str, LazyLeaf]:
-    found = read_safetensors(folder / "model.safetensors")
-    arrays = {name: tensor.read().copy() for name, tensor in found.items()}
-    return {name: lazy(array) for name, array in arrays.items()}
-
-
-def lazy(array: np.ndarray) -> LazyLeaf:
-    return LazyLeaf(array.shape, array.dtype, lambda: array)
+    tensors = read_safetensors(folder / "model.safetensors")
+    return {name: lazy_leaf(leaf.read().copy()) for name, leaf in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -71,14 +66,14 @@ def lazy(array: np.ndarray) -> LazyLeaf:
         {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
     ],
 )
-def test_a_configuration_comes_back_as_it_was(change: dict[str, Any]) -> None:
+def test_configurations_survive_a_round_trip(change: dict[str, Any]) -> None:
     config = TINY.replace(**change)
-    described = json.loads(json.dumps(config_to_hugging_face(config, "float16", {})))
-    assert config_from_hugging_face(described) == config
+    fields = json.loads(json.dumps(config_to_hugging_face(config, "float16", {})))
+    assert config_from_hugging_face(fields) == config
 
 
-def test_newer_files_nest_the_rotary_facts() -> None:
-    fields = dict(DESCRIBED)
+def test_rope_parameters_of_newer_files_are_read() -> None:
+    fields = dict(FIELDS)
     del fields["rope_theta"], fields["rope_scaling"]
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
     assert config_from_hugging_face(fields) == TINY.replace(rope_theta=5e5)
@@ -86,19 +81,19 @@ def test_newer_files_nest_the_rotary_facts() -> None:
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    found = config_from_hugging_face(fields)
-    assert found == TINY.replace(rope_theta=5e5, rope_scaling=LLAMA3)
+    actual = config_from_hugging_face(fields)
+    assert actual == TINY.replace(rope_theta=5e5, rope_scaling=LLAMA3)
 
 
-def test_a_file_of_an_early_llama_lacks_what_came_later() -> None:
-    fields = dict(DESCRIBED)
+def test_fields_missing_in_early_files_get_defaults() -> None:
+    fields = dict(FIELDS)
     for name in ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling"):
         del fields[name]
     assert config_from_hugging_face(fields) == TINY
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -118,28 +113,28 @@ def test_a_file_of_an_early_llama_lacks_what_came_later() -> None:
         ({"hidden_size": 32.0}, "hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"vocab_size": 1 << 40}, "vocab_size"),
-        ({"tie_word_embeddings": "no"}, "tied_embeddings"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is"),
         ({"rms_norm_eps": True}, "rms_norm_eps"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(
-    change: dict[str, Any], said: str | None
+def test_unsupported_fields_are_refused_by_name(
+    change: dict[str, Any], message: str | None
 ) -> None:
-    fields = DESCRIBED | change
-    if said is None:  # width and heads need not agree where head_dim is given
+    fields = FIELDS | change
+    if message is None:  # width and heads need not agree if head_dim is given
         assert config_from_hugging_face(fields).embed_dim == 33
         del fields["head_dim"]
-        said = "hidden_size 33 is not a multiple"
-    with pytest.raises(ConfigError, match=said):
+        message = "hidden_size 33 is not a multiple"
+    with pytest.raises(ConfigError, match=message):
         config_from_hugging_face(fields)
 
 
-def test_what_is_unset_or_inert_is_passed_over() -> None:
+def test_unset_and_inert_fields_are_ignored() -> None:
     extra = {"sliding_window": None, "use_bfoo": False, "torch_dtype": "float16"}
-    assert config_from_hugging_face(DESCRIBED | extra) == TINY
+    assert config_from_hugging_face(FIELDS | extra) == TINY
 
 
-def test_large_models_lie_in_several_files(
+def test_large_models_are_split_into_several_files(
     tmp_path: pathlib.Path, folder: pathlib.Path
 ) -> None:
     source = open_source(folder)
@@ -166,29 +161,31 @@ def test_large_models_lie_in_several_files(
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "a/b.safetensors", 3])
-def test_an_index_cannot_name_files_elsewhere(folder: pathlib.Path, name: Any) -> None:
+def test_an_index_cannot_name_files_in_other_folders(
+    folder: pathlib.Path, name: Any
+) -> None:
     index = {"weight_map": {"lm_head.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="weight_map"):
         open_source(folder)
 
 
-def test_older_folders_hold_what_pytorch_wrote(folder: pathlib.Path) -> None:
+def test_pytorch_bin_files_are_read(folder: pathlib.Path) -> None:
     leaves = open_source(folder).leaves()
-    wanted = {path: leaf.read().tobytes() for path, leaf in leaves.items()}
+    expected = {path: leaf.read().tobytes() for path, leaf in leaves.items()}
     tensors = tensors_of(folder)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
     inverse = np.ones(TINY.head_dim // 2, np.float32)
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = inverse
     write_pth(folder / "pytorch_model.bin", arrays)
     (folder / "model.safetensors").unlink()
-    found = open_source(folder).leaves()
-    for path, data in wanted.items():
-        assert found[path].read().tobytes() == data
+    actual = open_source(folder).leaves()
+    for path, data in expected.items():
+        assert actual[path].read().tobytes() == data
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_beside_tied_embeddings_must_be_the_embedding(
+def test_a_stored_head_must_equal_tied_embeddings(
     folder: pathlib.Path, equal: bool
 ) -> None:
     tensors = tensors_of(folder)
@@ -205,13 +202,13 @@ def test_a_head_beside_tied_embeddings_must_be_the_embedding(
         leaves["transformer/embedding"].read()
 
 
-def test_added_tokens_are_named_and_those_beyond_the_model_left_out(
+def test_added_tokens_beyond_the_vocabulary_are_dropped(
     folder: pathlib.Path,
 ) -> None:
     grown = np.zeros((274, 32), np.float32)
     tensors = tensors_of(folder)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = lazy(grown)
+        tensors[name] = lazy_leaf(grown)
     write_safetensors(folder / "model.safetensors", tensors)
     edit(folder, vocab_size=274)
     added = {"[PAD]": 272, "<|im_end|>": 273, "<never>": 274, "<s>": 1}
@@ -228,12 +225,12 @@ def test_added_tokens_are_named_and_those_beyond_the_model_left_out(
         open_source(folder).find_tokenizer()
 
 
-def test_either_tokenizer_file_is_found_and_without_one_it_is_asked_for(
+def test_either_tokenizer_file_is_found_and_a_missing_one_is_an_error(
     folder: pathlib.Path,
 ) -> None:
     (folder / "tokenizer.model").unlink()
     tokenizer, file = open_source(folder).find_tokenizer()
-    assert file.name == "tokenizer.json"  # made from the other, and read back
+    assert file.name == "tokenizer.json"  # made from tokenizer.model
     assert tokenizer.encode("the", bos=True, eos=False)[0] == 1
     file.unlink()
     with pytest.raises(TokenizerError, match="--tokenizer"):

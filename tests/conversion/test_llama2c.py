@@ -1,4 +1,4 @@
-"""llama2.c's checkpoints and tokenizers."""
+"""Checkpoints and tokenizers of llama2.c."""
 
 import itertools
 import pathlib
@@ -28,7 +28,7 @@ GQA = TINY.replace(num_kv_heads=2)
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("max_seq_len", [None, 16])
-def test_a_checkpoint_gives_exactly_the_mapped_weights(
+def test_weights_are_mapped_exactly(
     tmp_path: pathlib.Path, tied: bool, max_seq_len: int | None
 ) -> None:
     config = GQA.replace(tied_embeddings=tied)
@@ -39,14 +39,14 @@ def test_a_checkpoint_gives_exactly_the_mapped_weights(
     source = read_llama2c(path, max_seq_len=max_seq_len)
     assert source.config == config.replace(max_seq_len=max_seq_len or 64)
     leaves = source.leaves()
-    wanted = ours_from_meta(config, tensors)
-    assert leaves.keys() == wanted.keys()
-    for name, array in wanted.items():
+    expected = ours_from_meta(config, tensors)
+    assert leaves.keys() == expected.keys()
+    for name, array in expected.items():
         np.testing.assert_array_equal(leaves[name].read(), array, err_msg=name)
 
 
 @pytest.mark.parametrize("change", [-1, 1, -5000])
-def test_a_file_of_another_length_is_refused(
+def test_a_file_of_the_wrong_size_is_refused(
     tmp_path: pathlib.Path, change: int
 ) -> None:
     path = write_llama2c(tmp_path / "x.bin", GQA, meta_tensors(GQA))
@@ -96,7 +96,7 @@ def test_damaged_checkpoints_are_refused_or_read(tmp_path: pathlib.Path) -> None
     assert refused > 250
 
 
-def test_the_small_tokenizer_is_a_sentencepiece_model(tmp_path: pathlib.Path) -> None:
+def test_the_tiny_tokenizer_is_a_sentencepiece_model(tmp_path: pathlib.Path) -> None:
     model = read_llama2c_tokenizer(write_llama2c_tokenizer(tmp_path / "tokenizer.bin"))
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert sp.vocab_size() == 272
@@ -116,10 +116,10 @@ def test_the_small_tokenizer_is_a_sentencepiece_model(tmp_path: pathlib.Path) ->
 
 
 @pytest.fixture(scope="module")
-def remade(
+def rebuilt(
     llama2_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> sentencepiece.SentencePieceProcessor:
-    """Llama 2's tokenizer after a detour through llama2.c's format."""
+    """Return Llama 2's tokenizer, read back from llama2.c's format."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=llama2_tokenizer.model_proto)
     content = b""
     for id in range(sp.vocab_size()):
@@ -137,14 +137,14 @@ def remade(
 @example(text="Once upon a time,  there was\n\ta dog. 12345 naïve 🐕 ▁ <s> <0x41>")
 @example(text=" ")
 @example(text="")
-def test_a_remade_tokenizer_encodes_like_the_original(
+def test_a_rebuilt_tokenizer_encodes_like_the_original(
     llama2_tokenizer: Tokenizer,
-    remade: sentencepiece.SentencePieceProcessor,
+    rebuilt: sentencepiece.SentencePieceProcessor,
     text: str,
 ) -> None:
-    wanted = llama2_tokenizer.encode(text, bos=False, eos=False)
-    assert remade.encode(text) == wanted
-    assert remade.decode(wanted) == llama2_tokenizer.decode(wanted)
+    expected = llama2_tokenizer.encode(text, bos=False, eos=False)
+    assert rebuilt.encode(text) == expected
+    assert rebuilt.decode(expected) == llama2_tokenizer.decode(expected)
 
 
 def test_the_published_512_pieces_survive(assets: pathlib.Path) -> None:
@@ -158,7 +158,7 @@ def test_the_published_512_pieces_survive(assets: pathlib.Path) -> None:
 
 
 def merge_greedily(data: bytes, text: str) -> list[int]:
-    """What llama2.c does: join the neighbours whose joined piece scores best."""
+    """Encode as llama2.c does: join the neighbors whose joined piece scores best."""
     pieces: dict[bytes, tuple[float, int]] = {}
     offset = 4
     while offset < len(data):
@@ -169,10 +169,10 @@ def merge_greedily(data: bytes, text: str) -> list[int]:
     parts = [character.encode() for character in " " + text]
     while True:
         joined = [left + right for left, right in itertools.pairwise(parts)]
-        found = [(pieces[j][0], -i) for i, j in enumerate(joined) if j in pieces]
-        if not found:
+        candidates = [(pieces[j][0], -i) for i, j in enumerate(joined) if j in pieces]
+        if not candidates:
             return [pieces[part][1] for part in parts]
-        best = -max(found)[1]
+        best = -max(candidates)[1]
         parts[best : best + 2] = [joined[best]]
 
 

@@ -1,7 +1,7 @@
 """GGUF files, run by llama.cpp.
 
-It is found through `LLAMA_JAX_NODE_LLAMA_CPP`, a folder in which
-`npm install node-llama-cpp` was run; that brings llama.cpp, compiled, along.
+Needs `LLAMA_JAX_NODE_LLAMA_CPP`, a folder in which `npm install node-llama-cpp` was
+run; that package contains llama.cpp, compiled.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.foreign import every_kind, write_llama2c_tokenizer
+from support.foreign import every_kind
 from support.models import random_params
 
 from llama_jax.checkpoint.lazy_leaf import lazy_leaves
@@ -34,8 +34,8 @@ from llama_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
-# Absolute, of logits. Below float32 llama.cpp rounds the activations, too, to the type
-# of the weights before it multiplies the two; we compute in float32.
+# Absolute, of logits. Below float32, llama.cpp also rounds the activations to the type
+# of the weights before it multiplies; we compute in float32.
 CLOSE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1, "q8_0": 5e-1}
 PROMPT = "Once upon a time, Lily"
 TEXTS = (
@@ -47,8 +47,8 @@ TEXTS = (
     "<s> </s> <0x41> [INST] ﬁ ½",
     " ",
 )
-# What is asked for in a file is answered in two: logits that follow all tokens but the
-# last, and all else as JSON.
+# Reads a job from a JSON file; writes the logits after all tokens but the last to one
+# file, everything else as JSON to another.
 PROGRAM = """
 import {readFileSync, writeFileSync} from "node:fs";
 import {pathToFileURL} from "node:url";
@@ -62,13 +62,13 @@ const context = await model.createContext({
   experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32",
 });
 const sequence = context.getSequence();
-const asked = job.tokens.slice(0, -1);
-const found = await sequence.controlledEvaluate(
-  asked.map((id) => [id, {generateNext: {logits: true}}]));
-const size = found[0].next.logits.size;
-const logits = new Float32Array(asked.length * size);
-found.forEach((one, row) => {
-  for (const [id, logit] of one.next.logits) logits[row * size + id] = logit;
+const inputs = job.tokens.slice(0, -1);
+const outputs = await sequence.controlledEvaluate(
+  inputs.map((id) => [id, {generateNext: {logits: true}}]));
+const size = outputs[0].next.logits.size;
+const logits = new Float32Array(inputs.length * size);
+outputs.forEach((output, row) => {
+  for (const [id, logit] of output.next.logits) logits[row * size + id] = logit;
 });
 writeFileSync(job.logits, logits);
 await sequence.clearHistory();
@@ -89,7 +89,7 @@ process.exit(0);
 
 @pytest.fixture(scope="module")
 def folder() -> pathlib.Path:
-    """Where node finds llama.cpp."""
+    """Return the folder of node-llama-cpp."""
     named = os.environ.get("LLAMA_JAX_NODE_LLAMA_CPP")
     if named is None or shutil.which("node") is None:
         pytest.skip(
@@ -108,11 +108,11 @@ def run(
     count: int,
     texts: Sequence[str] = (),
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What llama.cpp makes of a file, and the logits that follow the tokens."""
+    """Run llama.cpp; return its answer, and the logits after the tokens."""
     job, answer, file, program = (
         model.with_suffix(suffix) for suffix in (".job", ".json", ".logits", ".mjs")
     )
-    asked = {
+    fields = {
         "model": str(model),
         "answer": str(answer),
         "logits": str(file),
@@ -121,16 +121,16 @@ def run(
         "count": count,
         "texts": list(texts),
     }
-    job.write_text(json.dumps(asked))
+    job.write_text(json.dumps(fields))
     program.write_text(PROGRAM)
-    done = subprocess.run(
+    completed = subprocess.run(
         ["node", program, folder, job],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     logits = np.fromfile(file, np.float32).reshape(len(tokens) - 1, -1)
     return json.loads(answer.read_text()), logits
 
@@ -141,14 +141,14 @@ def our_logits(path: pathlib.Path, tokens: Sequence[int]) -> np.ndarray:
     return np.asarray(logits)[0, :-1]
 
 
-@pytest.mark.parametrize("kind", list(CLOSE))
+@pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("name", ["stories15M", "stories260K"])
-def test_llama_cpp_tells_our_story(
+def test_llama_cpp_generates_our_story(
     tmp_path: pathlib.Path,
     assets: pathlib.Path,
     folder: pathlib.Path,
     name: str,
-    kind: Any,
+    dtype: Any,
 ) -> None:
     source = read_llama2c(assets / "weights" / f"{name}.bin")
     if name == "stories15M":
@@ -158,7 +158,7 @@ def test_llama_cpp_tells_our_story(
             read_llama2c_tokenizer(assets / "tokenizers" / "tok512.bin")
         )
     path = tmp_path / "stories.gguf"
-    write_gguf(path, LazyModel(source.config, source.leaves(), tokenizer), dtype=kind)
+    write_gguf(path, LazyModel(source.config, source.leaves(), tokenizer), dtype=dtype)
     prompt = tokenizer.encode(PROMPT, bos=True, eos=False)
     ours = load(path, runtime=Runtime(dtype="float32"))
     greedy = Sampling(temperature=0)
@@ -175,25 +175,28 @@ def test_llama_cpp_tells_our_story(
     for text, ids in zip(TEXTS, theirs["texts"], strict=True):
         assert ids == tokenizer.encode(text, bos=False, eos=False), text
     np.testing.assert_allclose(
-        logits, our_logits(path, tokens), rtol=0, atol=CLOSE[kind]
+        logits, our_logits(path, tokens), rtol=0, atol=CLOSE[dtype]
     )
-    if kind != "q8_0":  # llama.cpp quantizes activations too, which may change a word
+    if dtype != "q8_0":  # llama.cpp quantizes activations too, and may differ in words
         assert tuple(theirs["greedy"]) == story.token_ids
         assert theirs["text"] == story.text
 
 
 @every_kind
 def test_llama_cpp_gives_our_logits(
-    tmp_path: pathlib.Path, folder: pathlib.Path, config: LlamaConfig
+    tmp_path: pathlib.Path,
+    folder: pathlib.Path,
+    config: LlamaConfig,
+    tiny_tokenizer: Tokenizer,
 ) -> None:
-    packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
     params = random_params(config)
     path = tmp_path / "x.gguf"
-    write_gguf(path, LazyModel(config, lazy_leaves(params), tokenizer), dtype="float32")
+    write_gguf(
+        path, LazyModel(config, lazy_leaves(params), tiny_tokenizer), dtype="float32"
+    )
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=48).tolist()
-    _, found = run(folder, path, tokens=tokens, prompt=[1], count=1)
+    _, actual = run(folder, path, tokens=tokens, prompt=[1], count=1)
     model = Llama(config, Runtime(dtype="float32"))
-    wanted, _ = apply(model, params, jnp.asarray([tokens]))
-    wanted = np.asarray(wanted)[0, :-1]
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=CLOSE["float32"])
+    expected, _ = apply(model, params, jnp.asarray([tokens]))
+    expected = np.asarray(expected)[0, :-1]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=CLOSE["float32"])

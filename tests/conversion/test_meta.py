@@ -1,4 +1,4 @@
-"""Meta's folders: what they are, joined from their ranks."""
+"""Meta's folders: configuration, and weights joined from the ranks."""
 
 import hashlib
 import json
@@ -35,18 +35,18 @@ def read_all(folder: pathlib.Path, config: LlamaConfig) -> dict[str, np.ndarray]
     return {path: leaf.read() for path, leaf in source.leaves().items()}
 
 
-def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-    assert found.keys() == wanted.keys()
-    for path, array in wanted.items():
-        assert found[path].dtype == array.dtype, path
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    for path, array in expected.items():
+        assert actual[path].dtype == array.dtype, path
         np.testing.assert_array_equal(
-            found[path].astype(np.float32), array.astype(np.float32), err_msg=path
+            actual[path].astype(np.float32), array.astype(np.float32), err_msg=path
         )
 
 
 @st.composite
 def folders(draw: Any) -> tuple[LlamaConfig, int, int, Any]:
-    """A model, how many ranks it is split over, and the embedding's split axis."""
+    """Draw a model, a number of ranks, the split axis of the embedding, and a dtype."""
     ranks = draw(st.sampled_from([1, 2, 4, 8]))
     kv_heads = ranks * draw(st.integers(1, 2))
     heads = kv_heads * draw(st.integers(1, 2))
@@ -68,7 +68,7 @@ def folders(draw: Any) -> tuple[LlamaConfig, int, int, Any]:
 
 @given(folder=folders(), seed=st.integers(0, 99))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
-def test_any_number_of_ranks_gives_exactly_the_mapped_weights(
+def test_weights_are_mapped_exactly_for_any_number_of_ranks(
     tmp_path_factory: pytest.TempPathFactory,
     folder: tuple[LlamaConfig, int, int, Any],
     seed: int,
@@ -86,7 +86,7 @@ def test_any_number_of_ranks_gives_exactly_the_mapped_weights(
     assert_same(read_all(path, config), ours_from_meta(config, tensors))
 
 
-def test_the_layers_tables_of_llama_1_are_left_out(tmp_path: pathlib.Path) -> None:
+def test_rotary_tables_of_llama_1_are_dropped(tmp_path: pathlib.Path) -> None:
     tensors = meta_tensors(TINY)
     tables = {
         f"layers.{layer}.attention.inner_attention.rope.freqs": np.ones(2, np.float32)
@@ -115,33 +115,33 @@ def test_the_layers_tables_of_llama_1_are_left_out(tmp_path: pathlib.Path) -> No
 def test_published_params_give_the_published_model(
     name: str, fields: dict[str, Any]
 ) -> None:
-    wanted = PRESETS[name]
+    expected = PRESETS[name]
     params = fields | {
-        "dim": wanted.embed_dim,
-        "n_layers": wanted.num_layers,
-        "n_heads": wanted.num_heads,
-        "norm_eps": wanted.norm_eps,
+        "dim": expected.embed_dim,
+        "n_layers": expected.num_layers,
+        "n_heads": expected.num_heads,
+        "norm_eps": expected.norm_eps,
     }
-    if wanted.num_kv_heads != wanted.num_heads:
-        params["n_kv_heads"] = wanted.num_kv_heads
-    if wanted.rope_theta != 1e4:  # absent means 1e4
-        params["rope_theta"] = wanted.rope_theta
-    config = config_from_params(params, wanted.vocab_size, 1)
-    context, where = published_max_seq_len(config, "x")
-    assert config.replace(max_seq_len=context) == wanted
-    assert "as published for" in where
+    if expected.num_kv_heads != expected.num_heads:
+        params["n_kv_heads"] = expected.num_kv_heads
+    if expected.rope_theta != 1e4:  # absent means 1e4
+        params["rope_theta"] = expected.rope_theta
+    config = config_from_params(params, expected.vocab_size, 1)
+    max_seq_len, origin = published_max_seq_len(config, "x")
+    assert config.replace(max_seq_len=max_seq_len) == expected
+    assert "as published for" in origin
 
 
-def test_epsilon_tells_llama_1_from_llama_2() -> None:
+def test_epsilon_distinguishes_llama_1_from_llama_2() -> None:
     for name in ("llama1-7b", "llama1-13b", "llama2-7b", "llama2-13b"):
-        wanted = PRESETS[name]
-        found = published_max_seq_len(wanted.replace(max_seq_len=1), "x")
-        assert found == (wanted.max_seq_len, f"as published for {name}")
+        expected = PRESETS[name]
+        actual = published_max_seq_len(expected.replace(max_seq_len=1), "x")
+        assert actual == (expected.max_seq_len, f"as published for {name}")
     odd = PRESETS["llama2-70b"].replace(norm_eps=1e-4, max_seq_len=1)
     assert published_max_seq_len(odd, "x") == (4096, "as published for llama2-70b")
 
 
-def test_an_unpublished_size_needs_a_context_length(tmp_path: pathlib.Path) -> None:
+def test_an_unpublished_size_needs_max_seq_len(tmp_path: pathlib.Path) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY))
     with pytest.raises(ConfigError, match="--max-seq-len"):
         read_meta(tmp_path)
@@ -178,7 +178,7 @@ def test_an_unpublished_size_needs_a_context_length(tmp_path: pathlib.Path) -> N
         ({"n_layers": 3}, "lacks layers.2"),
     ],
 )
-def test_params_that_are_not_understood_are_refused_by_name(
+def test_unsupported_params_are_refused_by_name(
     tmp_path: pathlib.Path, changes: dict[str, Any], message: str
 ) -> None:
     params = meta_params(TINY, **changes)
@@ -190,7 +190,7 @@ def test_params_that_are_not_understood_are_refused_by_name(
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"1" * 5000]
 )
-def test_a_params_file_that_is_no_object_is_refused(
+def test_a_params_file_that_is_not_an_object_is_refused(
     tmp_path: pathlib.Path, content: bytes
 ) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY))
@@ -215,7 +215,7 @@ def test_missing_last_ranks_do_not_join(tmp_path: pathlib.Path) -> None:
         read_meta(tmp_path, max_seq_len=64)
 
 
-def test_no_rank_at_all_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_folder_without_ranks_is_refused(tmp_path: pathlib.Path) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY))
     (tmp_path / "consolidated.00.pth").unlink()
     with pytest.raises(CheckpointError, match="no consolidated"):
@@ -254,7 +254,7 @@ def test_an_adapter_or_bias_is_refused(tmp_path: pathlib.Path) -> None:
         read_meta(tmp_path, max_seq_len=64).leaves()
 
 
-def test_checksums_are_compared_where_there_are_some(tmp_path: pathlib.Path) -> None:
+def test_checksums_are_compared_with_the_files(tmp_path: pathlib.Path) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY), ranks=2)
     lines = [
         f"{hashlib.md5((tmp_path / name).read_bytes()).hexdigest()}  {name}"
@@ -262,11 +262,11 @@ def test_checksums_are_compared_where_there_are_some(tmp_path: pathlib.Path) -> 
     ]
     checklist = tmp_path / "checklist.chk"
     checklist.write_text("\n".join(lines) + "\n")
-    seen: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     source = read_meta(tmp_path, max_seq_len=64)
-    verify_checksums(source.checksums, lambda *report: seen.append(report))
+    verify_checksums(source.checksums, lambda *report: reports.append(report))
     size = sum((tmp_path / line.split()[1]).stat().st_size for line in lines)
-    assert seen[-1] == ("verifying checksums", size, size)
+    assert reports[-1] == ("verifying checksums", size, size)
 
     params = json.loads((tmp_path / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps(params, indent=1))

@@ -1,4 +1,4 @@
-"""PEFT folders: what is written is read, by `peft` too; what is more is refused."""
+"""Adapters in folders of `peft`: round trips, by `peft` too, and what is refused."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.foreign import TINY
+from support.foreign import TINY, tiny_tokenizer
 from support.models import forward, random_params, random_tokens
 
 from llama_jax.checkpoint.model_folder import save_params
@@ -27,30 +27,30 @@ CLOSE = 1e-4  # absolute, of float32 logits, as for other folders
 
 
 def some_adapters(lora: Lora = LORA, dtype: Any = "float32") -> Any:
-    """Unrolled; b is not zero."""
-    first = init_lora(CONFIG, jax.random.key(0), lora, runtime=Runtime(), dtype=dtype)
+    """Return unrolled adapters whose b is not zero."""
+    initial = init_lora(CONFIG, jax.random.key(0), lora, runtime=Runtime(), dtype=dtype)
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), first
+        lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), initial
     )
 
 
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A folder with adapters."""
+    """Write a folder with adapters."""
     write_peft(tmp_path / "peft", some_adapters(), CONFIG, LORA)
     return tmp_path / "peft"
 
 
 def change(folder: pathlib.Path, **fields: Any) -> None:
-    """Other facts in its configuration."""
+    """Change fields of its configuration."""
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | fields))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_what_is_written_is_read(
+def test_written_adapters_are_read_back(
     tmp_path: pathlib.Path, dtype: Any, stabilized: bool
 ) -> None:
     lora = Lora(
@@ -58,11 +58,11 @@ def test_what_is_written_is_read(
     )
     adapters = some_adapters(lora, dtype)
     write_peft(tmp_path / "one", adapters, CONFIG, lora, base_model="some/model")
-    found, facts = read_peft(tmp_path / "one", CONFIG)
-    assert facts == lora
-    jax.tree.map(np.testing.assert_array_equal, found, adapters)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
-    # From the other layout the same bytes.
+    actual, description = read_peft(tmp_path / "one", CONFIG)
+    assert description == lora
+    jax.tree.map(np.testing.assert_array_equal, actual, adapters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(actual)} == {jnp.dtype(dtype)}
+    # The stacked layout gives the same bytes.
     write_peft(tmp_path / "two", stack_layers(adapters), CONFIG, lora)
     name = "adapter_model.safetensors"
     assert (tmp_path / "one" / name).read_bytes() == (
@@ -102,7 +102,7 @@ def test_names_and_axes_are_those_of_peft(folder: pathlib.Path) -> None:
         ({"lora_alpha": -1}, "lora: alpha must be a positive number, got -1"),
     ],
 )
-def test_adapters_that_are_more_than_a_product_are_refused_by_name(
+def test_unsupported_adapters_are_refused_by_name(
     folder: pathlib.Path, fields: dict[str, Any], reason: str
 ) -> None:
     change(folder, **fields)
@@ -110,9 +110,9 @@ def test_adapters_that_are_more_than_a_product_are_refused_by_name(
         read_peft(folder, CONFIG)
 
 
-@pytest.mark.parametrize("first", [False, "gaussian", "eva", "orthogonal"])
-def test_how_they_began_does_not_matter(folder: pathlib.Path, first: Any) -> None:
-    change(folder, init_lora_weights=first, lora_dropout=0.1, revision="main")
+@pytest.mark.parametrize("init", [False, "gaussian", "eva", "orthogonal"])
+def test_initialization_settings_are_ignored(folder: pathlib.Path, init: Any) -> None:
+    change(folder, init_lora_weights=init, lora_dropout=0.1, revision="main")
     assert read_peft(folder, CONFIG)[1] == LORA
 
 
@@ -130,7 +130,7 @@ def test_adapters_of_another_model_are_refused(folder: pathlib.Path) -> None:
         read_peft(folder, CONFIG)
 
 
-def test_adapters_that_do_not_belong_together_are_not_written(
+def test_adapters_that_do_not_match_their_description_are_not_written(
     tmp_path: pathlib.Path,
 ) -> None:
     for lora, reason in (
@@ -143,12 +143,12 @@ def test_adapters_that_do_not_belong_together_are_not_written(
         assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_is_there_is_not_written_over(folder: pathlib.Path) -> None:
+def test_an_existing_folder_is_not_overwritten(folder: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="already exists"):
         write_peft(folder, some_adapters(), CONFIG, LORA)
 
 
-def test_damaged_folders_are_refused_in_a_sentence(folder: pathlib.Path) -> None:
+def test_damaged_folders_are_refused_in_one_line(folder: pathlib.Path) -> None:
     rng = random.Random(0)
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     whole = {file: file.read_bytes() for file in files}
@@ -188,14 +188,8 @@ def their_logits(base: pathlib.Path, folder: pathlib.Path, tokens: Any) -> np.nd
 
 
 def save_base(tmp_path: pathlib.Path, params: Any) -> pathlib.Path:
-    """The model as a Hugging Face folder."""
-    from support.foreign import write_llama2c_tokenizer
-
-    from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
-    from llama_jax.text.tokenizer import Tokenizer
-
-    packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
+    """Write the model as a Hugging Face folder."""
+    tokenizer = tiny_tokenizer(tmp_path)
     save_params(tmp_path / "ours", params, CONFIG, tokenizer=tokenizer)
     convert(tmp_path / "ours", tmp_path / "hf", target_format="hf")
     return tmp_path / "hf"
@@ -215,11 +209,11 @@ def test_peft_reads_our_folder(tmp_path: pathlib.Path, stabilized: bool) -> None
     base = save_base(tmp_path, params)
     lora = Lora(rank=4, alpha=6, rank_stabilized=stabilized)
     write_peft(tmp_path / "peft", some_adapters(lora), CONFIG, lora)
-    wanted = our_logits(params, tmp_path / "peft", tokens)
+    expected = our_logits(params, tmp_path / "peft", tokens)
     plain, _ = forward(Llama(CONFIG, Runtime()), params, tokens)
-    assert np.abs(wanted - np.asarray(plain)).max() > 0.1
-    found = their_logits(base, tmp_path / "peft", tokens)
-    np.testing.assert_allclose(found, wanted, atol=CLOSE, rtol=0)
+    assert np.abs(expected - np.asarray(plain)).max() > 0.1
+    actual = their_logits(base, tmp_path / "peft", tokens)
+    np.testing.assert_allclose(actual, expected, atol=CLOSE, rtol=0)
 
 
 @pytest.mark.slow
@@ -249,6 +243,6 @@ def test_a_folder_that_peft_wrote_gives_its_logits(
     assert (lora.rank, lora.alpha, lora.rank_stabilized) == (3, 7, stabilized)
     assert lora.targets == ("q_proj", "k_proj", "o_proj", "gate_proj")
     assert len(flatten(adapters)) == 2 * 4 * CONFIG.num_layers
-    found = our_logits(params, tmp_path / "peft", tokens)
-    wanted = their_logits(base, tmp_path / "peft", tokens)
-    np.testing.assert_allclose(found, wanted, atol=CLOSE, rtol=0)
+    actual = our_logits(params, tmp_path / "peft", tokens)
+    expected = their_logits(base, tmp_path / "peft", tokens)
+    np.testing.assert_allclose(actual, expected, atol=CLOSE, rtol=0)

@@ -1,4 +1,4 @@
-"""PyTorch's files, read without PyTorch and without executing them."""
+"""`.pth` files, read without PyTorch and without executing their pickles."""
 
 import io
 import os
@@ -42,20 +42,20 @@ def test_tensors_of_any_shape_and_dtype_are_read(
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
     }
     write_pth(path, arrays)
-    found = read_pth(path)
-    assert list(found) == list(arrays)
+    actual = read_pth(path)
+    assert list(actual) == list(arrays)
     for name, array in arrays.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-        assert found[name].tobytes() == array.tobytes()
-        assert not found[name].flags.writeable
+        assert (actual[name].dtype, actual[name].shape) == (array.dtype, array.shape)
+        assert actual[name].tobytes() == array.tobytes()
+        assert not actual[name].flags.writeable
 
 
 def test_a_transposed_view_of_a_larger_storage_is_read(tmp_path: pathlib.Path) -> None:
     data = np.arange(20, dtype=np.float32)
     body = text("w") + tensor("FloatStorage", "0", 20, 2, (2, 3), (1, 4))
     write_pth(tmp_path / "x.pth", {"w": data}, pickle=b"\x80\x02}(" + body + b"u.")
-    found = read_pth(tmp_path / "x.pth")["w"]
-    np.testing.assert_array_equal(found, [[2, 6, 10], [3, 7, 11]])
+    actual = read_pth(tmp_path / "x.pth")["w"]
+    np.testing.assert_array_equal(actual, [[2, 6, 10], [3, 7, 11]])
 
 
 class Malicious:
@@ -79,7 +79,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_executed(
         read_pth(tmp_path / "x.pth")
     assert not target.exists()
     pickle.loads(bad)
-    assert target.exists()  # so it would have been made
+    assert target.exists()  # the pickle does work
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_executed(
         (b"h\x07.", "damaged"),
     ],
 )
-def test_a_pickle_that_is_no_state_dict_is_refused(
+def test_a_pickle_that_is_not_a_state_dict_is_refused(
     tmp_path: pathlib.Path, body: bytes, word: str
 ) -> None:
     write_pth(tmp_path / "x.pth", ARRAYS, pickle=b"\x80\x02" + body)
@@ -114,7 +114,7 @@ def test_a_pickle_that_is_no_state_dict_is_refused(
         read_pth(tmp_path / "x.pth")
 
 
-def test_a_huge_memo_index_takes_no_memory(tmp_path: pathlib.Path) -> None:
+def test_a_huge_memo_index_allocates_no_memory(tmp_path: pathlib.Path) -> None:
     # Python's own unpickler would reserve room for two billion entries.
     write_pth(tmp_path / "x.pth", {}, pickle=b"\x80\x02}r\xff\xff\xff\x7f.")
     assert read_pth(tmp_path / "x.pth") == {}
@@ -123,7 +123,7 @@ def test_a_huge_memo_index_takes_no_memory(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        tensor("FloatStorage", "0", 12, 1, (3, 4)),  # reaches beyond the end
+        tensor("FloatStorage", "0", 12, 1, (3, 4)),  # extends past the end
         tensor("FloatStorage", "0", 12, 0, (3, 4), (5, 1)),
         tensor("FloatStorage", "0", 12, 0, (3, 4), (0, 1)),  # uses numbers twice
         tensor("FloatStorage", "0", 12, 0, (1 << 40, 1 << 40), (0, 0)),
@@ -164,8 +164,8 @@ def test_parameters_and_module_metadata_are_understood(tmp_path: pathlib.Path) -
     metadata = b"}" + text("_metadata") + ordered + b"sb"
     body = b"\x80\x02" + ordered + b"(" + text("a") + parameter + b"u" + metadata + b"."
     write_pth(tmp_path / "x.pth", {"a": ARRAYS["a.weight"]}, pickle=body)
-    found = read_pth(tmp_path / "x.pth")
-    np.testing.assert_array_equal(found["a"], ARRAYS["a.weight"])
+    actual = read_pth(tmp_path / "x.pth")
+    np.testing.assert_array_equal(actual["a"], ARRAYS["a.weight"])
 
 
 def test_a_compressed_archive_is_refused(tmp_path: pathlib.Path) -> None:
@@ -175,7 +175,7 @@ def test_a_compressed_archive_is_refused(tmp_path: pathlib.Path) -> None:
         read_pth(path)
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: pathlib.Path) -> None:
+def test_every_truncated_file_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.pth"
     write_pth(path, ARRAYS)
     whole = path.read_bytes()
@@ -191,7 +191,7 @@ def test_big_endian_weights_are_refused(tmp_path: pathlib.Path) -> None:
         read_pth(tmp_path / "x.pth")
 
 
-def test_files_that_are_no_archive_of_pytorch_are_refused(
+def test_other_archives_are_refused(
     tmp_path: pathlib.Path,
 ) -> None:
     (tmp_path / "old.pth").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2))
@@ -210,7 +210,7 @@ def test_entries_that_overlap_are_refused(tmp_path: pathlib.Path) -> None:
     pair = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
     write_pth(path, pair)
     data = bytearray(path.read_bytes())
-    # Make the directory's entry of data/1 point at the local header of data/0.
+    # Point the directory's entry of data/1 to the local header of data/0.
     first, second = (data.find(b"archive/data/" + key) for key in (b"0", b"1"))
     directory = data.rfind(b"archive/data/1") - 46
     assert data[directory : directory + 4] == b"PK\x01\x02"
@@ -219,14 +219,14 @@ def test_entries_that_overlap_are_refused(tmp_path: pathlib.Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not where the zip directory says"):
         read_pth(path)
-    # And with the same name in both places, so that only the ranges tell.
+    # With the same name in both headers, so that only the ranges differ.
     data[directory + 46 : directory + 60] = b"archive/data/0"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"twice|overlaps"):
         read_pth(path)
 
 
-def test_damaged_files_raise_nothing_but_a_checkpoint_error(
+def test_damaged_files_raise_only_checkpoint_errors(
     tmp_path: pathlib.Path,
 ) -> None:
     path = tmp_path / "x.pth"
@@ -257,13 +257,13 @@ def test_damaged_files_raise_nothing_but_a_checkpoint_error(
 
 
 class StandIn:
-    """What Python's unpickler makes in place of each class and function of torch."""
+    """What the unpickler below constructs instead of torch's classes and functions."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
 
-class Machine(pickle.Unpickler):
+class StandInUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return name if name.endswith("Storage") else StandIn
 
@@ -271,8 +271,8 @@ class Machine(pickle.Unpickler):
         return id
 
 
-def test_the_pickles_of_these_tests_run_on_pythons_machine_too() -> None:
-    found = Machine(io.BytesIO(state_dict_pickle(ARRAYS))).load()
-    storage, offset, shape, strides = found["a.weight"].arguments[:4]
+def test_the_pickles_of_these_tests_load_in_python_too() -> None:
+    actual = StandInUnpickler(io.BytesIO(state_dict_pickle(ARRAYS))).load()
+    storage, offset, shape, strides = actual["a.weight"].arguments[:4]
     assert storage == ("storage", "FloatStorage", "0", "cpu", 12)
     assert (offset, shape, strides) == (0, (3, 4), (4, 1))

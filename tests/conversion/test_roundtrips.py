@@ -1,4 +1,4 @@
-"""There and back between all formats: every tensor's bytes, dtype and name."""
+"""Conversions to every format and back: bytes, dtype and name of every tensor."""
 
 import pathlib
 import struct
@@ -15,8 +15,8 @@ from support.foreign import (
     TINY,
     meta_tensors,
     write_llama2c,
-    write_llama2c_tokenizer,
     write_meta,
+    write_tokenizer_model,
 )
 from support.models import random_params
 
@@ -38,7 +38,7 @@ GROUPED = TINY.replace(num_kv_heads=8, vocab_size=288, mlp_dim=96)
 
 @st.composite
 def configs(draw: st.DrawFn) -> LlamaConfig:
-    """Small models that every format can hold: grouped or not, odd vocabularies."""
+    """Draw small models that every format can store: grouped or not, odd sizes."""
     kv, group, half = (draw(st.integers(1, 3)) for _ in range(3))
     width = kv * group * 2 * half
     return TINY.replace(
@@ -54,13 +54,13 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
 
 
 def assert_same_bits(
-    found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+    actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
 ) -> None:
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert found[name].dtype == array.dtype, name
-        assert found[name].shape == array.shape, name
-        assert found[name].tobytes() == array.tobytes(), name
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype, name
+        assert actual[name].shape == array.shape, name
+        assert actual[name].tobytes() == array.tobytes(), name
 
 
 def read_ranks(folder: pathlib.Path) -> list[dict[str, np.ndarray]]:
@@ -71,54 +71,49 @@ def read_ranks(folder: pathlib.Path) -> list[dict[str, np.ndarray]]:
     return ranks
 
 
-def tokenizer_in(folder: pathlib.Path) -> pathlib.Path:
-    packed = write_llama2c_tokenizer(folder / "packed.bin")
-    file = folder / "tokenizer.model"
-    file.write_bytes(read_llama2c_tokenizer(packed))
-    return file
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_meta_to_ours_and_back_is_the_same_bit_for_bit(
+def test_meta_to_ours_and_back_is_bit_identical(
     tmp_path: pathlib.Path, ranks: int, dtype: Any
 ) -> None:
     tensors = meta_tensors(GROUPED, dtype=dtype)
     source = write_meta(tmp_path / "meta", GROUPED, tensors, ranks=ranks)
-    tokenizer = tokenizer_in(tmp_path)
+    tokenizer = write_tokenizer_model(tmp_path)
     convert(source, tmp_path / "ours", max_seq_len=64)
     back = tmp_path / "back"
     convert(tmp_path / "ours", back, target_format="meta", ranks=ranks)
-    wanted = read_ranks(source)
-    found = read_ranks(back)
-    assert len(found) == len(wanted) == ranks
-    for one, other in zip(found, wanted, strict=True):
-        assert_same_bits(one, other)
+    expected = read_ranks(source)
+    actual = read_ranks(back)
+    assert len(actual) == len(expected) == ranks
+    for rank, expected_rank in zip(actual, expected, strict=True):
+        assert_same_bits(rank, expected_rank)
     assert (back / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     assert open_source(back, max_seq_len=64).config == GROUPED
 
 
 @pytest.mark.parametrize("ranks", [(1, 4), (8, 2), (2, 1)])
-def test_any_number_of_ranks_becomes_any_other(
+def test_any_number_of_ranks_converts_to_any_other(
     tmp_path: pathlib.Path, ranks: tuple[int, int]
 ) -> None:
-    tokenizer_in(tmp_path)
+    write_tokenizer_model(tmp_path)
     tensors = meta_tensors(GROUPED)
     source = write_meta(tmp_path / "a", GROUPED, tensors, ranks=ranks[0])
     convert(source, tmp_path / "b", target_format="meta", ranks=ranks[1], max_seq_len=9)
-    wanted = write_meta(tmp_path / "c", GROUPED, tensors, ranks=ranks[1])
-    for one, other in zip(read_ranks(tmp_path / "b"), read_ranks(wanted), strict=True):
-        assert_same_bits(one, other)
+    expected = write_meta(tmp_path / "c", GROUPED, tensors, ranks=ranks[1])
+    for rank, expected_rank in zip(
+        read_ranks(tmp_path / "b"), read_ranks(expected), strict=True
+    ):
+        assert_same_bits(rank, expected_rank)
 
 
 @settings(max_examples=12, deadline=None)
 @given(config=configs(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
-def test_hugging_face_to_ours_and_back_is_the_same_bit_for_bit(
+def test_hugging_face_to_ours_and_back_is_bit_identical(
     config: LlamaConfig, dtype: Any, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        tokenizer_in(folder)
+        write_tokenizer_model(folder)
         source = write_llama2c(
             folder / "x.bin", config, meta_tensors(config, seed=seed)
         )
@@ -131,20 +126,20 @@ def test_hugging_face_to_ours_and_back_is_the_same_bit_for_bit(
         tensors = read_safetensors(files[0])
         assert ("lm_head.weight" in tensors) is not config.tied_embeddings
         assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
-        described = [(folder / w / "config.json").read_text() for w in ("hf", "back")]
-        assert described[0] == described[1]
+        configs = [(folder / w / "config.json").read_text() for w in ("hf", "back")]
+        assert configs[0] == configs[1]
         assert open_source(folder / "back").config == config
 
 
 @settings(max_examples=12, deadline=None)
 @given(config=configs(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
-def test_meta_to_hugging_face_and_back_is_the_same_bit_for_bit(
+def test_meta_to_hugging_face_and_back_is_bit_identical(
     config: LlamaConfig, dtype: Any, seed: int
 ) -> None:
     config = config.replace(tied_embeddings=False)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        tokenizer_in(folder)
+        write_tokenizer_model(folder)
         tensors = meta_tensors(config, seed=seed, dtype=dtype)
         source = write_meta(folder / "meta", config, tensors)
         convert(source, folder / "hf", target_format="hf", max_seq_len=64)
@@ -154,29 +149,29 @@ def test_meta_to_hugging_face_and_back_is_the_same_bit_for_bit(
 
 @settings(max_examples=12, deadline=None)
 @given(config=configs(), seed=st.integers(0, 99))
-def test_llama2c_to_ours_and_back_is_the_same_bit_for_bit(
+def test_llama2c_to_ours_and_back_is_bit_identical(
     config: LlamaConfig, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        tokenizer_in(folder)
+        write_tokenizer_model(folder)
         tensors = meta_tensors(config, seed=seed)
         source = write_llama2c(folder / "x.bin", config, tensors)
         convert(source, folder / "ours")
         convert(folder / "ours", folder / "new" / "y.bin")
-        # All but the two rotary tables, which the source here fills with sevens.
+        # All but the two rotary tables, which `write_llama2c` fills with sevens.
         tables = 8 * config.max_seq_len * (config.head_dim // 2)
         end = source.stat().st_size
         if not config.tied_embeddings:
             end -= 4 * config.vocab_size * config.embed_dim
-        wanted = source.read_bytes()
-        found = (folder / "new" / "y.bin").read_bytes()
-        assert found[: end - tables] == wanted[: end - tables]
-        assert found[end:] == wanted[end:]
-        assert len(found) == len(wanted)
+        expected = source.read_bytes()
+        actual = (folder / "new" / "y.bin").read_bytes()
+        assert actual[: end - tables] == expected[: end - tables]
+        assert actual[end:] == expected[end:]
+        assert len(actual) == len(expected)
 
 
-def test_rotary_tables_are_those_of_the_original(assets: pathlib.Path) -> None:
+def test_rotary_tables_equal_those_of_the_published_file(assets: pathlib.Path) -> None:
     source = assets / "weights" / "stories15M.bin"
     with tempfile.TemporaryDirectory() as name:
         new = pathlib.Path(name) / "new.bin"
@@ -184,22 +179,22 @@ def test_rotary_tables_are_those_of_the_original(assets: pathlib.Path) -> None:
         old, written = source.read_bytes(), new.read_bytes()
     tables = 2 * 4 * 256 * 24
     assert written[:-tables] == old[:-tables]
-    one, other = (np.frombuffer(d[-tables:], "<f4") for d in (written, old))
+    ours, theirs = (np.frombuffer(d[-tables:], "<f4") for d in (written, old))
     # Angles of up to 255 radians in float32 have errors of 2**-17.
-    np.testing.assert_allclose(one, other, atol=2**-16)
+    np.testing.assert_allclose(ours, theirs, atol=2**-16)
 
 
-def test_the_embedding_is_written_twice_where_it_cannot_be_tied(
+def test_the_embedding_is_written_twice_if_it_cannot_be_tied(
     tmp_path: pathlib.Path,
 ) -> None:
-    tokenizer_in(tmp_path)
+    write_tokenizer_model(tmp_path)
     tied = TINY.replace(tied_embeddings=True)
     tensors = meta_tensors(tied)
     source = write_llama2c(tmp_path / "x.bin", tied, tensors)
     convert(source, tmp_path / "meta", target_format="meta")
-    found = read_ranks(tmp_path / "meta")[0]
+    actual = read_ranks(tmp_path / "meta")[0]
     assert (
-        found["output.weight"].tobytes() == tensors["tok_embeddings.weight"].tobytes()
+        actual["output.weight"].tobytes() == tensors["tok_embeddings.weight"].tobytes()
     )
 
 
@@ -207,10 +202,10 @@ def test_the_embedding_is_written_twice_where_it_cannot_be_tied(
 @pytest.mark.parametrize(
     "change", [{"head_dim": 6}, {"rope_theta": 5e5}, {"norm_eps": 1e-6}]
 )
-def test_a_format_that_cannot_say_what_a_model_is_refuses_it(
+def test_a_format_without_a_field_for_a_model_refuses_it(
     tmp_path: pathlib.Path, target: Any, change: dict[str, Any]
 ) -> None:
-    tokenizer_in(tmp_path)
+    write_tokenizer_model(tmp_path)
     config = TINY.replace(**change)
     (name,) = change
     tensors = meta_tensors(config)
@@ -238,7 +233,7 @@ def test_a_format_that_cannot_say_what_a_model_is_refuses_it(
 def test_ranks_that_do_not_divide_the_model_are_refused(
     tmp_path: pathlib.Path, ranks: int
 ) -> None:
-    tokenizer_in(tmp_path)
+    write_tokenizer_model(tmp_path)
     source = write_meta(tmp_path / "a", TINY, meta_tensors(TINY))
     with pytest.raises(ConfigError, match=f"ranks is {ranks}"):
         convert(
@@ -247,7 +242,7 @@ def test_ranks_that_do_not_divide_the_model_are_refused(
     assert not list(tmp_path.glob("b*"))
 
 
-def test_a_tokenizers_pieces_survive_every_format(assets: pathlib.Path) -> None:
+def test_pieces_of_tokenizers_survive_every_format(assets: pathlib.Path) -> None:
     for name in ("llama2.model", "codellama.model"):
         proto = (assets / "tokenizers" / name).read_bytes()
         pieces = pieces_of_model(proto)
@@ -266,11 +261,11 @@ def test_a_tokenizers_pieces_survive_every_format(assets: pathlib.Path) -> None:
 def test_another_tokenizer_beside_the_target_is_not_overwritten(
     tmp_path: pathlib.Path,
 ) -> None:
-    tokenizer = tokenizer_in(tmp_path)
+    tokenizer = write_tokenizer_model(tmp_path)
     source = write_llama2c(tmp_path / "x.bin", TINY, meta_tensors(TINY))
-    place = tmp_path / "new"
-    place.mkdir()
-    (place / "tokenizer.bin").write_bytes(struct.pack("<i", 1))
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 1))
     with pytest.raises(TokenizerError, match="another model's tokenizer"):
-        convert(source, place / "y.bin", tokenizer=tokenizer)
-    assert [file.name for file in place.iterdir()] == ["tokenizer.bin"]
+        convert(source, folder / "y.bin", tokenizer=tokenizer)
+    assert [file.name for file in folder.iterdir()] == ["tokenizer.bin"]

@@ -1,4 +1,4 @@
-"""safetensors files: what is written is read, what is damaged is refused."""
+"""safetensors files: round trips, and damaged files."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.errors import CheckpointError
 
@@ -19,10 +19,6 @@ ARRAYS = {
     "b.weight": np.arange(4, dtype=np.float16),
     "c": np.arange(8).astype(ml_dtypes.bfloat16).reshape(2, 2, 2),
 }
-
-
-def lazy(array: np.ndarray) -> LazyLeaf:
-    return LazyLeaf(array.shape, array.dtype, lambda: array)
 
 
 def write(path: pathlib.Path, header: Any, data: bytes = b"", pad: int = 0) -> None:
@@ -34,17 +30,17 @@ def entry(shape: Any, begin: Any, end: Any, dtype: Any = "F32") -> dict[str, Any
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
+def test_written_files_are_read_back(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "x.safetensors"
     written: list[str] = []
-    write_safetensors(file, {n: lazy(a) for n, a in ARRAYS.items()}, written.append)
+    write_safetensors(file, lazy_leaves(ARRAYS), written.append)
     assert written == ["a", "b.weight", "c"]
-    found = read_safetensors(file)
-    assert found.keys() == ARRAYS.keys()
+    actual = read_safetensors(file)
+    assert actual.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
-        assert found[name].dtype == array.dtype
-        assert found[name].shape == array.shape
-        assert found[name].read().tobytes() == array.tobytes()
+        assert actual[name].dtype == array.dtype
+        assert actual[name].shape == array.shape
+        assert actual[name].read().tobytes() == array.tobytes()
 
 
 def test_the_reference_implementation_reads_and_writes_the_same_file(
@@ -52,11 +48,11 @@ def test_the_reference_implementation_reads_and_writes_the_same_file(
 ) -> None:
     numpy = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
     arrays = {name: array for name, array in ARRAYS.items() if name != "c"}
-    write_safetensors(tmp_path / "x", {n: lazy(a) for n, a in arrays.items()})
-    found = numpy.load_file(tmp_path / "x")
-    assert found.keys() == arrays.keys()
+    write_safetensors(tmp_path / "x", lazy_leaves(arrays))
+    actual = numpy.load_file(tmp_path / "x")
+    assert actual.keys() == arrays.keys()
     for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(actual[name], array)
     numpy.save_file(arrays, tmp_path / "y", metadata={"format": "pt"})
     assert (tmp_path / "y").read_bytes() == (tmp_path / "x").read_bytes()
 
@@ -65,7 +61,7 @@ HUGE = 1 << 62
 
 
 @pytest.mark.parametrize(
-    ("header", "data", "said"),
+    ("header", "data", "message"),
     [
         ({"a": entry([2], 0, 8)}, b"1234567", "describes"),
         ({"a": entry([2], 0, 8)}, b"123456789", "describes"),
@@ -94,11 +90,11 @@ HUGE = 1 << 62
         (b'{"a": ' + b"9" * 5000 + b"}", b"", "damaged"),
     ],
 )
-def test_a_header_that_lies_is_refused(
-    tmp_path: pathlib.Path, header: Any, data: bytes, said: str
+def test_inconsistent_headers_are_refused(
+    tmp_path: pathlib.Path, header: Any, data: bytes, message: str
 ) -> None:
     write(tmp_path / "x", header, data)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_safetensors(tmp_path / "x")
     assert "\n" not in str(caught.value)
 
@@ -123,7 +119,7 @@ def test_a_file_too_short_for_a_header_is_refused(
 
 def test_mutated_files_are_refused_or_read(tmp_path: pathlib.Path) -> None:
     rng, file = random.Random(0), tmp_path / "x"
-    write_safetensors(file, {n: lazy(a) for n, a in ARRAYS.items()})
+    write_safetensors(file, lazy_leaves(ARRAYS))
     good = file.read_bytes()
     refused = 0
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""The tables of foreign formats, and the patterns in their rows."""
+"""The tables of all formats, and the axis patterns in them."""
 
 import ml_dtypes
 import numpy as np
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.foreign import TINY
 
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaf, lazy_leaves
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.axis_patterns import axes_shape, rearrange, reverse
 from llama_jax.conversion.tensor_mapping import (
@@ -34,7 +34,7 @@ PATTERNS = sorted({rule.pattern for format in ALL for rule in format.rules})
 
 
 def configs() -> st.SearchStrategy[LlamaConfig]:
-    """Small models of every proportion."""
+    """Draw small models of every proportion."""
 
     def build(kv: int, group: int, half: int, layers: int, tied: bool) -> LlamaConfig:
         return TINY.replace(
@@ -48,10 +48,6 @@ def configs() -> st.SearchStrategy[LlamaConfig]:
 
     small = st.integers(1, 3)
     return st.builds(build, small, small, small, small, st.booleans())
-
-
-def lazy(array: np.ndarray) -> LazyLeaf:
-    return LazyLeaf(array.shape, array.dtype, lambda: array)
 
 
 def test_rotary_pairs_move_half_a_head_apart() -> None:
@@ -95,7 +91,7 @@ def test_a_pattern_read_backwards_is_its_inverse(
     np.testing.assert_array_equal(rearrange(reverse(pattern), there, sizes), array)
 
 
-def test_more_rows_than_are_copied_at_a_time_arrive_too() -> None:
+def test_arrays_larger_than_one_copy_are_rearranged() -> None:
     array = np.arange(300 * 7.0).reshape(300, 7)
     moved = rearrange("F D -> D F", array, {"F": 300, "D": 7})
     np.testing.assert_array_equal(moved, array.T)
@@ -108,9 +104,7 @@ def test_more_rows_than_are_copied_at_a_time_arrive_too() -> None:
 
 @FORMATS
 @given(config=configs())
-def test_the_rows_fill_every_leaf_with_its_shape(
-    format: Format, config: LlamaConfig
-) -> None:
+def test_rules_give_every_leaf_its_shape(format: Format, config: LlamaConfig) -> None:
     sizes = pattern_sizes(config)
     for rule in format.rules:
         shape = axes_shape(rule.pattern.split(" -> ")[1], sizes)
@@ -126,7 +120,7 @@ def test_the_rows_fill_every_leaf_with_its_shape(
 
 
 @FORMATS
-def test_no_two_rows_share_a_source_or_a_target(format: Format) -> None:
+def test_rules_have_distinct_names_and_rows(format: Format) -> None:
     for column in ("foreign_name", "row"):
         names = [getattr(rule, column) for rule in format.rules]
         assert len(set(names)) == len(names)
@@ -136,7 +130,7 @@ def test_no_two_rows_share_a_source_or_a_target(format: Format) -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "dropped shape"])
-def test_tensors_that_are_not_the_configs_are_refused_by_name(change: str) -> None:
+def test_tensors_that_do_not_match_the_config_are_refused_by_name(change: str) -> None:
     shapes = source_shapes(META, TINY)
     victim = "layers.1.feed_forward.w2.weight"
     if change == "missing":
@@ -157,12 +151,12 @@ def test_tensors_that_are_not_the_configs_are_refused_by_name(change: str) -> No
         leaves_from_tensors(META, tensors, TINY, where="x")
 
 
-def test_rotary_tables_are_left_out() -> None:
+def test_rotary_tables_are_dropped() -> None:
     shapes = source_shapes(META, TINY) | {
         "rope.freqs": (2,),
         "layers.1.attention.inner_attention.rope.freqs": (2,),
     }
-    tensors = {name: lazy(np.zeros(shape)) for name, shape in shapes.items()}
+    tensors = {name: lazy_leaf(np.zeros(shape)) for name, shape in shapes.items()}
     assert list(leaves_from_tensors(META, tensors, TINY, where="x")) == list(
         leaf_paths(TINY)
     )
@@ -175,9 +169,10 @@ def test_a_configuration_of_absurd_depth_is_refused_at_once() -> None:
 
 def test_weights_too_large_for_float16_are_refused() -> None:
     tensors = {
-        n: lazy(np.ones(s, np.float32)) for n, s in source_shapes(META, TINY).items()
+        n: lazy_leaf(np.ones(s, np.float32))
+        for n, s in source_shapes(META, TINY).items()
     }
-    tensors["norm.weight"] = lazy(np.full(32, 1e6, np.float32))
+    tensors["norm.weight"] = lazy_leaf(np.full(32, 1e6, np.float32))
     leaves = leaves_from_tensors(
         META, tensors, TINY, where="x", dtype=np.dtype(np.float16)
     )
@@ -188,7 +183,7 @@ def test_weights_too_large_for_float16_are_refused() -> None:
 
 @FORMATS
 @given(config=configs(), seed=st.integers(0, 99))
-def test_what_is_exported_converts_to_the_same_bits(
+def test_exported_tensors_convert_back_bit_for_bit(
     format: Format, config: LlamaConfig, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -197,7 +192,7 @@ def test_what_is_exported_converts_to_the_same_bits(
         path: rng.standard_normal(weight_shape(config, axes_of(path))).astype(kind)
         for path in leaf_paths(config)
     }
-    leaves = {path: lazy(array) for path, array in ours.items()}
+    leaves = lazy_leaves(ours)
     tensors = tensors_from_leaves(format, leaves, config)
     if config.tied_embeddings and not format.can_tie:
         config = config.replace(tied_embeddings=False)
@@ -208,6 +203,6 @@ def test_what_is_exported_converts_to_the_same_bits(
     back = leaves_from_tensors(format, tensors, config, where="x")
     assert back.keys() == ours.keys()
     for path, array in ours.items():
-        found = back[path].read()
-        assert found.dtype == kind
-        assert found.tobytes() == array.tobytes(), path
+        actual = back[path].read()
+        assert actual.dtype == kind
+        assert actual.tobytes() == array.tobytes(), path

@@ -1,4 +1,4 @@
-"""Folders for and from `transformers`, run by it on PyTorch."""
+"""Hugging Face folders, written for and by `transformers`, compared by logits."""
 
 import pathlib
 from typing import Any
@@ -6,14 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.foreign import every_kind, write_llama2c_tokenizer
+from support.foreign import every_kind, tiny_tokenizer, write_llama2c_tokenizer
 from support.models import random_params
 
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert, open_source
 from llama_jax.conversion.huggingface_config import config_to_hugging_face
-from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.loading import load
 from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
@@ -51,15 +50,18 @@ def tokens_of(config: LlamaConfig, length: int = 48) -> np.ndarray:
 def test_an_exported_folder_gives_our_logits(
     tmp_path: pathlib.Path, config: LlamaConfig
 ) -> None:
-    packed = write_llama2c_tokenizer(tmp_path / "tokenizer.bin")
-    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
-    save_params(tmp_path / "ours", random_params(config), config, tokenizer=tokenizer)
+    save_params(
+        tmp_path / "ours",
+        random_params(config),
+        config,
+        tokenizer=tiny_tokenizer(tmp_path),
+    )
     convert(tmp_path / "ours", tmp_path / "hf", target_format="hf")
     tokens = tokens_of(config)
-    wanted = our_logits(tmp_path / "ours", tokens)
-    found = their_logits(tmp_path / "hf", tokens)
-    assert np.abs(wanted).max() > 0.1
-    np.testing.assert_allclose(found, wanted, atol=CLOSE, rtol=0)
+    expected = our_logits(tmp_path / "ours", tokens)
+    actual = their_logits(tmp_path / "hf", tokens)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(actual, expected, atol=CLOSE, rtol=0)
 
 
 def test_a_trained_model_gives_the_same_logits_and_token_ids(

@@ -1,7 +1,7 @@
-"""Writes foreign checkpoints for tests, and says what must become of them.
+"""Foreign checkpoints for tests, and the weights that they must convert to.
 
-Nothing here is shared with `llama_jax.conversion`: the mapping is written out once
-more, index by index, so that the two can disagree.
+Independent of `llama_jax.conversion`: the mapping is written out again, index by index,
+so that the two can disagree.
 """
 
 import json
@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 TINY = LlamaConfig(
     vocab_size=272,
@@ -47,7 +49,7 @@ EVERY_KIND = {
     "llama 3": _WIDE.replace(rope_theta=5e5, rope_scaling=_LLAMA3, num_kv_heads=4),
     "linear": _WIDE.replace(rope_scaling=RopeScaling(kind="linear", factor=4.0)),
 }
-"""Every kind of model that other programs run too."""
+"""Every kind of model that other programs support too."""
 every_kind = pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND)
 STORAGES = {
     np.dtype(np.float32): "FloatStorage",
@@ -62,7 +64,7 @@ COLUMNS_SPLIT = ("wo", "w2", "tok_embeddings")
 def meta_tensors(
     config: LlamaConfig, *, seed: int = 0, dtype: Any = np.float32
 ) -> dict[str, np.ndarray]:
-    """Random weights under Meta's names, whole."""
+    """Return random weights under Meta's names, not split."""
     rng = np.random.default_rng(seed)
     D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
     NH = config.num_heads * config.head_dim
@@ -90,7 +92,7 @@ def meta_tensors(
 def ours_from_meta(
     config: LlamaConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """What the weights of `meta_tensors` are under our paths."""
+    """Return the weights of `meta_tensors` under our paths."""
     ours = {
         "transformer/embedding": tensors["tok_embeddings.weight"],
         "transformer/final_norm/scale": tensors["norm.weight"],
@@ -126,7 +128,7 @@ def ours_from_meta(
 
 
 def meta_params(config: LlamaConfig, **changes: Any) -> dict[str, Any]:
-    """A `params.json`; F must be at least what Meta's rule gives before rounding."""
+    """Return a `params.json`; F must be at least 8/3 D, as in Meta's rule."""
     assert config.mlp_dim >= 8 * config.embed_dim // 3
     params = {
         "dim": config.embed_dim,
@@ -150,7 +152,7 @@ def write_meta(
     embedding_axis: int = 1,
     params: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """One of Meta's folders, without a tokenizer."""
+    """Write a folder of Meta's, without a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):
         part = {}
@@ -163,8 +165,8 @@ def write_meta(
                 array if axis is None else np.split(array, ranks, axis=axis)[rank]
             )
         write_pth(folder / f"consolidated.{rank:02}.pth", part)
-    described = meta_params(config) if params is None else dict(params)
-    (folder / "params.json").write_text(json.dumps(described))
+    fields = meta_params(config) if params is None else dict(params)
+    (folder / "params.json").write_text(json.dumps(fields))
     return folder
 
 
@@ -176,7 +178,7 @@ def write_pth(
     entries: Mapping[str, bytes] | None = None,
     compression: int = zipfile.ZIP_STORED,
 ) -> None:
-    """A file as `torch.save` writes a state dict."""
+    """Write a state dict as `torch.save` does."""
     files = {"data.pkl": pickle or state_dict_pickle(tensors), "byteorder": b"little"}
     files |= {
         f"data/{key}": np.ascontiguousarray(array).tobytes()
@@ -189,7 +191,7 @@ def write_pth(
 
 
 def state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle of a dict of contiguous tensors, one storage each, by hand."""
+    """Return the pickle of a dict of contiguous tensors, one storage each."""
     out = b"\x80\x02}("
     for key, (name, array) in enumerate(tensors.items()):
         out += text(name) + tensor(
@@ -206,7 +208,7 @@ def tensor(
     shape: Sequence[int],
     strides: Sequence[int] | None = None,
 ) -> bytes:
-    """The opcodes of one tensor."""
+    """Return the opcodes of one tensor."""
     if strides is None:
         strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
     storage_id = (
@@ -222,13 +224,13 @@ def tensor(
 
 
 def text(value: str) -> bytes:
-    """BINUNICODE."""
+    """Return a BINUNICODE opcode."""
     content = value.encode()
     return b"X" + struct.pack("<I", len(content)) + content
 
 
 def integer(value: int) -> bytes:
-    """BININT, or LONG1 where that is too short."""
+    """Return a BININT opcode, or LONG1 for large integers."""
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
@@ -247,7 +249,7 @@ LLAMA2C_ORDER = (
 def write_llama2c(
     path: pathlib.Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray]
 ) -> pathlib.Path:
-    """A llama2.c checkpoint (legacy export) of weights under Meta's names."""
+    """Write a llama2.c checkpoint (legacy export) of weights under Meta's names."""
     vocab_size = config.vocab_size if config.tied_embeddings else -config.vocab_size
     with path.open("wb") as file:
         D, F, L = config.embed_dim, config.mlp_dim, config.num_layers
@@ -264,7 +266,7 @@ def write_llama2c(
 
 
 def write_llama2c_tokenizer(path: pathlib.Path, pieces: int = 272) -> pathlib.Path:
-    """A llama2.c tokenizer of the special pieces, all bytes, and some letters."""
+    """Write a llama2.c tokenizer of special pieces, all bytes, and some letters."""
     letters = [" ", "e", "t", "a", " t", "he", " the", "o", "n", "in", "an", "h", "i"]
     all_pieces = ["<unk>", "\n<s>\n", "\n</s>\n"]
     all_pieces += [f"<0x{byte:02X}>" for byte in range(256)] + letters
@@ -275,3 +277,18 @@ def write_llama2c_tokenizer(path: pathlib.Path, pieces: int = 272) -> pathlib.Pa
         content += struct.pack("<fi", -float(id), len(piece)) + piece
     path.write_bytes(content)
     return path
+
+
+def tiny_tokenizer(folder: pathlib.Path, pieces: int = 272) -> Tokenizer:
+    """Return the tokenizer of `write_llama2c_tokenizer`; leaves no file."""
+    packed = write_llama2c_tokenizer(folder / "packed.bin", pieces)
+    tokenizer = Tokenizer(read_llama2c_tokenizer(packed))
+    packed.unlink()
+    return tokenizer
+
+
+def write_tokenizer_model(folder: pathlib.Path, pieces: int = 272) -> pathlib.Path:
+    """Write the same tokenizer as a `tokenizer.model`."""
+    file = folder / "tokenizer.model"
+    file.write_bytes(tiny_tokenizer(folder, pieces).contents)
+    return file

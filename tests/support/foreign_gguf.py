@@ -1,4 +1,4 @@
-"""Writes GGUF files for tests, with gguf's own writer too."""
+"""GGUF files for tests, by our writer and by that of gguf."""
 
 import pathlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.foreign import TINY, meta_tensors, ours_from_meta
 
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.gguf import write_gguf
 from llama_jax.conversion.gguf_config import rope_factors
@@ -25,7 +25,7 @@ LLAMA31 = RopeScaling(
     high_freq_factor=4.0,
     original_max_seq_len=8192,
 )
-# Names of GGUF for Meta's: the weights behind them are the same.
+# GGUF's names for Meta's; the tensors are equal.
 NAMES = {
     "tok_embeddings": "token_embd",
     "norm": "output_norm",
@@ -42,7 +42,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights under GGUF's names."""
+    """Return weights under GGUF's names."""
     out = {}
     for name, array in tensors.items():
         parts = name.split(".")
@@ -56,33 +56,29 @@ def renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def make(
     config: LlamaConfig, dtype: Any = np.float32, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Random weights under Meta's names, and under ours."""
+    """Return random weights under Meta's names, and under ours."""
     tensors = meta_tensors(config, dtype=dtype, seed=seed)
     if config.tied_embeddings:
         del tensors["output.weight"]
     return tensors, ours_from_meta(config, tensors)
 
 
-def lazy(ours: Mapping[str, np.ndarray]) -> dict[str, LazyLeaf]:
-    return {n: LazyLeaf(a.shape, a.dtype, lambda a=a: a) for n, a in ours.items()}
-
-
 def write(
     path: pathlib.Path,
     config: LlamaConfig,
     *,
-    kind: Any = "float32",
+    dtype: Any = "float32",
     tokenizer: Tokenizer | None = None,
-    dtype: Any = np.float32,
+    weight_dtype: Any = np.float32,
 ) -> dict[str, np.ndarray]:
-    """Write random weights by our writer; they are returned."""
-    _, ours = make(config, dtype)
-    write_gguf(path, LazyModel(config, lazy(ours), tokenizer), dtype=kind)
+    """Write random weights by our writer, and return them."""
+    _, ours = make(config, weight_dtype)
+    write_gguf(path, LazyModel(config, lazy_leaves(ours), tokenizer), dtype=dtype)
     return ours
 
 
 def metadata(config: LlamaConfig) -> dict[str, Any]:
-    """What a file must say at least."""
+    """Return the metadata that every file needs."""
     return {
         "llama.block_count": config.num_layers,
         "llama.embedding_length": config.embed_dim,
@@ -103,7 +99,7 @@ def write_foreign(
     architecture: str = "llama",
     **options: Any,
 ) -> pathlib.Path:
-    """A file by gguf's own writer; `kinds` are the types of tensors that are bytes."""
+    """Write a file by gguf's writer; `kinds` are the types of tensors of raw bytes."""
     writer = gguf.GGUFWriter(path, architecture, **options)
     for key, value in fields.items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
@@ -117,7 +113,7 @@ def write_foreign(
 
 
 def effective(config: LlamaConfig) -> RopeScaling | None:
-    """Scaling that changes none of a short head's frequencies is lost."""
+    """Return the scaling, or None if it changes no frequency of a short head."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "linear":
         return scaling
