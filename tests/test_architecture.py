@@ -2,14 +2,13 @@
 
 import ast
 import functools
-import importlib.util
-import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+from support.modules import FOLDERS, MODULES
 from support.paths import ROOT
 
 import llama_jax
@@ -35,26 +34,6 @@ LAYERS = (
 )
 LAYER = {name: number for number, row in enumerate(LAYERS) for name in row}
 MAX_LINES = 400
-FOLDERS = {
-    name: pathlib.Path(spec.origin).parent
-    for name in ("llama_jax", "llama_jax.kernels", "llama_jax.conversion")
-    if (spec := importlib.util.find_spec(name)) and spec.origin
-}
-
-
-def modules() -> dict[str, pathlib.Path]:
-    """Every module of the library by its full name."""
-    files = {}
-    for package, folder in FOLDERS.items():
-        for file in sorted(folder.rglob("*.py")):
-            parts = file.relative_to(folder).with_suffix("").parts
-            if "assets" not in parts:
-                name = ".".join((package, *parts)).removesuffix(".__init__")
-                files[name] = file
-    return files
-
-
-MODULES = modules()
 
 
 @functools.cache

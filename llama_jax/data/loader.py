@@ -87,7 +87,7 @@ class Loader:
     >>> _ = file.write_text("Once upon a time there was a cat.")
     >>> tokenizer = llama_jax.open_model().tokenizer
     >>> loader = Loader([file], tokenizer, format="text", batch_size=1, length=8)
-    >>> tokenizer.decode(next(loader).tokens[0, 1:])
+    >>> tokenizer.decode(next(loader).tokens[0, 1:].tolist())
     'Once upon a time there was a'
     """
 
