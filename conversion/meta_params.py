@@ -15,7 +15,7 @@ from llama_jax.conversion.config_fields import (
     require_values,
 )
 from llama_jax.errors import ConfigError
-from llama_jax.presets import PRESETS
+from llama_jax.model.presets import PRESETS
 
 _INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size")
 _NUMBERS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from llama_jax.model.lora import adapt as adapt
     from llama_jax.model.lora import init_lora as init_lora
     from llama_jax.model.lora import merge as merge
+    from llama_jax.model.presets import PRESETS as PRESETS
+    from llama_jax.model.presets import preset as preset
     from llama_jax.model.quantize import quantize_params as quantize_params
     from llama_jax.model.transformer import Llama as Llama
     from llama_jax.model.transformer import ScalarModel as ScalarModel
     from llama_jax.model.transformer import apply as apply
     from llama_jax.params import AXES as AXES
-    from llama_jax.presets import PRESETS as PRESETS
-    from llama_jax.presets import preset as preset
     from llama_jax.runtime import Rules as Rules
     from llama_jax.runtime import Runtime as Runtime
     from llama_jax.sharding import make_mesh as make_mesh
@@ -78,7 +78,7 @@ _HOMES = {
     "checkpoint.model_folder": ("Loaded", "save_params"),
     "generation.completion": ("chat_completion", "text_completion", "text_infilling"),
     "config": ("LlamaConfig", "RopeScaling"),
-    "presets": ("PRESETS", "preset"),
+    "model.presets": ("PRESETS", "preset"),
     "generation.decode": ("decode_step", "prefill"),
     "errors": ("LlamaJaxError",),
     "generation.generate": ("Completion", "Delta", "generate", "stream"),

@@ -28,9 +28,9 @@ from llama_jax.data.vocabulary import train_tokenizer
 from llama_jax.distributed import share_of_rows
 from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
+from llama_jax.model.presets import parse_model
 from llama_jax.planning.flops import forward_flops, train_flops
 from llama_jax.planning.topology import local_topology
-from llama_jax.presets import parse_model
 from llama_jax.runtime import TRAINING_RULES, Runtime
 from llama_jax.sharding import axes_size, make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer

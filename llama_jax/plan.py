@@ -17,6 +17,7 @@ from llama_jax.checkpoint.model_folder import is_checkpoint, read_config
 from llama_jax.cli import command as cli
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
+from llama_jax.model.presets import EXAMPLE_MODEL, PRESETS, parse_model
 from llama_jax.planning.chips import CHIPS
 from llama_jax.planning.compiled import CompiledPlan
 from llama_jax.planning.report import describe, report_lines
@@ -24,7 +25,6 @@ from llama_jax.planning.search import Plan, advice, ranked_plans, search
 from llama_jax.planning.table import DEFAULT_SEQ, table_lines, what_fits
 from llama_jax.planning.topology import Topology, local_topology, parse_topology
 from llama_jax.planning.workload import Quantization, Task, Workload
-from llama_jax.presets import EXAMPLE_MODEL, PRESETS, parse_model
 from llama_jax.runtime import CacheDType, DType, Remat
 from llama_jax.sharding import parse_mesh
 

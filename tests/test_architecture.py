@@ -18,7 +18,7 @@ import llama_jax
 LAYERS = (
     ("_version", "kernels"),
     ("errors", "config", "runtime", "types"),
-    ("params", "presets", "weights"),
+    ("params", "weights"),
     ("sharding", "distributed"),
     ("model", "text"),
     ("checkpoint",),

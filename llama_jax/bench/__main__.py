@@ -26,7 +26,7 @@ from llama_jax.cli import command as cli
 from llama_jax.cli.bench_flags import parse_args
 from llama_jax.errors import ConfigError
 from llama_jax.loading import bundled
-from llama_jax.presets import parse_model
+from llama_jax.model.presets import parse_model
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer

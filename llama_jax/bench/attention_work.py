@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.errors import ConfigError
-from llama_jax.presets import PRESETS
+from llama_jax.model.presets import PRESETS
 from llama_jax.types import Array
 
 Kind = Literal["flash", "backward", "decode"]

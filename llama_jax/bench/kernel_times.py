@@ -23,7 +23,7 @@ from llama_jax.bench.machine import (
     measure_matmul_rate,
     time_calls,
 )
-from llama_jax.presets import PRESETS
+from llama_jax.model.presets import PRESETS
 from llama_jax.runtime import DType
 from llama_jax.types import Array
 

@@ -10,7 +10,7 @@ from llama_jax.bench.train import PeerName
 from llama_jax.cli.command import positive_int
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
-from llama_jax.presets import EXAMPLE_MODEL
+from llama_jax.model.presets import EXAMPLE_MODEL
 from llama_jax.runtime import DType, Remat
 
 

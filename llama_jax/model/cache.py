@@ -43,7 +43,7 @@ class KVCache(NamedTuple):
       length: slots of each row that are in use.
       page_table: as of `CacheRows`.
 
-    >>> from llama_jax.presets import preset
+    >>> from llama_jax.model.presets import preset
     >>> cache = init_cache(preset("llama2-7b").replace(num_layers=1), 2, 16, "int8")
     >>> cache.num_slots, cache.length.tolist(), cache.layers[0].k.shape
     (16, [0, 0], (2, 32, 16, 128))
@@ -112,7 +112,7 @@ def init_cache(
     Returns:
       A cache of `2 · L · B · K · S · H` numbers.
 
-    >>> from llama_jax.presets import preset
+    >>> from llama_jax.model.presets import preset
     >>> cache = init_cache(preset("llama2-7b").replace(num_layers=1), 2, 8, "bfloat16")
     >>> cache.layers[0].v.dtype, len(cache.layers)
     (dtype(bfloat16), 1)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from llama_jax.config import LlamaConfig
+from llama_jax.model.presets import PRESETS
 from llama_jax.planning.search import can_fit
 from llama_jax.planning.topology import Topology, parse_topology
 from llama_jax.planning.workload import Quantization, Task, Workload
-from llama_jax.presets import PRESETS
 
 COMMON_HARDWARE = {
     "v5e:1x1": "Colab",

@@ -10,8 +10,8 @@ from llama_jax.bench import decode, machine, prefill
 from llama_jax.bench.__main__ import main
 from llama_jax.bench.machine import Bandwidth, MatmulRate
 from llama_jax.errors import ConfigError
+from llama_jax.model.presets import EXAMPLE_MODEL, parse_model, preset
 from llama_jax.params import count_params, param_shapes
-from llama_jax.presets import EXAMPLE_MODEL, parse_model, preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 

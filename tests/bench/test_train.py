@@ -10,9 +10,9 @@ from llama_jax.bench import train
 from llama_jax.bench.__main__ import main
 from llama_jax.bench.machine import MatmulRate
 from llama_jax.bench.tables import train_rows
+from llama_jax.model.presets import parse_model
 from llama_jax.params import count_params, param_shapes
 from llama_jax.planning.flops import train_flops
-from llama_jax.presets import parse_model
 
 SHAPE = "L2,D32,N4,K2,F48,V96"
 FLAGS = ["train", "--model", SHAPE, "--batch", "2", "--seq", "8", "--steps", "3"]

@@ -23,9 +23,9 @@ from llama_jax.cli import command as cli
 from llama_jax.cli.finetune_flags import parse
 from llama_jax.data.loader import Loader
 from llama_jax.loading import load
+from llama_jax.model.presets import preset
 from llama_jax.model.transformer import apply
 from llama_jax.params import count_params, flatten
-from llama_jax.presets import preset
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.finetune_config import FinetuneConfig
 from llama_jax.train.metrics import read_metrics

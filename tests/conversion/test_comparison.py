@@ -27,7 +27,7 @@ from llama_jax.conversion.report import describe_comparison
 from llama_jax.conversion.tensor_mapping import source_shapes
 from llama_jax.conversion.tensor_tables import HUGGING_FACE
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.presets import preset
+from llama_jax.model.presets import preset
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from llama_jax.conversion.meta import config_from_params, read_meta
 from llama_jax.conversion.meta_params import published_max_seq_len
 from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.presets import PRESETS
+from llama_jax.model.presets import PRESETS
 
 
 def read_all(folder: pathlib.Path, config: LlamaConfig) -> dict[str, np.ndarray]:

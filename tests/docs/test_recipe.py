@@ -13,7 +13,7 @@ from support.paths import DOCS
 
 import llama_jax
 from llama_jax.cli import finetune_flags as flags
-from llama_jax.presets import parse_model
+from llama_jax.model.presets import parse_model
 
 FILE = DOCS / "recipes" / "bundled_model.py"
 

@@ -28,9 +28,9 @@ from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
 from llama_jax.kernels import Implementation
 from llama_jax.model.cache import KVCache, init_cache
+from llama_jax.model.presets import preset
 from llama_jax.model.transformer import Llama
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 
 SLOTS = 768

@@ -14,10 +14,10 @@ from support.tolerances import EQUAL_FORWARD, EQUAL_GRADIENT
 from llama_jax.kernels import reference
 from llama_jax.model import attention as attending
 from llama_jax.model.attention import attend
+from llama_jax.model.presets import preset
 from llama_jax.model.transformer import Llama
 from llama_jax.params import param_shapes
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.presets import preset
 from llama_jax.runtime import LayerLayout, Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 

@@ -26,10 +26,10 @@ from llama_jax.model.cache import (
 )
 from llama_jax.model.layer_cache import LayerCache
 from llama_jax.model.pages import NO_PAGE
+from llama_jax.model.presets import preset
 from llama_jax.model.transformer import Llama, ScalarModel, apply
 from llama_jax.params import param_shapes
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 

@@ -36,12 +36,12 @@ from llama_jax.kernels import QuantizedSlots, quantize_slots
 from llama_jax.kernels.quantized_slots import dequantize_slots
 from llama_jax.model.cache import KVCache, NewCache, cache_shardings, grow, init_cache
 from llama_jax.model.layer_cache import DenseLayerCache, Int8LayerCache
+from llama_jax.model.presets import preset
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.planning import programs
 from llama_jax.planning.memory import footprint
 from llama_jax.planning.target_devices import tpu_devices
 from llama_jax.planning.workload import Workload
-from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 

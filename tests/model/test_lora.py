@@ -15,6 +15,7 @@ from support.tolerances import EQUAL_FORWARD, EQUAL_GRADIENT
 from llama_jax.errors import ConfigError
 from llama_jax.model.linear import linear
 from llama_jax.model.lora import Lora, adapt, init_lora, lora_shapes, merge
+from llama_jax.model.presets import preset
 from llama_jax.model.quantize import (
     PROJECTIONS,
     quantize,
@@ -24,7 +25,6 @@ from llama_jax.model.quantize import (
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.params import count_params, flatten, stack_layers, unstack_layers
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, weight_shardings
 from llama_jax.weights import Adapted, Int8, dequantize

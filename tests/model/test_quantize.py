@@ -27,6 +27,7 @@ from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.generation import decode as decoding
 from llama_jax.model.cache import init_cache
 from llama_jax.model.linear import linear
+from llama_jax.model.presets import preset
 from llama_jax.model.quantize import (
     PROJECTIONS,
     describe,
@@ -39,7 +40,6 @@ from llama_jax.model.quantize import (
 from llama_jax.model.transformer import Llama
 from llama_jax.params import flatten, stack_layers, unstack_layers
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.presets import preset
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, weight_shardings
 from llama_jax.weights import KINDS, NF4_LEVELS, Int4, Quantized, dequantize, group_size

@@ -11,13 +11,13 @@ import pytest
 from support.programs import needs_tpu_compiler
 
 from llama_jax.errors import MeshError
+from llama_jax.model.presets import preset
 from llama_jax.planning.compiled import CompiledPlan
 from llama_jax.planning.compiler import compile_plan
 from llama_jax.planning.search import make_plan
 from llama_jax.planning.target_devices import target_devices
 from llama_jax.planning.topology import parse_topology
 from llama_jax.planning.workload import Workload
-from llama_jax.presets import preset
 from llama_jax.sharding import parse_mesh
 
 pytestmark = pytest.mark.skipif(

@@ -15,6 +15,7 @@ from support.models import TINY
 from support.workloads import eight_devices, workload
 
 from llama_jax import plan
+from llama_jax.model.presets import parse_model
 from llama_jax.planning import compiler
 from llama_jax.planning.chips import CHIPS
 from llama_jax.planning.compiled import CompiledFootprint, CompiledPlan
@@ -23,7 +24,6 @@ from llama_jax.planning.memory import footprint
 from llama_jax.planning.programs import make_program, shard_bytes
 from llama_jax.planning.search import Plan, make_plan
 from llama_jax.planning.topology import local_topology, parse_topology
-from llama_jax.presets import parse_model
 from llama_jax.sharding import make_mesh, parse_mesh
 
 QUICKLY = {

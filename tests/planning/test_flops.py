@@ -8,6 +8,7 @@ import pytest
 from support.models import TINY
 from support.workloads import GROUPED, ONE_CHIP, workload
 
+from llama_jax.model.presets import parse_model, preset
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.params import count_params, param_shapes
 from llama_jax.planning.flops import (
@@ -19,7 +20,6 @@ from llama_jax.planning.flops import (
 from llama_jax.planning.roofline import interconnect_bytes
 from llama_jax.planning.search import make_plan
 from llama_jax.planning.topology import parse_topology
-from llama_jax.presets import parse_model, preset
 from llama_jax.runtime import Remat, Runtime
 
 COST_ANALYSIS = 0.02

@@ -14,11 +14,11 @@ from support.workloads import GROUPED, ONE_CHIP, eight_devices, workload
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model.cache import cache_shardings, init_cache
+from llama_jax.model.presets import PRESETS, preset
 from llama_jax.model.transformer import Transformer, apply
 from llama_jax.params import count_params, flatten, param_shapes
 from llama_jax.planning.memory import Footprint, footprint, residual_bytes
 from llama_jax.planning.target_devices import tpu_devices
-from llama_jax.presets import PRESETS, preset
 from llama_jax.runtime import TRAINING_RULES, Remat, Runtime
 from llama_jax.sharding import make_mesh, param_shardings, parse_mesh
 from llama_jax.weights import GROUP_SIZE

@@ -10,10 +10,10 @@ from support.commands import run_command
 
 from llama_jax import plan
 from llama_jax.loading import bundled
+from llama_jax.model.presets import PRESETS
 from llama_jax.planning import table
 from llama_jax.planning.memory import Footprint
 from llama_jax.planning.table import COMMON_HARDWARE
-from llama_jax.presets import PRESETS
 
 run = functools.partial(run_command, plan.main)
 

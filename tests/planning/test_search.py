@@ -2,9 +2,9 @@
 
 from support.workloads import workload
 
+from llama_jax.model.presets import preset
 from llama_jax.planning.search import advice, make_plan, meshes, remats, search
 from llama_jax.planning.topology import parse_topology
-from llama_jax.presets import preset
 
 
 def test_7b_fits_a_v5e_in_bfloat16_and_a_t4_in_int8() -> None:

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from llama_jax.config import LlamaConfig
+from llama_jax.model.presets import parse_model
 from llama_jax.planning.workload import Workload
-from llama_jax.presets import parse_model
 from llama_jax.runtime import MESH_AXES
 
 GROUPED = parse_model("L2,D512,N8,K4,F1408,V2048", 64)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax.errors import ConfigError
+from llama_jax.model.presets import PRESETS, preset
 from llama_jax.model.transformer import Llama
 from llama_jax.params import count_params, param_shapes
-from llama_jax.presets import PRESETS, preset
 from llama_jax.runtime import Runtime
 
 # L, D, N, K, F, V, max_seq_len, rope_theta, norm_eps, parameters
