@@ -49,7 +49,7 @@ def _evaluate(
     values |= dict(zip(jaxpr.constvars, closed.consts, strict=True))
 
     def read(atom: Any) -> Known:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        return np.asarray(atom.val) if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
