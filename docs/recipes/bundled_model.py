@@ -1,7 +1,7 @@
-r"""The small story model that ships with the library: its recipe, and its measure.
+r"""The recipe of the small story model of the package, and its evaluation.
 
-The text is a file of stories separated by `<|endoftext|>`. The first `HELD_OUT` are
-never trained on.
+The text is a file of stories separated by `<|endoftext|>`; the first `HELD_OUT` are held
+out.
 
     python docs/recipes/bundled_model.py split stories.txt.gz --output stories
     python -m llama_jax.finetune tokenizer --data stories/train.txt \
@@ -15,8 +15,8 @@ never trained on.
     python docs/recipes/bundled_model.py measure \
         stories/held.txt tinystories-real.txt --checkpoint stories/run/model
 
-What came out is in `README.md`; `llama_jax/assets/stories` is that `stories/run/model`.
-A script of its own, with 1,600 steps, had come to 0.62 and 1.12 bits per byte.
+The results are in `README.md`; `llama_jax/assets/stories` is the `stories/run/model`. An
+earlier script with 1,600 steps reached 0.62 and 1.12 bits per byte.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def read_stories(path: pathlib.Path) -> list[str]:
 
 
 def split(path: pathlib.Path, output: pathlib.Path) -> None:
-    """Write the stories to train on, and those that are held out."""
+    """Write the training and the held-out stories."""
     stories = read_stories(path)
     output.mkdir(parents=True, exist_ok=True)
     parts = {"held.txt": stories[:HELD_OUT], "train.txt": stories[HELD_OUT:]}
@@ -51,7 +51,7 @@ def split(path: pathlib.Path, output: pathlib.Path) -> None:
 def bits_per_byte(
     checkpoint: pathlib.Path | None, stories: list[str], length: int, rows: int = 8
 ) -> float:
-    """Mean cost of the first `length` tokens of each story (BOS first, no EOS)."""
+    """Mean loss of the first `length` tokens of each story (with BOS, without EOS)."""
     loaded = llama_jax.load(checkpoint)
 
     @jax.jit
@@ -62,13 +62,13 @@ def bits_per_byte(
     total = size = 0.0
     for first in range(0, len(stories), rows):
         batch = np.zeros((rows, length), np.int32)
-        kept = np.zeros((rows, length - 1), bool)
+        is_target = np.zeros((rows, length - 1), bool)
         for row, story in enumerate(stories[first : first + rows]):
             ids = loaded.tokenizer.encode(story, bos=True, eos=False)[:length]
             batch[row, : len(ids)] = ids
-            kept[row, : len(ids) - 1] = True
+            is_target[row, : len(ids) - 1] = True
             size += len(loaded.tokenizer.decode(ids).encode())
-        total += float(np.asarray(nats(loaded.params, batch))[kept].sum())
+        total += float(np.asarray(nats(loaded.params, batch))[is_target].sum())
     return total / size / float(np.log(2))
 
 
@@ -88,8 +88,8 @@ def main() -> None:
         split(args.stories, args.output)
         return
     for text in args.texts:
-        cost = bits_per_byte(args.checkpoint, read_stories(text), args.tokens)
-        print(f"{text}: {cost:.4f} bits per byte")
+        bits = bits_per_byte(args.checkpoint, read_stories(text), args.tokens)
+        print(f"{text}: {bits:.4f} bits per byte")
 
 
 if __name__ == "__main__":
