@@ -1,7 +1,7 @@
 r"""The recipe of the small story model of the package, and its evaluation.
 
-The text is a file of stories separated by `<|endoftext|>`; the first `HELD_OUT` are held
-out.
+The text is a file of stories separated by `<|endoftext|>`; the first `HELD_OUT` are
+held out.
 
     python docs/recipes/bundled_model.py split stories.txt.gz --output stories
     python -m llama_jax.finetune tokenizer --data stories/train.txt \
@@ -15,8 +15,8 @@ out.
     python docs/recipes/bundled_model.py measure \
         stories/held.txt tinystories-real.txt --checkpoint stories/run/model
 
-The results are in `README.md`; `llama_jax/assets/stories` is the `stories/run/model`. An
-earlier script with 1,600 steps reached 0.62 and 1.12 bits per byte.
+The results are in `README.md`; `llama_jax/assets/stories` is the `stories/run/model`.
+An earlier script with 1,600 steps reached 0.62 and 1.12 bits per byte.
 """
 
 import argparse
@@ -88,8 +88,8 @@ def main() -> None:
         split(args.stories, args.output)
         return
     for text in args.texts:
-        bits = bits_per_byte(args.checkpoint, read_stories(text), args.tokens)
-        print(f"{text}: {bits:.4f} bits per byte")
+        cost = bits_per_byte(args.checkpoint, read_stories(text), args.tokens)
+        print(f"{text}: {cost:.4f} bits per byte")
 
 
 if __name__ == "__main__":
