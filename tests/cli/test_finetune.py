@@ -252,7 +252,7 @@ def check_adapters(output: pathlib.Path, base: str, quantize: Any) -> None:
     loaded = load(base, adapter=output / "adapter", quantize=quantize)
     found = [x for x in flatten(loaded.params).values() if isinstance(x, Adapted)]
     assert len(found) == 2 * TALKING.num_layers
-    assert sum(count_params([leaf.a, leaf.b]) for leaf in found) == count
+    assert sum(count_params({"a": leaf.a, "b": leaf.b}) for leaf in found) == count
     assert all(np.any(np.asarray(leaf.b)) for leaf in found)
     ids = jnp.asarray([tiny_tokenizer().encode(TEXTS[0], bos=True, eos=True)])
     plain = load(base, quantize=quantize)
@@ -423,7 +423,10 @@ def test_show_batch_prints_rows_and_trains_nothing(
         (("--accumulate", "3"), "accumulate: batch_size 4 cannot be cut into 3"),
         (("--learning-rate", "-1"), "learning_rate: must be positive, got -1.0"),
         (("--mesh", "rows=2"), "'rows'"),
-        (("--method", "lora", "--lora-alpha", "-2"), "alpha of -2.0"),
+        (
+            ("--method", "lora", "--lora-alpha", "-2"),
+            "alpha must be a positive number, got -2.0",
+        ),
         (("--format", "alpaca"), "plain text"),
         (("--checkpoint", "nowhere/at-all"), "nowhere/at-all"),
         (("--from-scratch", "--preset", "lama2-7b"), "llama2-7b"),

@@ -218,6 +218,7 @@ def test_settings_survive_json() -> None:
     assert llama_jax.RunConfig.from_dict({"tensorboard": None}).batch_size == 64
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
