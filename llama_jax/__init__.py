@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llama_jax.loading import open_model as open_model
     from llama_jax.model.cache import KVCache as KVCache
     from llama_jax.model.cache import init_cache as init_cache
+    from llama_jax.model.cache import init_paged_cache as init_paged_cache
     from llama_jax.model.init import init_params as init_params
     from llama_jax.model.lora import Lora as Lora
     from llama_jax.model.lora import adapt as adapt
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
 # Where the public names live. They come when they are asked for: a process that only
 # tokenizes need not load JAX, and `import llama_jax` costs nothing.
 _HOMES = {
-    "model.cache": ("KVCache", "init_cache"),
+    "model.cache": ("KVCache", "init_cache", "init_paged_cache"),
     "checkpoint.model_folder": ("Loaded", "save_params"),
     "generation.completion": ("chat_completion", "text_completion", "text_infilling"),
     "config": ("LlamaConfig", "RopeScaling"),

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from support.models import TINY, forward, random_params, random_tokens
 from support.programs import needs_tpu_compiler, whole_results
-from support.tolerances import DECODE_FLOAT32, EQUAL_FORWARD
+from support.tolerances import EQUAL_FORWARD
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
@@ -254,7 +254,7 @@ def test_an_inserted_row_decodes_as_alone_and_others_stay(
         actual, cache = decoding.decode_step(model, params, cache, new)
         expected, alone = decoding.decode_step(model, params, alone, new[1:2])
         np.testing.assert_allclose(
-            actual[1], expected[0], rtol=DECODE_FLOAT32, atol=DECODE_FLOAT32
+            actual[1], expected[0], rtol=EQUAL_FORWARD, atol=EQUAL_FORWARD
         )
 
 
