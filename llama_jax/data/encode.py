@@ -298,12 +298,12 @@ def _keep_learnt(
         for message, flag in zip(messages, learnt, strict=False)
         if message["role"] == "assistant"
     )
-    kept: list[Span] = []
+    masked: list[Span] = []
     # The spans of an answer are consecutive, and a prompt is between two answers.
     for is_answer, group in itertools.groupby(spans, lambda span: span.is_answer):
         keep = is_answer and next(answers)
-        kept += (span._replace(is_answer=keep) for span in group)
-    return kept
+        masked += (span._replace(is_answer=keep) for span in group)
+    return masked
 
 
 def _with_input(message: Message) -> Message:

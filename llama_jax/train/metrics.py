@@ -40,14 +40,14 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, step: int = 0) -> None:
         self._path = pathlib.Path(path)
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_file(self._path, "".join(map(_line, kept)))
+        records = [record for record in read_metrics(path) if record["step"] <= step]
+        write_file(self._path, "".join(map(_line, records)))
         self._file = self._path.open("r+", encoding="utf-8", newline="\n")
         self._file.seek(0, os.SEEK_END)
         self._last = (0, 0)  # step and offset of the last line
-        if kept:
+        if records:
             end = self._file.tell()
-            self._last = (kept[-1]["step"], end - len(_line(kept[-1]).encode()))
+            self._last = (records[-1]["step"], end - len(_line(records[-1]).encode()))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the line of a step; the system has it when this returns."""
