@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from llama_jax.train.state import init_state as init_state
     from llama_jax.train.step import make_train_step as make_train_step
 
-# The modules of the public names, which are imported when they are first used: a process
-# that only tokenizes need not load JAX, and `import llama_jax` costs nothing.
+# The modules of the public names. They are imported when a name is first used: a
+# process that only tokenizes need not load JAX, and `import llama_jax` costs nothing.
 _HOMES = {
     "model.cache": ("KVCache", "init_cache", "init_paged_cache"),
     "checkpoint.model_folder": ("Loaded", "save_params"),
@@ -133,9 +133,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME_OF})
 
 
-# `kernels/` and `conversion/` are next to this package in a checkout, and inside it once
-# installed. After a plain `pip install .`, Python run in the checkout imports this folder
-# first, and needs the two from the checkout as well.
+# `kernels/` and `conversion/` are next to this package in a checkout, and inside it
+# once installed. After a plain `pip install .`, Python run in the checkout imports this
+# folder first, and needs the two from the checkout as well.
 _root = _pathlib.Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").exists() and (_root / "kernels/__init__.py").exists():
     __path__.append(str(_root))
