@@ -73,6 +73,7 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
     )
 
 
+@settings(max_examples=25)
 @given(config=configs(), dtype=st.sampled_from(list(DTYPES)), seed=st.integers(0, 99))
 def test_written_files_are_read_back_bit_for_bit(
     config: LlamaConfig, dtype: Any, seed: int

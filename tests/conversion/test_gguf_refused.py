@@ -287,7 +287,7 @@ def test_mutated_files_are_refused_or_read(
     end = whole.index(b"output.weight") + 48
     rng = random.Random(0)
     refused, longest_message, slowest = 0, 0, 0.0
-    for _ in range(600):
+    for _ in range(300):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 4))):
             low, high = rng.choice(((4, tokens), (tokens, types), (types, end)))
@@ -316,6 +316,6 @@ def test_mutated_files_are_refused_or_read(
             longest_message = max(longest_message, len(str(error)))
             refused += 1
         slowest = max(slowest, time.monotonic() - start)
-    assert 300 < refused < 600
+    assert 150 < refused < 300
     assert longest_message < 1000
     assert slowest < 2

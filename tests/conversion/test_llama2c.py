@@ -83,7 +83,7 @@ def test_damaged_checkpoints_are_refused_or_read(tmp_path: pathlib.Path) -> None
     whole = path.read_bytes()
     rng = random.Random(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(150):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 2, 4))):
             data[rng.randrange(28)] = rng.choice((0, 1, 127, 128, 255))
@@ -93,7 +93,7 @@ def test_damaged_checkpoints_are_refused_or_read(tmp_path: pathlib.Path) -> None
                 leaf.read()
         except LlamaJaxError:
             refused += 1
-    assert refused > 250
+    assert refused > 125
 
 
 def test_the_tiny_tokenizer_is_a_sentencepiece_model(tmp_path: pathlib.Path) -> None:
@@ -185,7 +185,7 @@ def test_damaged_tokenizers_are_refused_or_read(tmp_path: pathlib.Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(TokenizerError):
             Tokenizer(read_llama2c_tokenizer(path))
-    for _ in range(300):
+    for _ in range(150):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 2, 4))):
             data[rng.randrange(len(data))] = rng.choice((0, 1, 127, 128, 255))
@@ -196,4 +196,4 @@ def test_damaged_tokenizers_are_refused_or_read(tmp_path: pathlib.Path) -> None:
             )
         except TokenizerError:
             refused += 1
-    assert 50 < refused < 300
+    assert 25 < refused < 150

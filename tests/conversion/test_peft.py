@@ -153,7 +153,7 @@ def test_damaged_folders_are_refused_in_one_line(folder: pathlib.Path) -> None:
     files = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     whole = {file: file.read_bytes() for file in files}
     reasons = []
-    for number in range(300):
+    for number in range(150):
         file = files[number % 2]
         content = bytearray(whole[file])
         if number % 3:
@@ -168,7 +168,7 @@ def test_damaged_folders_are_refused_in_one_line(folder: pathlib.Path) -> None:
         except LlamaJaxError as error:
             reasons.append(str(error))
         file.write_bytes(whole[file])
-    assert len(reasons) > 150
+    assert len(reasons) > 75
     assert not any("\n" in reason for reason in reasons)
     files[1].unlink()
     with pytest.raises(CheckpointError, match="there is no such file"):

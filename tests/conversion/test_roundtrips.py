@@ -106,7 +106,7 @@ def test_any_number_of_ranks_converts_to_any_other(
         assert_same_bits(rank, expected_rank)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8)
 @given(config=configs(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_hugging_face_to_ours_and_back_is_bit_identical(
     config: LlamaConfig, dtype: Any, seed: int
@@ -131,7 +131,7 @@ def test_hugging_face_to_ours_and_back_is_bit_identical(
         assert open_source(folder / "back").config == config
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8)
 @given(config=configs(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_meta_to_hugging_face_and_back_is_bit_identical(
     config: LlamaConfig, dtype: Any, seed: int
@@ -147,7 +147,7 @@ def test_meta_to_hugging_face_and_back_is_bit_identical(
         assert_same_bits(read_ranks(folder / "back")[0], read_ranks(source)[0])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8)
 @given(config=configs(), seed=st.integers(0, 99))
 def test_llama2c_to_ours_and_back_is_bit_identical(
     config: LlamaConfig, seed: int
@@ -243,19 +243,12 @@ def test_ranks_that_do_not_divide_the_model_are_refused(
 
 
 def test_pieces_of_tokenizers_survive_every_format(assets: pathlib.Path) -> None:
-    for name in ("llama2.model", "codellama.model"):
-        proto = (assets / "tokenizers" / name).read_bytes()
-        pieces = pieces_of_model(proto)
-        again = pieces_of_model(model_of_pieces(pieces))
-        assert again == pieces
-        assert len(pieces) in (32000, 32016)
-    packed = (assets / "tokenizers" / "tok512.bin").read_bytes()
-    assert (
-        pack_llama2c_tokenizer(
-            read_llama2c_tokenizer(assets / "tokenizers" / "tok512.bin")
-        )
-        == packed
-    )
+    # Llama 2's pieces, and those for infilling.
+    pieces = pieces_of_model((assets / "tokenizers" / "codellama.model").read_bytes())
+    assert len(pieces) == 32016
+    assert pieces_of_model(model_of_pieces(pieces)) == pieces
+    packed = assets / "tokenizers" / "tok512.bin"
+    assert pack_llama2c_tokenizer(read_llama2c_tokenizer(packed)) == packed.read_bytes()
 
 
 def test_another_tokenizer_beside_the_target_is_not_overwritten(

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.foreign import TINY
 
@@ -103,6 +103,7 @@ def test_arrays_larger_than_one_copy_are_rearranged() -> None:
 
 
 @FORMATS
+@settings(max_examples=20)
 @given(config=configs())
 def test_rules_give_every_leaf_its_shape(format: Format, config: LlamaConfig) -> None:
     sizes = pattern_sizes(config)
@@ -182,6 +183,7 @@ def test_weights_too_large_for_float16_are_refused() -> None:
 
 
 @FORMATS
+@settings(max_examples=20)
 @given(config=configs(), seed=st.integers(0, 99))
 def test_exported_tensors_convert_back_bit_for_bit(
     format: Format, config: LlamaConfig, seed: int
