@@ -151,7 +151,7 @@ def init_paged_cache(
     Returns:
       A cache of `2 · L · P · K · C · H` numbers.
 
-    >>> from llama_jax.presets import preset
+    >>> from llama_jax.model.presets import preset
     >>> sizes = {"num_pages": 3, "page_size": 8, "pages_per_row": 2, "dtype": "int8"}
     >>> cache = init_paged_cache(preset("llama2-7b").replace(num_layers=1), 4, **sizes)
     >>> cache.num_slots, cache.page_table[0].tolist(), cache.layers[0].k.shape
