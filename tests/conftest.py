@@ -31,8 +31,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 import hypothesis
-import jaxtyping
 import pytest
+from support.type_checks import without_type_checks
 
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -47,11 +47,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Do not execute annotations in tests that pass wrong types on purpose."""
-    jaxtyping.config.jaxtyping_disable = bool(item.get_closest_marker("wrong_types"))
-    try:
+    if not item.get_closest_marker("wrong_types"):
         return (yield)
-    finally:
-        jaxtyping.config.jaxtyping_disable = False
+    with without_type_checks():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
