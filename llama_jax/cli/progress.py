@@ -102,7 +102,7 @@ class TerminalReporter:
 
     def start(self, facts: RunStart) -> None:
         """Print the run's size, and show the bar."""
-        what = "numbers of adapters" if facts.trains_adapters else "weights"
+        what = "adapter weights" if facts.trains_adapters else "weights"
         first = facts.first_step
         resumed = f", resumed after step {first}" if first else ""
         text = (
