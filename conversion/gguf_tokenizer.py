@@ -28,6 +28,7 @@ from llama_jax.text.sentencepiece_proto import (
     model_of_pieces,
     pieces_of_model,
 )
+from llama_jax.text.settings import AddedToken, TextSettings
 from llama_jax.text.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
@@ -83,7 +84,8 @@ def read_tokenizer(header: Header) -> Tokenizer:
         add_dummy_prefix=header.value(f"{_PREFIX}add_space_prefix") is not False,
     )
     try:
-        tokenizer = Tokenizer(model, added_tokens=dict(sorted(added.items())))
+        tokens = {id: AddedToken(name) for id, name in sorted(added.items())}
+        tokenizer = Tokenizer(model, settings=TextSettings(added_tokens=tokens))
     except TokenizerError as error:
         raise TokenizerError(f"{header.path}: {error}; {_FIX}") from error
     for name, id in ids.items():

@@ -8,6 +8,7 @@ from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.conversion.tokenizer_json import make_tokenizer_json
 from llama_jax.errors import TokenizerError
 from llama_jax.text.sentencepiece_proto import pieces_of_model
+from llama_jax.text.settings import AddedToken
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Path
 
@@ -77,7 +78,8 @@ def read_hugging_face_tokenizer(
         if tokenizer.vocab_size <= id < vocab_size
     }
     if added:
-        tokenizer = Tokenizer.from_file(file, added_tokens=added)
+        tokens = {id: AddedToken(name) for id, name in added.items()}
+        tokenizer = tokenizer.replace_settings(added_tokens=tokens)
     return tokenizer, file
 
 

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from llama_jax.text.prompt_formats import completion_prompt as completion_prompt
     from llama_jax.text.prompt_formats import get_format as get_format
     from llama_jax.text.prompt_formats import infilling_prompt as infilling_prompt
+    from llama_jax.text.settings import AddedToken as AddedToken
+    from llama_jax.text.settings import TextSettings as TextSettings
     from llama_jax.text.tokenizer import Tokenizer as Tokenizer
     from llama_jax.train.adapters import merge_checkpoint as merge_checkpoint
     from llama_jax.train.adapters import save_adapters as save_adapters
@@ -98,6 +100,7 @@ _HOMES = {
     "generation.sampling": ("Sampling",),
     "generation.scoring": ("Score", "score"),
     "sharding": ("make_mesh", "parse_mesh"),
+    "text.settings": ("AddedToken", "TextSettings"),
     "text.tokenizer": ("Tokenizer",),
     "data.batch": ("Batch",),
     "data.loader": ("Loader",),

@@ -3,8 +3,8 @@
 A checkpoint is a folder with
 
 * config.json: `{"format": "llama_jax", "format_version": 1, "config": {...}}`;
-* tokenizer.model or tokenizer.json, unchanged from the original model, and
-  added_tokens.json if ids were added;
+* tokenizer.model or tokenizer.json, unchanged from the original model;
+* text_settings.json: what else the model says about text (`TextSettings`), if anything;
 * params/: an Orbax tree with one uncompressed leaf per layer and weight (`orbax_io`).
 """
 
@@ -29,12 +29,13 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.runtime import DType, Runtime
+from llama_jax.text.settings import TextSettings
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer
 from llama_jax.types import Mesh, Params, Path
 
 _FORMAT, _VERSION = "llama_jax", 1
 _CONFIG, _PARAMS = "config.json", "params"
-_ADDED = "added_tokens.json"
+_SETTINGS = "text_settings.json"
 
 
 class Loaded(NamedTuple):
@@ -126,9 +127,8 @@ def _write_checkpoint(
         write_json(folder / _CONFIG, header | {"config": config.to_dict()})
         if tokenizer is not None:
             (folder / tokenizer.file_name).write_bytes(tokenizer.contents)
-            if tokenizer.added_tokens:
-                ids = {name: id for id, name in tokenizer.added_tokens.items()}
-                write_json(folder / _ADDED, ids)
+            if settings := tokenizer.settings.to_dict():
+                write_json(folder / _SETTINGS, settings)
 
 
 def load_params(
@@ -216,13 +216,11 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     file = tokenizer_file(path)
     if file is None:
         return None
-    added = file.with_name(_ADDED)
-    if not added.is_file():
+    settings = file.with_name(_SETTINGS)
+    if not settings.is_file():
         return Tokenizer.from_file(file)
-    ids = read_json(added)
-    if not all(type(id) is int for id in ids.values()):
-        raise TokenizerError(
-            f"{added}: a value is not an integer token id; download the file again"
-        )
-    names = {id: name for name, id in ids.items()}
-    return Tokenizer.from_file(file, added_tokens=names)
+    try:
+        text_settings = TextSettings.from_dict(read_json(settings))
+    except TokenizerError as error:
+        raise TokenizerError(f"{settings}: {error}") from error
+    return Tokenizer.from_file(file, settings=text_settings)

@@ -285,8 +285,8 @@ def infilling_prompt(
 
     >>> import llama_jax
     >>> pieces = {2048: "▁<PRE>", 2049: "▁<SUF>", 2050: "▁<MID>", 2051: "▁<EOT>"}
-    >>> contents = llama_jax.load().tokenizer.contents
-    >>> tokenizer = llama_jax.Tokenizer(contents, added_tokens=pieces)
+    >>> added = {id: llama_jax.AddedToken(text) for id, text in pieces.items()}
+    >>> tokenizer = llama_jax.load().tokenizer.replace_settings(added_tokens=added)
     >>> ids = llama_jax.infilling_prompt(tokenizer, "Once", "a time")
     >>> [pieces[id] for id in ids if id in pieces]
     ['▁<PRE>', '▁<SUF>', '▁<MID>']

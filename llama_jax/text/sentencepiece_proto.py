@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import TokenizerError
+from llama_jax.text.settings import AddedToken, added_token
 
 # Field numbers and kinds are those of SentencePiece's sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -69,7 +70,7 @@ def pieces_of_model(model_proto: bytes) -> list[Piece]:
     return pieces
 
 
-def from_json(spec: Mapping[str, Any]) -> tuple[bytes, dict[int, str]]:
+def from_json(spec: Mapping[str, Any]) -> tuple[bytes, dict[int, AddedToken]]:
     """Convert the `tokenizer.json` of a Llama 1 or 2 to a SentencePiece model.
 
     Its merges are in the order of the pieces' scores. They are checked to be exactly
@@ -79,16 +80,15 @@ def from_json(spec: Mapping[str, Any]) -> tuple[bytes, dict[int, str]]:
       spec: the parsed file.
 
     Returns:
-      The model, and the names of ids beyond its pieces.
+      The model, and the added tokens beyond its pieces.
 
     Raises:
       TokenizerError: the file is damaged, or is not equivalent to such a model.
     """
     try:
-        names = {int(t["id"]): str(t["content"]) for t in spec["added_tokens"]}
         pieces = len(spec["model"]["vocab"])
-        beyond = {id: name for id, name in names.items() if id >= pieces}
-        return _from_json(spec), beyond
+        added = {int(t["id"]): added_token(t) for t in spec["added_tokens"]}
+        return _from_json(spec), {i: t for i, t in added.items() if i >= pieces}
     except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise TokenizerError(
             f"tokenizer: a tokenizer.json with byte fallback that is damaged or not "

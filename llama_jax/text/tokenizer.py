@@ -1,18 +1,22 @@
 """Tokenizers: text to token ids and back, whole or while a model generates."""
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import TokenizerError
 from llama_jax.text import byte_level_bpe, sentencepiece_proto
 from llama_jax.text.sentencepiece_codec import SentencePieces
+from llama_jax.text.settings import AddedToken, TextSettings
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 """File names of tokenizers; the first takes precedence over the second."""
+
+_NO_SETTINGS = TextSettings()
 
 
 class InfillingIds(NamedTuple):
@@ -72,7 +76,7 @@ class Codec(Protocol):
 
 
 class Tokenizer:
-    """A tokenizer file, and names of ids that a checkpoint added to it.
+    """A tokenizer file, and what else a checkpoint says about text.
 
     Three kinds of file are detected by their contents: SentencePiece models (Llama 1
     and 2, Code Llama), tiktoken ranks (Llama 3 from Meta), and `tokenizer.json` of
@@ -80,22 +84,24 @@ class Tokenizer:
 
     Args:
       contents: of the file.
-      added_tokens: names by id. `encode` never produces an added id, which decodes to
-        its name. Names of ids in the file must be the same as there.
+      settings: what else the checkpoint says. Added tokens of ids in the file must have
+        the same text as there.
 
     Attributes:
       contents: of the file.
+      settings: as given, with the added tokens of the file.
       file_name: of the tokenizer in a checkpoint.
       vocab_size: number of ids in the file; a model may have more.
       bos_id, eos_id: begin and end of sequence.
       unk_id, pad_id: unknown text and padding, -1 if absent.
+      end_ids: ids that end an answer; the end of sequence is one.
       added_tokens: names of ids from `vocab_size` on.
       infilling: ids of the infilling pieces, None without them.
       step_id: end of a message (Code Llama 70B Instruct), None without it.
 
     Raises:
       TokenizerError: the file is damaged or of an unknown kind, contradicts
-        `added_tokens`, or needs a package that is not installed.
+        `settings`, or needs a package that is not installed.
 
     >>> import llama_jax
     >>> tokenizer = llama_jax.load().tokenizer
@@ -105,32 +111,37 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        contents: bytes,
-        *,
-        added_tokens: Mapping[int, str] = MappingProxyType({}),
+        self, contents: bytes, *, settings: TextSettings = _NO_SETTINGS
     ) -> None:
         codec, added = _open(contents)
         self._codec = codec
         self.contents = bytes(contents)
         self.file_name = codec.file_name
         self.vocab_size = codec.vocab_size
-        self.bos_id, self.eos_id = codec.bos_id, codec.eos_id
-        self.unk_id, self.pad_id = codec.unk_id, codec.pad_id
-        for id, name in added_tokens.items():
-            known = added.get(id, name)
+
+        def own(id: int | None, codec_id: int) -> int:
+            return codec_id if id is None else id
+
+        self.bos_id = own(settings.bos_id, codec.bos_id)
+        self.eos_id = own(settings.eos_id, codec.eos_id)
+        self.unk_id = own(settings.unk_id, codec.unk_id)
+        self.pad_id = own(settings.pad_id, codec.pad_id)
+        for id, token in settings.added_tokens.items():
+            known = added.get(id, token).text
             if id < self.vocab_size:
                 known = "negative" if id < 0 else codec.piece(id)
-            if known != name or id < 0:
+            if known != token.text or id < 0:
                 raise TokenizerError(
-                    f"tokenizer: added token {name!r} has id {id}, which is "
+                    f"tokenizer: added token {token.text!r} has id {id}, which is "
                     + ("negative" if id < 0 else repr(known))
                     + "; give it another id"
                 )
-        added = {**added, **added_tokens}
+        added = {**added, **settings.added_tokens}
+        self.settings = dataclasses.replace(settings, added_tokens=added)
         self.added_tokens: Mapping[int, str] = MappingProxyType(
-            {i: name for i, name in added.items() if i >= self.vocab_size}
+            {id: token.text for id, token in added.items() if id >= self.vocab_size}
         )
+        self.end_ids = tuple(dict.fromkeys((self.eos_id, *settings.end_ids)))
         self._added_ids = {name: i for i, name in self.added_tokens.items()}
         pieces = (self.piece_id(f"▁<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
         ids = [id for id in pieces if id is not None]
@@ -142,13 +153,13 @@ class Tokenizer:
         cls,
         path: str | os.PathLike[str],
         *,
-        added_tokens: Mapping[int, str] = MappingProxyType({}),
+        settings: TextSettings = _NO_SETTINGS,
     ) -> "Tokenizer":
         """Read a tokenizer file.
 
         Args:
           path: of the file.
-          added_tokens: names by id, as in `Tokenizer`.
+          settings: as in `Tokenizer`.
 
         Raises:
           TokenizerError: the file cannot be read, and as in `Tokenizer`.
@@ -161,10 +172,15 @@ class Tokenizer:
                 f"{path}: cannot be read ({error.strerror}); name a tokenizer's file"
             ) from error
         try:
-            return cls(contents, added_tokens=added_tokens)
+            return cls(contents, settings=settings)
         except TokenizerError as error:
             problem = str(error).removeprefix("tokenizer: ")
             raise TokenizerError(f"{path}: {problem}") from error
+
+    def replace_settings(self, **changes: Any) -> "Tokenizer":
+        """A tokenizer with other settings, by name as in `TextSettings`."""
+        settings = dataclasses.replace(self.settings, **changes)
+        return Tokenizer(self.contents, settings=settings)
 
     @property
     def has_pieces(self) -> bool:
@@ -330,8 +346,8 @@ class StreamDecoder:
         return self._stream.flush()
 
 
-def _open(contents: bytes) -> tuple[Codec, dict[int, str]]:
-    """The codec for the contents of a file, and names of ids beyond its pieces."""
+def _open(contents: bytes) -> tuple[Codec, dict[int, AddedToken]]:
+    """The codec for the contents of a file, and tokens beyond its pieces."""
     if byte_level_bpe.is_ranks(contents):
         return byte_level_bpe.from_ranks(contents), {}
     if contents[:1] != b"{":

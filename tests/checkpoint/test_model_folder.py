@@ -38,6 +38,7 @@ from llama_jax.params import flatten, leaf_paths, param_shapes, stack_layers, un
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, param_shardings
 from llama_jax.text.tokenizer import Tokenizer
+from tests.support.tokenizers import special_tokens
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 
@@ -255,16 +256,20 @@ def test_the_tokenizer_is_saved_with_the_weights(tmp_path: pathlib.Path) -> None
         write_llama2c_tokenizer(tmp_path / "tokenizer.bin", 270)
     )
     for name, added in (("plain", {}), ("added", {270: "<pad>", 271: "é"})):
-        tokenizer = Tokenizer(model, added_tokens=added)
+        tokenizer = Tokenizer(model, settings=special_tokens(added))
         save_params(tmp_path / name, random_params(), TINY, tokenizer=tokenizer)
         actual = read_tokenizer(tmp_path / name)
         assert actual is not None
         assert actual.model_proto == model
         assert dict(actual.added_tokens) == added
-    assert not (tmp_path / "plain" / "added_tokens.json").exists()
-    (tmp_path / "added" / "added_tokens.json").write_text('{"<pad>": "x"}')
-    with pytest.raises(LlamaJaxError, match="integer"):
-        read_tokenizer(tmp_path / "added")
+    file = tmp_path / "added" / "text_settings.json"
+    assert not (tmp_path / "plain" / file.name).exists()
+    for damage in ('{"added_tokens": {"x": {}}}', '{"end_ids": ["2"]}', '{"a": 1}'):
+        file.write_text(damage)
+        with pytest.raises(
+            LlamaJaxError, match=r"text_settings\.json: text settings: "
+        ):
+            read_tokenizer(tmp_path / "added")
 
 
 def test_nothing_is_overwritten(tmp_path: pathlib.Path) -> None:

@@ -32,6 +32,7 @@ from llama_jax.conversion.gguf_config import rope_factors
 from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, TokenizerError
 from llama_jax.text.tokenizer import Tokenizer
+from tests.support.tokenizers import special_tokens
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -329,7 +330,7 @@ def test_added_tokens_survive_and_no_text_encodes_to_them(
     tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
 ) -> None:
     added = {272: "<|im_start|>", 274: "<|im_end|>"}
-    tokenizer = Tokenizer(tiny_tokenizer.contents, added_tokens=added)
+    tokenizer = Tokenizer(tiny_tokenizer.contents, settings=special_tokens(added))
     config = GQA.replace(vocab_size=276)
     write(tmp_path / "x.gguf", config, tokenizer=tokenizer)
     read_back, _ = read_gguf(tmp_path / "x.gguf").find_tokenizer()

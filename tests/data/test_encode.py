@@ -17,6 +17,7 @@ from llama_jax.loading import bundled
 from llama_jax.text.dialogs import Message
 from llama_jax.text.prompt_formats import FORMATS, infilling_prompt
 from llama_jax.text.tokenizer import Tokenizer
+from tests.support.tokenizers import special_tokens
 
 LOCATION = Location("a.jsonl", "line", 7)
 SINGLE_TURN = ("alpaca", "wizardlm-7b")
@@ -32,7 +33,7 @@ def small() -> Tokenizer:
         "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
     )  # fmt: skip
     added = dict(enumerate(names, start=plain.vocab_size))
-    return Tokenizer(plain.contents, added_tokens=added)
+    return Tokenizer(plain.contents, settings=special_tokens(added))
 
 
 def dialog(*texts: str, system: str | None = None) -> Dialog:

@@ -25,6 +25,7 @@ from llama_jax.runtime import Runtime
 from llama_jax.text.byte_level_bpe import LLAMA3_PATTERN, LLAMA3_SPECIAL
 from llama_jax.text.prompt_formats import Message, default_format
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
+from tests.support.tokenizers import special_tokens
 
 REASON = 'pip install "llama-jax[llama3]" to run this test'
 TEXTS = (
@@ -305,11 +306,13 @@ def test_ids_of_a_json_are_named_hidden_or_holes(trained: dict[str, Any]) -> Non
     ids.insert(2, 412)
     assert tokenizer.decode(ids) == "h<think>é"
     assert tokenizer.piece(412) == "<think>"
-    more = Tokenizer(tokenizer.contents, added_tokens={412: "<think>", 414: "<|x|>"})
+    more = Tokenizer(
+        tokenizer.contents, settings=special_tokens({412: "<think>", 414: "<|x|>"})
+    )
     assert dict(more.added_tokens) == {414: "<|x|>"}
     assert more.decode([414, *ids]) == "<|x|>h<think>é"
     with pytest.raises(TokenizerError, match=r"'<\|x\|>' has id 412, which is '<thi"):
-        Tokenizer(tokenizer.contents, added_tokens={412: "<|x|>"})
+        Tokenizer(tokenizer.contents, settings=special_tokens({412: "<|x|>"}))
 
 
 @pytest.mark.parametrize(
@@ -457,7 +460,7 @@ def test_llama2s_json_equals_llama2s_model(llama2_tokenizer: Tokenizer) -> None:
         TEXTS[0], bos=True, eos=True
     )
     with pytest.raises(TokenizerError, match=r"'x' has id 32001, which is '<\|im_e"):
-        Tokenizer(actual.contents, added_tokens={32_001: "x"})
+        Tokenizer(actual.contents, settings=special_tokens({32_001: "x"}))
     described["model"]["merges"] *= 2
     with pytest.raises(TokenizerError, match="not in the order of scores"):
         opened(described)

@@ -20,6 +20,7 @@ from llama_jax.text.prompt_formats import (
     infilling_prompt,
 )
 from llama_jax.text.tokenizer import Tokenizer
+from tests.support.tokenizers import special_tokens
 
 CHAT_GOLDEN = (
     "meta/llama2-gqa-tiny-mp2",
@@ -43,7 +44,7 @@ def codellama_step(assets: pathlib.Path) -> Tokenizer:
 def chatml(llama2_tokenizer: Tokenizer) -> Tokenizer:
     """Llama 2's tokenizer with the tags of ChatML as added tokens."""
     names = {32000: "[PAD]", 32001: "<|im_start|>", 32002: "<|im_end|>"}
-    return Tokenizer(llama2_tokenizer.contents, added_tokens=names)
+    return Tokenizer(llama2_tokenizer.contents, settings=special_tokens(names))
 
 
 @pytest.fixture(scope="module")

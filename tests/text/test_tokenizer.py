@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llama_jax.errors import LlamaJaxError, TokenizerError
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
+from tests.support.tokenizers import special_tokens
 
 GOLDEN = (
     "meta/llama1-mha-tiny",
@@ -206,7 +207,7 @@ def test_added_tokens_have_names_and_are_never_encoded(
     llama2_tokenizer: Tokenizer,
 ) -> None:
     proto = llama2_tokenizer.contents
-    tokenizer = Tokenizer(proto, added_tokens={**ADDED, 2: "</s>"})
+    tokenizer = Tokenizer(proto, settings=special_tokens({**ADDED, 2: "</s>"}))
     assert tokenizer.added_tokens == ADDED
     assert tokenizer.piece_id("<|im_start|>") == 32002
     assert max(tokenizer.encode("<|im_start|>[PAD]", bos=True, eos=True)) < 32000
@@ -216,9 +217,9 @@ def test_added_tokens_have_names_and_are_never_encoded(
     assert tokenizer.unnamed_ids(32004) == (32001, 32003)
     assert tokenizer.unnamed_ids(32000) == ()
     with pytest.raises(TokenizerError, match=r"'\[PAD\]' has id 450, which is '▁The'"):
-        Tokenizer(proto, added_tokens={450: "[PAD]"})
+        Tokenizer(proto, settings=special_tokens({450: "[PAD]"}))
     with pytest.raises(TokenizerError, match="negative"):
-        Tokenizer(proto, added_tokens={-1: "[PAD]"})
+        Tokenizer(proto, settings=special_tokens({-1: "[PAD]"}))
     with pytest.raises(TokenizerError, match="-1 is not a token id"):
         tokenizer.decode([450, -1])
 
