@@ -4,13 +4,22 @@ Importing this module does not import Pallas.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+import jax
+from jaxtyping import Array
+
+from llama_jax.kernels.refs import Ref
 
 
 def mosaic_gpu_kernel(
-    body: Callable[..., None], *, out_shape: Any, interpret: bool, **settings: Any
-) -> Callable[..., Any]:
+    body: Callable[..., None],
+    *,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    interpret: bool,
+    **settings: Any,
+) -> Callable[..., Sequence[Array]]:
     """`plgpu.kernel`, whose `out_shape` became `out_type`, with interpret mode.
 
     Raises:
@@ -42,7 +51,7 @@ def mosaic_gpu_layout(along: Literal["rows", "columns"]) -> Any:
     return rows if along == "rows" else columns
 
 
-def load_vector(ref: Any, along: Literal["rows", "columns"]) -> Any:
+def load_vector(ref: Ref, along: Literal["rows", "columns"]) -> Array:
     """Load a vector into registers in `mosaic_gpu_layout(along)`."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -51,7 +60,7 @@ def load_vector(ref: Any, along: Literal["rows", "columns"]) -> Any:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-def transposed(ref: Any) -> Any:
+def transposed(ref: Ref) -> Ref:
     """A matrix in shared memory, transposed."""
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
@@ -60,7 +69,7 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def reciprocal(x: Any, *, approx: bool) -> Any:
+def reciprocal(x: Array, *, approx: bool) -> Array:
     """1 / x within a TPU kernel; moved from `pallas` to `pallas.tpu`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu

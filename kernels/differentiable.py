@@ -1,7 +1,6 @@
 """The custom gradient that all flash attention kernels share."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +24,20 @@ def differentiable(
         differentiated; defaults to `forward` without its log-sum-exp.
     """
 
-    def attend(settings: Any, *inputs: Any) -> Array:
+    def attend(settings: object, *inputs: Array | None) -> Array:
         if inference is not None:
             return inference(settings, *inputs)
         return forward(settings, *inputs)[0]
 
-    def forward_rule(settings: Any, *inputs: Any) -> tuple[Array, Any]:
+    def forward_rule(
+        settings: object, *inputs: Array | None
+    ) -> tuple[Array, tuple[Array | None, ...]]:
         out, lse = forward(settings, *inputs)
         return out, (*inputs, out, lse)
 
-    def backward_rule(settings: Any, residuals: Any, d_out: Array) -> Any:
+    def backward_rule(
+        settings: object, residuals: tuple[Array | None, ...], d_out: Array
+    ) -> tuple[Array | None, ...]:
         return *backward(settings, *residuals, d_out), None, None
 
     with_gradient = jax.custom_vjp(attend, nondiff_argnums=(0,))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -11,6 +11,8 @@ from llama_jax.kernels import reference
 from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
 from llama_jax.kernels.reference import Pages, Slots
 from llama_jax.kernels.selection import AttentionCall, Implementation, check, select
+
+DecodeInputs: TypeAlias = tuple[Array, Slots, Slots, Array | None]
 
 
 def attention(
@@ -183,14 +185,15 @@ def _decode(
 
 
 def _decode_forward(
-    run: Callable[..., Array], *inputs: Any
-) -> tuple[Array, tuple[Any, ...]]:
+    run: Callable[..., Array], q: Array, k: Slots, v: Slots, q_start: Array | None
+) -> tuple[Array, DecodeInputs]:
+    inputs = q, k, v, q_start
     return _decode(run, *inputs), inputs
 
 
 def _decode_backward(
-    run: Callable[..., Array], inputs: tuple[Any, ...], d_out: Array
-) -> Any:
+    run: Callable[..., Array], inputs: DecodeInputs, d_out: Array
+) -> DecodeInputs:
     def attend(q: Array, k: Slots, v: Slots, q_start: Array) -> Array:
         return reference.attention(q, k, v, q_start=q_start)
 

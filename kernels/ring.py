@@ -22,7 +22,7 @@ its operands, not by control flow: all devices run the same program.
   next step are sent while the current ones are used.
 """
 
-from typing import Any, Literal
+from typing import Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,19 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.differentiable import differentiable, output_dot_gradient
 from llama_jax.kernels.logsumexp import AxisName, Part, join
-from llama_jax.kernels.partial_attention import Passes, passes_of
+from llama_jax.kernels.partial_attention import Ids, Passes, passes_of
+from llama_jax.kernels.tpu.flash_backward import Grads
+
+Tree = TypeVar("Tree")
+
+Queries: TypeAlias = tuple[Array | None, ...]
+"""Segment ids of a chunk of queries, and what the pass needs of them."""
+
+Arriving: TypeAlias = tuple[Array, Array, Array | None]
+"""Keys, values and segment ids of another device."""
+
+Operands: TypeAlias = tuple[list[Array | None], tuple[Array, Array, Array, Ids]]
+"""Queries without their ids, and (k, v, q_start, ids) as `Passes` take them."""
 
 
 def zigzag_order(length: int, devices: int) -> Int[np.ndarray, " T"]:
@@ -117,14 +129,14 @@ def ring_attention(
     return out.swapaxes(1, 2)
 
 
-def _shift(tree: Any, axis: AxisName) -> Any:
+def _shift(tree: Tree, axis: AxisName) -> Tree:
     """The arrays of the previous device of the ring."""
     devices = jax.lax.axis_size(axis)
     ring = [(d, (d + 1) % devices) for d in range(devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, ring), tree)
 
 
-def _halves(tree: Any, axis: int) -> tuple[Any, Any]:
+def _halves(tree: Tree, axis: int) -> tuple[Tree, Tree]:
     """Front and back chunk of every array."""
     front, back = (
         jax.tree.map(lambda x, half=half: jnp.split(x, 2, axis)[half], tree)
@@ -133,16 +145,16 @@ def _halves(tree: Any, axis: int) -> tuple[Any, Any]:
     return front, back
 
 
-def _select(condition: Array, one: Any, other: Any) -> Any:
+def _select(condition: Array, one: Tree, other: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 def _pairs(
     axis: AxisName,
     step: Array,
-    queries: tuple[Any, ...],
-    arriving: tuple[Any, Any, Any],
-) -> Any:
+    queries: tuple[Queries, ...],
+    arriving: Arriving,
+) -> tuple[Array, Operands, Operands]:
     """The two products of a step: back queries with front keys, and a selected one.
 
     Args:
@@ -161,9 +173,11 @@ def _pairs(
     front, back = queries
     all_seen = jnp.full((k_front.shape[0],), k_front.shape[2], jnp.int32)
 
-    def operands(queries: Any, k: Array, v: Array, kv_ids: Any) -> Any:
+    def operands(
+        queries: Queries, k: Array, v: Array, kv_ids: Array | None
+    ) -> Operands:
         q_ids, *rest = queries
-        ids = None if q_ids is None else (q_ids, kv_ids)
+        ids = None if q_ids is None or kv_ids is None else (q_ids, kv_ids)
         return rest, (k, v, all_seen, ids)
 
     selected = _select(
@@ -177,13 +191,15 @@ def _forward(
     q: Array,
     k: Array,
     v: Array,
-    _: None,
+    q_start: None,
     ids: Array | None,
 ) -> tuple[Array, Array]:
     axis, passes = settings
     queries = tuple(zip(_halves(ids, 1), _halves(q, 2), strict=True))
 
-    def fold(carry: Any, step: Array) -> Any:
+    def fold(
+        carry: tuple[tuple[Part, Part], Arriving], step: Array
+    ) -> tuple[tuple[tuple[Part, Part], Arriving], None]:
         (front, back), arriving = carry
         following = _shift(arriving, axis)
         earlier, fixed, selected = _pairs(axis, step, queries, arriving)
@@ -208,7 +224,7 @@ def _backward(
     q: Array,
     k: Array,
     v: Array,
-    _: None,
+    q_start: None,
     ids: Array | None,
     out: Array,
     lse: Array,
@@ -219,14 +235,16 @@ def _backward(
     rows = _halves((q, lse, delta, d_out), 2)
     queries = tuple((i, *half) for i, half in zip(_halves(ids, 1), rows, strict=True))
 
-    def grads(queries: Any, slots: Any) -> Any:
+    def grads(queries: list[Array | None], slots: tuple[Array | Ids, ...]) -> Grads:
         q, *rest = queries
         return passes.backward(q, *slots, *rest)
 
     def concatenate(front: Array, back: Array) -> Array:
         return jnp.concatenate([front, back], axis=2)
 
-    def fold(carry: Any, step: Array) -> Any:
+    def fold(
+        carry: tuple[Array, Arriving, tuple[Array, Array]], step: Array
+    ) -> tuple[tuple[Array, Arriving, tuple[Array, Array]], None]:
         dq, arriving, sums = carry
         dk, dv = _shift(sums, axis)
         following = _shift(arriving, axis)

@@ -22,7 +22,6 @@ A dense cache is a paged one whose row b is page b.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +38,7 @@ from llama_jax.kernels.gpu.triton_tiles import (
 )
 from llama_jax.kernels.quantized_slots import QuantizedSlots
 from llama_jax.kernels.reference import Pages, Slots
+from llama_jax.kernels.refs import Ref, Scalar
 
 MIN_PROGRAMS = 264  # two per multiprocessor of an H100
 
@@ -145,16 +145,17 @@ def _attend(
     def out_index(s: Array, j: Array, b: Array) -> tuple[Array, ...]:
         return b, jax.lax.div(j, parts), s, jax.lax.rem(j, parts)
 
-    def q_index(s: Array, j: Array, b: Array) -> tuple[Any, ...]:
+    def q_index(s: Array, j: Array, b: Array) -> tuple[Scalar, ...]:
         return b, jax.lax.div(j, parts), jax.lax.rem(j, parts), 0
 
+    kernel = functools.partial(
+        _kernel,
+        queries=queries, rows=rows, slots=slots, page=page,
+        block_kv=block_kv, splits=splits, parts=parts, width=width,
+    )  # fmt: skip
     cached = k, v
     partial, lse = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            **{"queries": queries, "rows": rows, "slots": slots, "page": page},
-            **{"block_kv": block_kv, "splits": splits, "parts": parts, "width": width},
-        ),
+        kernel,
         grid=(splits, groups * parts, batch),
         in_specs=[
             row_spec(q_start, row=lambda s, j, b: b),
@@ -188,13 +189,13 @@ def _all_of(array: Array) -> pl.BlockSpec:
 
 
 def _kernel(
-    start_ref: Any,
-    table_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
+    start_ref: Ref,
+    table_ref: Ref,
+    q_ref: Ref,
+    k_ref: Ref | QuantizedSlots,
+    v_ref: Ref | QuantizedSlots,
+    out_ref: Ref,
+    lse_ref: Ref,
     *,
     queries: int,
     rows: int,
@@ -217,7 +218,7 @@ def _kernel(
     limit = jnp.minimum(start + queries, slots)
     steps = pl.cdiv(pl.cdiv(limit, block_kv), splits)
 
-    def load(ref: Any, first: Array) -> tuple[Array, Array | None]:
+    def load(ref: Ref | QuantizedSlots, first: Array) -> tuple[Array, Array | None]:
         """A block of slots, zeros after the row's last; and scales of int8 slots."""
         slot = first + jnp.arange(block_kv)
         valid = slot < limit
@@ -227,13 +228,13 @@ def _kernel(
             pages = plgpu.load(table_ref.at[slot // page], mask=valid, other=0)
             offset = slot % page
         mask = valid[:, None] & (column < width)
-        values = ref.values if isinstance(ref, QuantizedSlots) else ref
-        at: Any = values.at[pages[:, None], head, offset[:, None], column]
+        values, scales = ref if isinstance(ref, QuantizedSlots) else (ref, None)
+        at = values.at[pages[:, None], head, offset[:, None], column]
         loaded = plgpu.load(at, mask=mask, other=0).astype(q.dtype)
-        if values is ref:
+        if scales is None:
             return loaded, None
-        scales = ref.scales.at[pages, head, offset]
-        return loaded, plgpu.load(scales, mask=valid, other=0)
+        scale = plgpu.load(scales.at[pages, head, offset], mask=valid, other=0)
+        return loaded, scale
 
     def step(at: Array, softmax: OnlineSoftmax) -> OnlineSoftmax:
         first = at * block_kv

@@ -27,7 +27,7 @@ Ideas: Shah and others, FlashAttention-3 (arXiv:2407.08608), section 3.1.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,14 @@ from llama_jax.kernels.differentiable import differentiable
 from llama_jax.kernels.gpu import flash_triton, flash_triton_backward
 from llama_jax.kernels.gpu.triton_tiles import LEAST, LOG2_E, Tiles, edges, whole
 from llama_jax.kernels.precision import product
+from llama_jax.kernels.refs import Ref
 
 ACCUMULATOR = plgpu.WGMMAAccumulatorRef
 WORKERS = 2
 PRODUCER = WORKERS
+
+Sums: TypeAlias = tuple[Array, Array, Array]
+"""Weighted values, largest score and sum of weights of each query of a worker."""
 
 
 class Blocks(NamedTuple):
@@ -129,8 +133,8 @@ def _forward(
         plgpu.SwizzleTransform(swizzle),
     )
 
-    def program(*refs: Any) -> None:
-        def allocated(*memory: Any) -> None:
+    def program(*refs: Ref) -> None:
+        def allocated(*memory: Ref) -> None:
             packed = ids is not None
             _program(*refs, *memory, blocks=blocks, packed=packed, interpret=interpret)
 
@@ -177,7 +181,7 @@ def _backward(
 _attend = differentiable(_forward, _backward)
 
 
-def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
+def _program(*refs: Ref, blocks: Blocks, packed: bool, interpret: bool) -> None:
     q_ref, k_ref, v_ref, start_ref, first_ref, *rest = refs
     ids_ref = rest.pop(0) if packed else None
     out_ref, sums_ref, q_smem, k_smem, v_smem, sums_smem, *barriers = rest
@@ -190,7 +194,7 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
     start = start_ref[row]
     first = first_ref[row, tile]  # block of slots
 
-    def steps(begin: Any, number: int) -> Any:
+    def steps(begin: Array, number: int) -> Array:
         """Number of blocks from `first` on that some queries see."""
         end = jnp.minimum(start + jnp.minimum(begin + number, queries), slots)
         return jax.lax.div(end + (blocks.kv - 1), blocks.kv) - first
@@ -203,7 +207,7 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
         kv_head = jax.lax.div(head, group)
 
         @pl.loop(0, steps_of_program)
-        def _one(step: Any) -> None:
+        def _one(step: Array) -> None:
             buffer = jax.lax.rem(step, blocks.depth)
             block = pl.ds((first + step) * blocks.kv, blocks.kv)
             for source, ring, here, free in (
@@ -212,7 +216,7 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
             ):
 
                 @pl.when(step >= blocks.depth)
-                def _wait(free: Any = free) -> None:
+                def _wait(free: Ref = free) -> None:
                     plgpu.barrier_wait(free.at[buffer])
 
                 plgpu.copy_gmem_to_smem(
@@ -235,12 +239,12 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        def step(masked: bool, at: Any, sums: Any) -> Any:
+        def step(masked: bool, at: Array, sums: Sums) -> Sums:
             total, largest, weight = sums
             buffer = jax.lax.rem(at, blocks.depth)
             slot = (first + at) * blocks.kv
 
-            def multiply(s_ref: Any) -> Any:
+            def multiply(s_ref: Ref) -> Array:
                 keys = compat.transposed(k_smem.at[buffer])
                 plgpu.wgmma(s_ref, q_mine, keys)
                 synchronize()  # the other worker may use the tensor cores
@@ -256,7 +260,7 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
                 of_q = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
                 of_kv = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
                 mask = of_kv + slot <= of_q + (start + begin)
-                if ids_ref is not None:
+                if ids is not None and ids_ref is not None:
                     slot_ids = compat.load_vector(
                         ids_ref.at[row, pl.ds(slot, blocks.kv)], along="columns"
                     )
@@ -275,7 +279,7 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
             plgpu.barrier_wait(v_here.at[buffer])
             synchronize()
 
-            def add(total_ref: Any) -> None:
+            def add(total_ref: Ref) -> None:
                 plgpu.wgmma(total_ref, p, v_smem.at[buffer])
 
             if interpret:  # does not support wgmma from registers
@@ -286,7 +290,7 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
             plgpu.barrier_arrive(v_free.at[buffer])
             return total, larger, weight
 
-        def skip(at: Any, _: None) -> None:
+        def skip(at: Array, _: None) -> None:
             """Free a block that only the other worker uses, and synchronize twice."""
             buffer = jax.lax.rem(at, blocks.depth)
             plgpu.barrier_arrive(k_free.at[buffer])
@@ -317,11 +321,11 @@ def _program(*refs: Any, blocks: Blocks, packed: bool, interpret: bool) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _wide(vector: Any, shape: tuple[int, ...], axis: int) -> Any:
+def _wide(vector: Array, shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def _registers(value: float, shape: tuple[int, ...]) -> Any:
+def _registers(value: float, shape: tuple[int, ...]) -> Array:
     full = jnp.full(shape, value, jnp.float32)
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else compat.mosaic_gpu_layout("rows")
     return plgpu.layout_cast(full, layout)

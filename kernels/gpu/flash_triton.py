@@ -43,6 +43,7 @@ from llama_jax.kernels.gpu.triton_tiles import (
     row_inputs,
     whole,
 )
+from llama_jax.kernels.refs import Ref
 
 
 class Blocks(NamedTuple):
@@ -178,14 +179,14 @@ def _forward(
 
 
 def _kernel(
-    start_ref: Any,
-    ids_ref: Any,
+    start_ref: Ref | None,
+    ids_ref: Ref | None,
     edge_refs: Edges | None,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    out_ref: Ref,
+    lse_ref: Ref,
     *,
     tiles: Tiles,
     sizes: Sizes,

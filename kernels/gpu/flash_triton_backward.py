@@ -17,7 +17,6 @@ Equations: Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 2.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +40,7 @@ from llama_jax.kernels.gpu.triton_tiles import (
     whole,
 )
 from llama_jax.kernels.precision import product
+from llama_jax.kernels.refs import Ref, Scalar
 
 
 def backward(
@@ -78,7 +78,7 @@ def backward(
     call = functools.partial(
         pl.pallas_call, compiler_params=compiler_params(tiles), interpret=interpret
     )
-    settings: dict[str, Any] = {"tiles": tiles, "sizes": Sizes(queries, slots, width)}
+    sizes = Sizes(queries, slots, width)
     operands = (*rows, q, k, v, d_out, lse, delta)
 
     blocks = pl.cdiv(queries, tiles.q)
@@ -93,7 +93,7 @@ def backward(
         (None, None, tiles.q), lambda i, n, b: (b, n, blocks - 1 - i)
     )
     dq = call(
-        functools.partial(_queries_kernel, **settings),
+        functools.partial(_queries_kernel, tiles=tiles, sizes=sizes),
         grid=(blocks, heads, batch),
         in_specs=[
             *row_specs,
@@ -114,7 +114,7 @@ def backward(
         (None, None, tiles.kv, wide), lambda i, g, b: (b, g, i, 0)
     )
     dk, dv = call(
-        functools.partial(_slots_kernel, **settings),
+        functools.partial(_slots_kernel, tiles=tiles, sizes=sizes),
         grid=(pl.cdiv(slots, tiles.kv), groups, batch),
         in_specs=[
             *row_specs,
@@ -129,16 +129,16 @@ def backward(
 
 
 def _queries_kernel(
-    start_ref: Any,
-    ids_ref: Any,
+    start_ref: Ref | None,
+    ids_ref: Ref | None,
     edge_refs: Edges | None,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    d_out_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    dq_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    d_out_ref: Ref,
+    lse_ref: Ref,
+    delta_ref: Ref,
+    dq_ref: Ref,
     *,
     tiles: Tiles,
     sizes: Sizes,
@@ -162,17 +162,17 @@ def _queries_kernel(
 
 
 def _slots_kernel(
-    start_ref: Any,
-    ids_ref: Any,
+    start_ref: Ref | None,
+    ids_ref: Ref | None,
     edge_refs: Edges | None,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    d_out_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    dk_ref: Any,
-    dv_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    d_out_ref: Ref,
+    lse_ref: Ref,
+    delta_ref: Ref,
+    dk_ref: Ref,
+    dv_ref: Ref,
     *,
     tiles: Tiles,
     sizes: Sizes,
@@ -188,7 +188,7 @@ def _slots_kernel(
     seen = (slot < limit)[:, None] & columns
     k = plgpu.load(k_ref, mask=seen, other=0).astype(dtype)
     v = plgpu.load(v_ref, mask=seen, other=0).astype(dtype)
-    ids: Any = None
+    ids = None
     if ids_ref is not None:
         ids = load_vector(ids_ref, block * tiles.kv, tiles.kv, queries)
 
@@ -206,7 +206,7 @@ def _slots_kernel(
         if masked:
             row = first + jnp.arange(tiles.q)
             mask = slot[None, :] <= (start + row)[:, None]
-            if ids_ref is not None:
+            if ids is not None and ids_ref is not None:
                 row_ids = load_vector(ids_ref, first, tiles.q, queries)
                 mask &= row_ids[:, None] == ids[None, :]
             s = jnp.where(mask, s, -jnp.inf)
@@ -216,7 +216,7 @@ def _slots_kernel(
         ds = p * (product(d_out, v, 1, 1) - delta[:, None])
         return dk + product(ds.astype(dtype), q, 0, 0), dv
 
-    end: Any = pl.cdiv(queries, tiles.q)
+    end: Scalar = pl.cdiv(queries, tiles.q)
     first = jnp.maximum(block * tiles.kv - start, 0) // tiles.q
     if edge_refs is None:
         # From here on every query sees the whole block.

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, DTypeLike, Int
 
 from llama_jax.kernels.precision import product
+from llama_jax.kernels.refs import Ref, Scalar
 
 LOG2_E = math.log2(math.e)
 LEAST = -1e30  # below any score, and finite, so that differences are never NaN
+
+Carry = TypeVar("Carry")
 
 
 class Tiles(NamedTuple):
@@ -75,7 +78,7 @@ def whole(size: int, block: int) -> int:
 
 
 def row_spec(
-    array: Array | None, size: int | None = None, *, row: Callable[..., Any]
+    array: Array | None, size: int | None = None, *, row: Callable[..., Array]
 ) -> pl.BlockSpec | None:
     """One row's scalar, or the first `size` numbers of one row; None for None."""
     if array is None:
@@ -87,7 +90,7 @@ def row_spec(
 
 def row_inputs(
     q_start: Array | None, segment_ids: Array | None, tiles: Tiles
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[Array | Edges | None], list[pl.BlockSpec | Edges | None]]:
     """`q_start`, segment ids and edges of a grid whose last axis is B, with specs."""
     limits = None if segment_ids is None else edges(segment_ids, tiles)
     spec = functools.partial(row_spec, row=lambda i, n, b: b)
@@ -111,10 +114,10 @@ def scores(q: Array, k: Array, width: int) -> Array:
 
 
 def load_rows(
-    ref: Any,
-    first: Array | int,
+    ref: Ref,
+    first: Scalar,
     size: int,
-    limit: Array | int,
+    limit: Scalar,
     width: int,
     dtype: DTypeLike,
     *head: Array,
@@ -126,14 +129,14 @@ def load_rows(
 
 
 def load_vector(
-    ref: Any, first: Array | int, size: int, limit: Array | int, *head: Array
+    ref: Ref, first: Scalar, size: int, limit: Scalar, *head: Array
 ) -> Array:
     """Load a number per row; zeros from `limit` on."""
     mask = first + jnp.arange(size) < limit
     return plgpu.load(ref.at[(*head, pl.ds(first, size))], mask=mask, other=0)
 
 
-def _columns(ref: Any, width: int) -> Array:
+def _columns(ref: Ref, width: int) -> Array:
     return (jnp.arange(ref.shape[-1]) < width)[None]
 
 
@@ -160,7 +163,7 @@ class QueryBlock(NamedTuple):
 
 
 def query_block(
-    start_ref: Any, ids_ref: Any, q_ref: Any, tiles: Tiles, sizes: Sizes
+    start_ref: Ref | None, ids_ref: Ref | None, q_ref: Ref, tiles: Tiles, sizes: Sizes
 ) -> QueryBlock:
     """Load a block of queries; blocks are in reverse order, the longest first."""
     first = (pl.num_programs(0) - 1 - pl.program_id(0)) * tiles.q
@@ -181,19 +184,19 @@ def query_block(
 
 
 def fold_slots(
-    step: Callable[[Array, Array, Array, Any], Any],
-    carry: Any,
+    step: Callable[[Array, Array, Array, Carry], Carry],
+    carry: Carry,
     block: QueryBlock,
-    ids_ref: Any,
+    ids_ref: Ref | None,
     edge_refs: Edges | None,
-    k_ref: Any,
-    v_ref: Any,
+    k_ref: Ref,
+    v_ref: Ref,
     tiles: Tiles,
     sizes: Sizes,
-) -> Any:
+) -> Carry:
     """Fold `step(scores, k, v, carry)` over the blocks of slots that queries see."""
 
-    def masked_step(masked: bool, at: Array, carry: Any) -> Any:
+    def masked_step(masked: bool, at: Array, carry: Carry) -> Carry:
         first = at * tiles.kv
         shape = first, tiles.kv, block.limit, sizes.width, block.q.dtype
         k, v = load_rows(k_ref, *shape), load_rows(v_ref, *shape)
@@ -201,7 +204,7 @@ def fold_slots(
         if masked:
             slot = first + jnp.arange(tiles.kv)
             mask = slot[None, :] <= (block.start + block.row)[:, None]
-            if block.ids is not None:
+            if block.ids is not None and ids_ref is not None:
                 slot_ids = load_vector(ids_ref, first, tiles.kv, sizes.queries)
                 mask &= block.ids[:, None] == slot_ids[None, :]
             s = jnp.where(mask, s, -jnp.inf)

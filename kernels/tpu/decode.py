@@ -14,7 +14,7 @@ computed from one in `streamed_tiles`.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.reference import Slots
+from llama_jax.kernels.refs import AsyncCopy, Ref
 from llama_jax.kernels.tpu.flash_tiles import LANES
 from llama_jax.kernels.tpu.streamed import Fetch, streamed_attention
 from llama_jax.kernels.tpu.streamed_tiles import Tiling, slots_at, tiling
@@ -82,21 +83,21 @@ class _Rows:
     tiles: Tiling
     slots: int
 
-    def first(self, block: Any) -> Any:
+    def first(self, block: Array) -> Array:
         first = block * self.tiles.block
         if self.slots % self.tiles.block:
             first = jnp.minimum(first, self.slots - self.tiles.block)
         return first
 
-    def start(self, scalars: Any, fetch: Fetch) -> None:
+    def start(self, scalars: Sequence[Ref], fetch: Fetch) -> None:
         for copy in self._copies(fetch):
             copy.start()
 
-    def wait(self, scalars: Any, fetch: Fetch) -> None:
+    def wait(self, scalars: Sequence[Ref], fetch: Fetch) -> None:
         for copy in self._copies(fetch):
             copy.wait()
 
-    def _copies(self, fetch: Fetch) -> list[Any]:
+    def _copies(self, fetch: Fetch) -> list[AsyncCopy]:
         aligned = next(n for n in (LANES, 64, 32, 16, 8, 1) if self.slots % n == 0)
         first = pl.multiple_of(self.first(fetch.block), aligned)
         slots = pl.ds(first, self.tiles.block)

@@ -19,7 +19,7 @@ S is bounded by VMEM. A longer cache is processed in chunks, one kernel per chun
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from llama_jax.kernels.precision import product
+from llama_jax.kernels.refs import Ref, Scalar
 from llama_jax.kernels.tpu.flash_tiles import (
     LANES,
     LOG2_E,
+    Block,
     Tiles,
     across,
     grid_step,
@@ -45,9 +47,9 @@ Grads = tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B 
 
 
 def _backward_kernel(
-    *arguments: Any, tiles: Tiles, scale: float, slots: int, packed: bool
+    *arguments: Ref, tiles: Tiles, scale: float, slots: int, packed: bool
 ) -> None:
-    refs: Any
+    refs: Sequence[Ref]
     scalars, refs = arguments[:3], arguments[3:]
     bounds = refs[: 2 * packed]
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs = refs[2 * packed :]
@@ -58,7 +60,7 @@ def _backward_kernel(
     width = q_ref.shape[3]
     grid = grid_step(scalars, bounds, step, tiles, slots)
 
-    def attend(at: Any, size: int, at_kv: Any, masked: bool) -> None:
+    def attend(at: Scalar, size: int, at_kv: Scalar, masked: bool) -> None:
         """Add the gradients of some queries and a block of slots."""
         rows, block = pl.ds(at, size), pl.ds(at_kv, tiles.kv)
         sums = pl.ds(pl.multiple_of(grid.first_kv + at_kv, tiles.kv), tiles.kv)
@@ -166,8 +168,7 @@ def flash_backward(
         dq_dtype=dq_dtype if chunk >= slots + more_kv else jnp.float32,
         interpret=interpret,
     )
-    dq: Any = 0.0
-    dks, dvs = [], []
+    dqs, dks, dvs = [], [], []
     for first in range(0, slots + more_kv, chunk):
         part = slice(first, first + chunk)
         start = q_start
@@ -180,12 +181,13 @@ def flash_backward(
         run_chunk = jax.custom_batching.sequential_vmap(
             functools.partial(run, first=first, slots=min(chunk, slots - first))
         )
-        dq_chunk, dk, dv = run_chunk(
+        dq, dk, dv = run_chunk(
             q, k[:, :, part], v[:, :, part], start, ids, lse, delta, do
         )
-        dq += dq_chunk
+        dqs.append(dq)
         dks.append(dk)
         dvs.append(dv)
+    dq = functools.reduce(jnp.add, dqs)
     dk, dv = (
         jnp.concatenate(x, axis=2)[:, :, :slots, : q.shape[3]] for x in (dks, dvs)
     )
@@ -202,9 +204,21 @@ def _padded(x: Array, more: int, axis: int, mode: str = "constant") -> Array:
 
 
 def _chunk_backward(
-    q: Any, k: Any, v: Any, q_start: Any, ids: Any, lse: Any, delta: Any, do: Any, *,
-    first: int, slots: int, tiles: Tiles, dq_dtype: Any, interpret: Any,
-) -> Any:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    q_start: Array | None,
+    ids: tuple[Array, Array] | None,
+    lse: Array,
+    delta: Array,
+    do: Array,
+    *,
+    first: int,
+    slots: int,
+    tiles: Tiles,
+    dq_dtype: DTypeLike,
+    interpret: bool,
+) -> Sequence[Array]:
     """Gradients by the slots of `k` and `v`, accumulated in VMEM.
 
     The first `slots` of them are real, the rest is padding.
@@ -216,15 +230,15 @@ def _chunk_backward(
     q_of, kv_of = tile_list(queries, padded, tiles, causal=q_start is None)
     start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
 
-    def q_block(b: Any, n: Any, g: Any, step: Any, _: Any, q_of: Any, *__: Any) -> Any:
-        return b, n * group + g, q_of[step], 0
+    def q_block(b: Array, n: Array, g: Array, step: Array, *scalars: Ref) -> Block:
+        return b, n * group + g, scalars[1][step], 0
 
-    def row_block(b: Any, n: Any, g: Any, s: Any, _: Any, q_of: Any, *__: Any) -> Any:
-        return b, n * group + g, 0, q_of[s]
+    def row_block(b: Array, n: Array, g: Array, step: Array, *scalars: Ref) -> Block:
+        return b, n * group + g, 0, scalars[1][step]
 
     window = functools.partial(window_read, tiles, padded)
 
-    def kv_block(b: Any, n: Any, g: Any, step: Any, *scalars: Any) -> Any:
+    def kv_block(b: Array, n: Array, g: Array, step: Array, *scalars: Ref) -> Block:
         return b, n, window(b, step, *scalars), 0
 
     scalars = [start.astype(jnp.int32), q_of, kv_of]

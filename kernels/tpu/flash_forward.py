@@ -26,7 +26,7 @@ another; a step covers the tiles of one window, `tiles.window` slots. Memory:
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,12 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from llama_jax.kernels.compat import reciprocal
 from llama_jax.kernels.precision import product
+from llama_jax.kernels.refs import Ref, Scalar
 from llama_jax.kernels.tpu.flash_tiles import (
     LANES,
     LOG2_E,
     MASKED,
+    Block,
     Tiles,
     across,
     grid_step,
@@ -61,9 +63,9 @@ def inverse(x: Array) -> Array:
 
 
 def _forward_kernel(
-    *arguments: Any, tiles: Tiles, scale: float, slots: int, packed: bool, lse: bool
+    *arguments: Ref, tiles: Tiles, scale: float, slots: int, packed: bool, lse: bool
 ) -> None:
-    refs: Any
+    refs: Sequence[Ref]
     scalars, refs = arguments[:3], arguments[3:]
     bounds = refs[: 2 * packed]
     q_ref, k_ref, v_ref, *refs = refs[2 * packed :]
@@ -72,7 +74,7 @@ def _forward_kernel(
     step, steps = pl.program_id(2), pl.num_programs(2)
     grid = grid_step(scalars, bounds, step, tiles, slots)
 
-    def attend(at: Any, size: int, at_kv: Any, masked: bool) -> None:
+    def attend(at: Scalar, size: int, at_kv: Scalar, masked: bool) -> None:
         """Add a block of slots to the softmax of some queries."""
         rows, block = pl.ds(at, size), pl.ds(at_kv, tiles.kv)
         v = v_ref[0, 0, block]
@@ -158,15 +160,15 @@ def flash_forward(
     q_of, kv_of = tile_list(queries, slots, tiles, causal=q_start is None)
     start = jnp.zeros((batch,), jnp.int32) if q_start is None else q_start
 
-    def q_block(b: Any, n: Any, step: Any, start: Any, q_of: Any, *_: Any) -> Any:
-        return b, n, q_of[step], 0
+    def q_block(b: Array, n: Array, step: Array, *scalars: Ref) -> Block:
+        return b, n, scalars[1][step], 0
 
-    def row_block(b: Any, n: Any, step: Any, start: Any, q_of: Any, *_: Any) -> Any:
-        return b, n, 0, q_of[step]
+    def row_block(b: Array, n: Array, step: Array, *scalars: Ref) -> Block:
+        return b, n, 0, scalars[1][step]
 
     window = functools.partial(window_read, tiles, slots)
 
-    def kv_block(b: Any, n: Any, step: Any, *scalars: Any) -> Any:
+    def kv_block(b: Array, n: Array, step: Array, *scalars: Ref) -> Block:
         return b, jax.lax.div(n, jnp.int32(group)), window(b, step, *scalars), 0
 
     scalars = [start.astype(jnp.int32), q_of, kv_of]

@@ -5,8 +5,8 @@ follows from scalars in SMEM, before any of its data is read.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Shaped
 
+from llama_jax.kernels.refs import Ref, Scalar
+
 LANES = 128
 STRIP = 512  # queries of a strip of a mixed tile
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite, so differences are never NaN
 LOG2_E = float(np.log2(np.e))
+
+Block: TypeAlias = tuple[Scalar, Scalar, Scalar, Scalar]
+"""Where a block of an array `[B, N, T, H]` is, in blocks."""
+
+Bounds: TypeAlias = tuple[Array, Array]
+"""Smallest and largest segment of a block."""
 
 
 class Tiles(NamedTuple):
@@ -87,8 +95,8 @@ def segments_of(
 def segment_operands(
     ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
     tiles: Tiles,
-    q_block: Callable[..., Any],
-    kv_block: Callable[..., Any],
+    q_block: Callable[..., Block],
+    kv_block: Callable[..., Block],
 ) -> tuple[list[Array], list[Array], list[pl.BlockSpec]]:
     """Scalars, arrays and block specs of packed rows; empty if rows are not packed.
 
@@ -119,18 +127,20 @@ class Step(NamedTuple):
         the n-th block of slots; None if rows are not packed.
     """
 
-    first_q: Any
-    first_kv: Any
+    first_q: Array
+    first_kv: Array
     slots: int
-    segments: tuple[Any, Callable[[Any], Any]] | None
+    segments: tuple[Bounds, Callable[[Scalar], Bounds]] | None
 
 
-def block_bounds(ref: Any, row: Any, block: Any) -> tuple[Any, Any]:
+def block_bounds(ref: Ref, row: Array, block: Array) -> Bounds:
     """Smallest and largest segment of a block, from SMEM."""
     return ref[row, 0, block], ref[row, 1, block]
 
 
-def grid_step(scalars: Any, bounds: Any, step: Any, tiles: Tiles, slots: int) -> Step:
+def grid_step(
+    scalars: Sequence[Ref], bounds: Sequence[Ref], step: Array, tiles: Tiles, slots: int
+) -> Step:
     """The step's scalars, from SMEM; the first axis of the grid is B."""
     (start, q_of, kv_of), row = scalars, pl.program_id(0)
     i, j = q_of[step], kv_of[step]
@@ -145,12 +155,14 @@ def grid_step(scalars: Any, bounds: Any, step: Any, tiles: Tiles, slots: int) ->
     return Step(start[row] + i * tiles.q, j * tiles.window, slots, segments)
 
 
-def is_last_of_block(q_of: Any, step: Any, steps: Any) -> Any:
+def is_last_of_block(q_of: Ref, step: Array, steps: Scalar) -> Array:
     """Whether the next step has another block of queries."""
     return (step == steps - 1) | (q_of[jnp.minimum(step + 1, steps - 1)] != q_of[step])
 
 
-def window_read(tiles: Tiles, slots: int, row: Any, step: Any, *scalars: Any) -> Any:
+def window_read(
+    tiles: Tiles, slots: int, row: Array, step: Array, *scalars: Ref
+) -> Array:
     """The window that a step reads: its own if visible, else the last one again.
 
     A window that is the same as in the step before is not copied.
@@ -163,7 +175,7 @@ def window_read(tiles: Tiles, slots: int, row: Any, step: Any, *scalars: Any) ->
 
 
 def walk(
-    tiles: Tiles, step: Step, attend: Callable[[Any, int, Any, bool], None]
+    tiles: Tiles, step: Step, attend: Callable[[Scalar, int, Scalar, bool], None]
 ) -> None:
     """Call `attend` for all visible parts of a grid step.
 
@@ -171,7 +183,7 @@ def walk(
     whether a mask is needed.
     """
 
-    def kind_of(at: Any, queries: int, block: Any) -> tuple[Any, Any]:
+    def kind_of(at: Scalar, queries: int, block: Scalar) -> tuple[Array, Array]:
         """Whether anything is visible, and whether everything is."""
         q, kv = step.first_q + at, step.first_kv + block * tiles.kv
         visible = kv <= q + queries - 1
@@ -186,8 +198,8 @@ def walk(
             whole &= (q_low == kv_high) & (q_high == kv_low)
         return visible, whole
 
-    def take(block: Any, at_kv: Any) -> None:
-        def strip(at: Any, size: int) -> None:
+    def take(block: Scalar, at_kv: Scalar) -> None:
+        def strip(at: Scalar, size: int) -> None:
             visible, whole = kind_of(at, size, block)
             pl.when(whole)(lambda: attend(at, size, at_kv, False))
             pl.when(visible & ~whole)(lambda: attend(at, size, at_kv, True))
@@ -199,14 +211,14 @@ def walk(
     _each(tiles.window, tiles.kv, lambda at, _: take(jax.lax.div(at, tiles.kv), at))
 
 
-def _each(total: int, step: int, take: Callable[[Any, int], None]) -> None:
+def _each(total: int, step: int, take: Callable[[Scalar, int], None]) -> None:
     """Call `take(offset, size)` for parts of a size, or once if it does not divide."""
     if total == step or total % step:
         take(0, total)
         return
 
     @pl.loop(0, total // step)
-    def _(index: Any) -> None:
+    def _(index: Array) -> None:
         take(pl.multiple_of(index * step, step), step)
 
 

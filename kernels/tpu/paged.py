@@ -15,7 +15,7 @@ what is computed from one in `streamed_tiles`.
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.reference import Pages
+from llama_jax.kernels.refs import AsyncCopy, Ref, Scalar
 from llama_jax.kernels.tpu.flash_tiles import LANES
 from llama_jax.kernels.tpu.streamed import Fetch, streamed_attention
 from llama_jax.kernels.tpu.streamed_tiles import Tiling, slots_at, tiling
@@ -85,11 +86,11 @@ class _Pages:
     page: int
     pages_of_row: int
 
-    def first(self, block: Any) -> Any:
+    def first(self, block: Array) -> Array:
         return block * self.tiles.block
 
-    def start(self, scalars: Any, fetch: Fetch) -> None:
-        def one(n: Any, _: None = None) -> None:
+    def start(self, scalars: Sequence[Ref], fetch: Fetch) -> None:
+        def one(n: Scalar, _: None = None) -> None:
             for copy in self._copies(scalars, fetch, n):
                 copy.start()
 
@@ -104,8 +105,8 @@ class _Pages:
         def some_pages() -> None:
             jax.lax.fori_loop(0, valid, one, None)
 
-    def wait(self, scalars: Any, fetch: Fetch) -> None:
-        def one(n: Any, _: None) -> None:
+    def wait(self, scalars: Sequence[Ref], fetch: Fetch) -> None:
+        def one(n: Array, _: None) -> None:
             for copy in self._copies(scalars, fetch, n):
                 copy.wait()
 
@@ -121,16 +122,19 @@ class _Pages:
         def some_pages() -> None:
             jax.lax.fori_loop(0, valid, one, None)
 
-    def _valid(self, fetch: Fetch) -> Any:
+    def _valid(self, fetch: Fetch) -> Array:
         """Pages of the block up to the row's length."""
         whole = self.tiles.block // self.page
         pages = pl.cdiv(fetch.length, self.page) - fetch.block * whole
         return jnp.minimum(pages, whole)
 
-    def _copies(self, scalars: Any, fetch: Fetch, n: Any) -> list[Any]:
-        first = fetch.block * (self.tiles.block // self.page)
-        page = scalars[1][fetch.row * self.pages_of_row + first + n]
-        slots = pl.ds(pl.multiple_of(n * self.page, self.page), self.page)
+    def _copies(
+        self, scalars: Sequence[Ref], fetch: Fetch, n: Scalar
+    ) -> list[AsyncCopy]:
+        index = fetch.block * (self.tiles.block // self.page) + n
+        page = scalars[1][fetch.row * self.pages_of_row + index]
+        first = pl.multiple_of(n * self.page, self.page)  # type: ignore[arg-type]
+        slots = pl.ds(first, self.page)
         return [
             pltpu.make_async_copy(
                 part.at[page, fetch.heads],

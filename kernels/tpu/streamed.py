@@ -20,18 +20,21 @@ a row's last block comes the first of the next row.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float, Int
 
 from llama_jax.kernels.quantized_slots import QuantizedSlots
+from llama_jax.kernels.refs import Ref
 from llama_jax.kernels.tpu.flash_tiles import LANES
 from llama_jax.kernels.tpu.streamed_tiles import (
     Seen,
+    Slice,
     Softmax,
     Tiling,
     attend,
@@ -55,24 +58,24 @@ class Fetch(NamedTuple):
         (`[heads, block, H]`, `[heads, H, block]` or `[heads, block]`), a semaphore.
     """
 
-    row: Any
-    block: Any
-    length: Any
-    heads: Any
-    parts: Sequence[tuple[Any, Any, Any]]
+    row: Array
+    block: Array
+    length: Array
+    heads: Slice
+    parts: Sequence[tuple[Ref, Ref, Ref]]
 
 
 @runtime_checkable
 class Source(Protocol):
     """Where the blocks of a row are in HBM."""
 
-    def first(self, block: Any) -> Any:
+    def first(self, block: Array) -> Array:
         """First slot of a block, at most `block · size`."""
 
-    def start(self, scalars: Sequence[Any], fetch: Fetch) -> None:
+    def start(self, scalars: Sequence[Ref], fetch: Fetch) -> None:
         """Start the copies of a block."""
 
-    def wait(self, scalars: Sequence[Any], fetch: Fetch) -> None:
+    def wait(self, scalars: Sequence[Ref], fetch: Fetch) -> None:
         """Wait for the copies of a block."""
 
 
@@ -112,18 +115,12 @@ def streamed_attention(
         lambda split, row, *_: (row, split, 0, 0),
     )
 
-    def ring(part: Array) -> Any:
+    def ring_shape(part: Array) -> tuple[int, ...]:
         sides = [tiles.block] if part.ndim == 3 else [tiles.block, width]
         if tiles.slots_last:
             sides.reverse()
-        return pltpu.VMEM((_DEPTH, tiles.heads, *sides), part.dtype)
+        return (_DEPTH, tiles.heads, *sides)
 
-    softmax = Softmax(
-        m=pltpu.VMEM((tiles.score_tiles, tiles.rows, LANES), jnp.float32),
-        l=pltpu.VMEM((tiles.score_tiles, tiles.rows, LANES), jnp.float32),
-        sums=pltpu.VMEM((tiles.score_tiles, tiles.rows, width), jnp.float32),
-        last=pltpu.VMEM((tiles.rows, LANES), jnp.int32),
-    )
     out = pl.pallas_call(
         functools.partial(_kernel, tiles, source, structure, len(scalars)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -132,10 +129,14 @@ def streamed_attention(
             in_specs=[of_row, *[pl.BlockSpec(memory_space=pltpu.HBM) for _ in cache]],
             out_specs=of_row,
             scratch_shapes=[
-                softmax,
+                # The fields of `Softmax`.
+                pltpu.VMEM((tiles.score_tiles, tiles.rows, LANES), jnp.float32),
+                pltpu.VMEM((tiles.score_tiles, tiles.rows, LANES), jnp.float32),
+                pltpu.VMEM((tiles.score_tiles, tiles.rows, width), jnp.float32),
+                pltpu.VMEM((tiles.rows, LANES), jnp.int32),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.SemaphoreType.DMA((len(cache), _DEPTH)),
-                *map(ring, cache),
+                *(pltpu.VMEM(ring_shape(part), part.dtype) for part in cache),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(packed.shape, q.dtype),
@@ -149,36 +150,37 @@ def streamed_attention(
 
 
 def _kernel(
-    tiles: Tiling, source: Source, structure: Any, num_scalars: int, *refs: Any
+    tiles: Tiling, source: Source, structure: PyTreeDef, num_scalars: int, *refs: Ref
 ) -> None:
     scalars, (q_ref, *rest) = refs[:num_scalars], refs[num_scalars:]
     parts = structure.num_leaves
     cache, rest = rest[:parts], rest[parts:]
-    out_ref, softmax, cursor, arrived, *rings = rest
+    out_ref, *rest = rest
+    softmax, (cursor, arrived, *rings) = Softmax(*rest[:4]), rest[4:]
     q_start = scalars[0]
     row, batch = pl.program_id(1), pl.num_programs(1)
     heads = pl.ds(pl.program_id(0) * tiles.heads, tiles.heads)
 
-    def length(row: Any) -> Any:
+    def length(row: Array) -> Array:
         return q_start[row] + tiles.queries
 
-    def blocks(row: Any) -> Any:
+    def blocks(row: Array) -> Array:
         return pl.cdiv(length(row), tiles.block)
 
-    def fetch_of(row: Any, block: Any, buffer: Any) -> Fetch:
+    def fetch_of(row: Array, block: Array, buffer: Array) -> Fetch:
         parts = [
             (part, ring.at[buffer], arrived.at[n, buffer])
             for n, (part, ring) in enumerate(zip(cache, rings, strict=True))
         ]
         return Fetch(row, block, length(row), heads, parts)
 
-    def following(buffer: Any) -> Any:
+    def following(buffer: Array) -> Array:
         return jnp.where(buffer + 1 == _DEPTH, 0, buffer + 1)
 
     # Row, block and buffer of the next fetch; buffer of the next block to use.
     fetch_row, fetch_block, fetch_buffer, use_buffer = range(4)
 
-    def fetch(*_: Any) -> None:
+    def fetch(*_: object) -> None:
         at, block = cursor[fetch_row], cursor[fetch_block]
         buffer = cursor[fetch_buffer]
 
@@ -196,7 +198,7 @@ def _kernel(
             cursor[n] = 0
         jax.lax.fori_loop(0, _DEPTH - 1, fetch, None)
 
-    def use(block: Any, _: None) -> None:
+    def use(block: Array, _: None) -> None:
         buffer = cursor[use_buffer]
         cursor[use_buffer] = following(buffer)
         fetch()

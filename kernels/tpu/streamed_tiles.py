@@ -27,7 +27,7 @@ take `[.., H, S]`, which is the same bytes, and read no padding either.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,16 @@ from jaxtyping import Array, Float
 
 from llama_jax.kernels.precision import product
 from llama_jax.kernels.quantized_slots import QuantizedSlots
+from llama_jax.kernels.refs import Ref
 from llama_jax.kernels.selection import MAX_DECODE_ROWS
 from llama_jax.kernels.tpu.flash_tiles import LANES, lane_sums, wide
 
 _SUBLANES = 8
 _BLOCK_BYTES = 2**20  # of keys, and as many of values
 _SCORES = 64  # registers of scores in flight at a time
+
+Slice: TypeAlias = slice | pl.Slice
+"""The type of `pl.ds`."""
 
 
 class Tiling(NamedTuple):
@@ -80,9 +84,9 @@ class Seen(NamedTuple):
       valid: number of slots up to the row's last query; may exceed the block.
     """
 
-    first: Any
-    fresh: Any
-    valid: Any
+    first: Array
+    fresh: Array
+    valid: Array
 
 
 class Softmax(NamedTuple):
@@ -95,10 +99,10 @@ class Softmax(NamedTuple):
       last: last slot that each row attends to, `[rows, 128]`.
     """
 
-    m: Any
-    l: Any  # noqa: E741
-    sums: Any
-    last: Any
+    m: Ref
+    l: Ref  # noqa: E741
+    sums: Ref
+    last: Ref
 
 
 def tiling(
@@ -172,7 +176,7 @@ def _padded(lanes: int, sublanes: int) -> int:
     return _up(lanes, LANES) * _up(sublanes, _SUBLANES)
 
 
-def slots_at(ref: Any, tiles: Tiling, slots: Any, *front: Any) -> Any:
+def slots_at(ref: Ref, tiles: Tiling, slots: Slice, *front: object) -> Ref:
     """Slots of an array `[.., S, H]` or `[.., H, S]`, or of scales `[.., S]`.
 
     Args:
@@ -186,7 +190,7 @@ def slots_at(ref: Any, tiles: Tiling, slots: Any, *front: Any) -> Any:
     return ref.at[*front, slots]
 
 
-def begin(tiles: Tiling, softmax: Softmax, q_start: Any) -> None:
+def begin(tiles: Tiling, softmax: Softmax, q_start: Array) -> None:
     """Initialize the softmax of a row whose first query is at slot `q_start`."""
     softmax.m[...] = jnp.full_like(softmax.m, -jnp.inf)
     softmax.l[...] = jnp.zeros_like(softmax.l)
@@ -200,7 +204,12 @@ def begin(tiles: Tiling, softmax: Softmax, q_start: Any) -> None:
 
 
 def attend(
-    tiles: Tiling, q_ref: Any, k: Any, v: Any, softmax: Softmax, seen: Seen
+    tiles: Tiling,
+    q_ref: Ref,
+    k: Ref | QuantizedSlots,
+    v: Ref | QuantizedSlots,
+    softmax: Softmax,
+    seen: Seen,
 ) -> None:
     """Add a block to the softmax.
 
@@ -222,7 +231,7 @@ def attend(
     visible = slot <= wide(softmax.last[...] - seen.first, tiles.block)
     visible &= slot >= seen.fresh
 
-    def select_by_row(per_head: Sequence[Any]) -> Any:
+    def select_by_row(per_head: Sequence[Array]) -> Array:
         """For each row the array of its own head."""
         selected = per_head[0]
         for n in range(1, tiles.pack):
@@ -232,14 +241,14 @@ def attend(
     def heads_of(n: int) -> range:
         return range(n * tiles.pack, (n + 1) * tiles.pack)
 
-    def times(rows: Any, ref: Any, n: int, axis: int) -> Any:
+    def times(rows: Array, ref: Ref | Array, n: int, axis: int) -> Array:
         """Rows of score tile n times their heads of `ref`, contracting `axis`."""
         axis ^= tiles.slots_last
         return select_by_row(
             [product(rows, ref[head].astype(dtype), 1, axis) for head in heads_of(n)]
         )
 
-    def factors(ref: Any, n: int) -> Any:
+    def factors(ref: Ref | Array, n: int) -> Array:
         return select_by_row(
             [jnp.broadcast_to(ref[head][None], tile) for head in heads_of(n)]
         )
@@ -271,19 +280,19 @@ def attend(
             softmax.sums[n] = softmax.sums[n] * wide(alpha, width) + new
 
 
-def finish(softmax: Softmax, out_ref: Any) -> None:
+def finish(softmax: Softmax, out_ref: Ref) -> None:
     """Write the output of a row after its last block."""
     for n in range(softmax.sums.shape[0]):
         total = jnp.sum(softmax.l[n], axis=-1, keepdims=True)
         out_ref[0, n] = (softmax.sums[n] / total).astype(out_ref.dtype)
 
 
-def clear(tiles: Tiling, values: Any, valid: Any) -> None:
+def clear(tiles: Tiling, values: Ref, valid: Array) -> None:
     """Write zeros after the valid slots of a block, where values may be NaN."""
     axis = 2 if tiles.slots_last else 1
     step = math.gcd(tiles.block, LANES if tiles.slots_last else 32)
 
-    def one(n: Any, _: None) -> None:
+    def one(n: Array, _: None) -> None:
         first = pl.multiple_of(n * step, step)
         at = (slice(None),) * axis + (pl.ds(first, step),)
         piece = values[at]
