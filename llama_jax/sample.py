@@ -12,7 +12,7 @@ import argparse
 import pathlib
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
@@ -32,7 +32,6 @@ from llama_jax.generation.request import (
 from llama_jax.generation.sampling import Sampling
 from llama_jax.text.prompt_formats import (
     FORMATS,
-    Dialog,
     Message,
     default_format,
     get_format,
@@ -69,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = STORY
     loaded = cli.load_model(args)
     clock.loaded()
+    if is_dialog(args) and args.checkpoint is None:
+        print(
+            "the bundled model writes stories and is no chat model; for answers give "
+            "a chat model with --checkpoint",
+            file=sys.stderr,
+        )
     settings: Settings = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": sampling,
@@ -276,15 +281,14 @@ def talk(loaded: Loaded, args: argparse.Namespace, settings: Settings) -> None:
     tokenizer = loaded.tokenizer
     style = get_format(args.format) if args.format else default_format(tokenizer)
     settings["num_samples"] = 1
-
-    def answer(dialog: Dialog) -> Iterator[str]:
-        request = chat_request(tokenizer, dialog, format=style, **settings)
-        for delta in stream(loaded, [request]):
-            yield delta.text
-
     seed = settings["sampling"].seed
     print(f"seed {seed}, format {style.name}", file=sys.stderr)
-    Conversation(answer, args.system).loop()
+    Conversation(
+        lambda dialog: chat_request(tokenizer, dialog, format=style, **settings),
+        lambda request: stream(loaded, [request]),
+        loaded.model.config.max_seq_len,
+        args.system,
+    ).loop()
 
 
 if __name__ == "__main__":

@@ -3,36 +3,51 @@
 import contextlib
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
 from llama_jax.checkpoint.atomic_write import write_file
+from llama_jax.cli.terminal_input import MessageReader
 from llama_jax.errors import CheckpointError, PromptError
+from llama_jax.generation.generate import Delta
+from llama_jax.generation.request import Request
 from llama_jax.text.prompt_formats import Dialog, Message
 
-Answer = Callable[[Dialog], Iterator[str]]
-
 HELP = """\
-Write a message; end a line with \\ to continue it, or put several lines between
-two lines of \"\"\". Ctrl-C stops an answer, Ctrl-D or /quit ends the conversation.
+Write or paste a message; end a line with \\ to continue it, or put several lines
+between two lines of \"\"\". Ctrl-C stops an answer, Ctrl-D or /quit ends the
+conversation.
   /reset          forget the conversation
   /system TEXT    set the system message (no TEXT: none) and start a new conversation
   /save FILE      write the conversation as JSON
   /help           show this help"""
+COMMANDS = ("/quit", "/reset", "/system", "/save", "/help")
 
 
 class Conversation:
     """The history of a conversation, its commands, and the loop that reads input.
 
     Args:
-      answer: yields the text of the next answer to a dialog, piece by piece.
+      ask: makes the request that answers a dialog.
+      answer: runs it.
+      context: tokens that the model can read and write in one conversation.
       system: the system message, if any.
     """
 
-    def __init__(self, answer: Answer, system: str | None = None) -> None:
+    def __init__(
+        self,
+        ask: Callable[[Dialog], Request],
+        answer: Callable[[Request], Iterator[Delta]],
+        context: int,
+        system: str | None = None,
+    ) -> None:
+        self._ask = ask
         self._answer = answer
+        self._context = context
         self._system = system
         self._turns: list[Message] = []
+        self._reset_named = False
 
     @property
     def dialog(self) -> list[Message]:
@@ -43,24 +58,25 @@ class Conversation:
 
     def loop(self) -> None:
         """Read and answer messages until the end of input."""
+        reader = MessageReader()
         if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):  # line editing, where there is any
-                import readline  # noqa: F401
             self._note(HELP)
         while True:
             try:
-                message = read_message()
+                message = reader.read()
+                line = message.strip()
+                if line == "/quit":
+                    return
+                # A text of several lines may begin with a slash: a comment, a path.
+                name = line.split(maxsplit=1)[:1]
+                if line.startswith("/") and (name[0] in COMMANDS or "\n" not in line):
+                    self.command(line)
+                elif line:
+                    self.say(message)
             except EOFError:
                 return
             except KeyboardInterrupt:
                 self._note("\n(Ctrl-D or /quit ends the conversation)")
-                continue
-            if message.strip() == "/quit":
-                return
-            if message.startswith("/"):
-                self.command(message.strip())
-            elif message.strip():
-                self.say(message)
 
     def say(self, message: str) -> None:
         """Send a message and print the answer as it is generated.
@@ -69,30 +85,49 @@ class Conversation:
         not be sent.
         """
         self._turns.append({"role": "user", "content": message})
-        pieces: list[str] = []
         try:
-            for piece in self._answer(self.dialog):
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+            request = self._ask(self.dialog)
+            tokens = len(request.prompt_ids)
+            if tokens < self._context or len(self._turns) == 1:
+                self._reply(request)
+            else:
+                self._turns.pop()
+                self._note_full(f"(not sent: the conversation would have {tokens:,}")
         except PromptError as error:
             self._turns.pop()
             self._note(f"error: {error}")
-            return
-        except KeyboardInterrupt:
-            self._note("\n(stopped)")
+
+    def _reply(self, request: Request) -> None:
+        text, tokens, reason = "", len(request.prompt_ids), None
+        with _ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
+            for delta in self._answer(request):
+                text += delta.text
+                tokens += len(delta.token_ids)
+                reason = delta.finish_reason
+                print(delta.text, end="", flush=True)
+                if pressed:
+                    break
         print(flush=True)
-        self._turns.append({"role": "assistant", "content": "".join(pieces)})
+        self._turns.append({"role": "assistant", "content": text})
+        if reason is None:
+            self._note("(stopped)")
+        elif reason == "length" and tokens >= self._context:
+            self._note_full(f"(the answer is cut: the conversation has {tokens:,}")
+        elif reason == "length":
+            limit = request.max_new_tokens
+            self._note(f"(the answer is cut at --max-new-tokens {limit})")
 
     def command(self, line: str) -> None:
         """Run a command: a line that begins with a slash."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
-        if name == "/reset":
+        if name in ("/reset", "/system"):
             self._turns.clear()
+            self._reset_named = False
+        if name == "/reset":
             self._note("(forgotten)")
         elif name == "/system":
             self._system = rest or None
-            self._turns.clear()
             self._note("(system message set, conversation forgotten)")
         elif name == "/save":
             self.save(rest)
@@ -118,27 +153,28 @@ class Conversation:
     def _note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    def _note_full(self, text: str) -> None:
+        """Say that the context is full, and the first time what to do about it."""
+        remedy = "" if self._reset_named else "; /reset starts a new conversation"
+        self._reset_named = True
+        self._note(f"{text} of {self._context:,} tokens{remedy})")
 
-def read_message() -> str:
-    """Read one message of one or more lines from standard input.
 
-    Raises:
-      EOFError: there is no more input.
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Record Ctrl-C; only a second one raises, wherever the program is.
+
+    An exception inside JAX may be lost or leave something half done.
     """
-    prompt = "> " if sys.stdin.isatty() else ""
-    continued = ". " if prompt else ""
-    line = input(prompt)
-    if line.strip() == '"""':
-        lines: list[str] = []
-        with contextlib.suppress(EOFError):
-            while (line := input(continued)).strip() != '"""':
-                lines.append(line)
-        return "\n".join(lines)
-    lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1][:-1]
-        try:
-            lines.append(input(continued))
-        except EOFError:
-            break
-    return "\n".join(lines)
+    pressed: list[int] = []
+
+    def record(number: int, _: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    previous = signal.signal(signal.SIGINT, record)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -85,11 +85,12 @@ def test_a_prompt_file_is_read_without_its_last_newline(capsys, tmp_path):
 
 
 def test_chat_answers_one_message(capsys):
-    status, out, _ = run(
+    status, out, err = run(
         capsys, "--chat", "--prompt", "Hello", "--system", "Be brief.", "--seed", "1",
         "--max-new-tokens", "24", "--json",
     )  # fmt: skip
     assert status == 0
+    assert "the bundled model writes stories and is no chat model" in err
     assert json.loads(out)["completion_tokens"] <= 24
 
 
