@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 from llama_jax.checkpoint.lazy_leaf import Progress
+from llama_jax.cli import command as cli
+from llama_jax.cli.version import add_version_argument
 from llama_jax.conversion.comparison import Comparison, compare
 from llama_jax.conversion.converter import convert, prepare_conversion
 from llama_jax.conversion.formats import open_source
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bar(stage, done, total)
 
             return command(options, progress)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
+        raise
     except (LlamaJaxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -106,6 +110,7 @@ def _print_comparison(comparison: Comparison) -> int:
 def _parser(command: str) -> argparse.ArgumentParser:
     build = {"convert": _convert_parser, "verify": _verify_parser}
     parser = build.get(command, _inspect_parser)()
+    add_version_argument(parser)
     parser.add_argument(
         "--max-seq-len",
         type=int,
@@ -299,4 +304,4 @@ def _progress_bar() -> Iterator[Progress | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -10,7 +10,12 @@ from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.checksums import verify_checksums
-from llama_jax.conversion.formats import check_format, format_of_target, open_source
+from llama_jax.conversion.formats import (
+    check_format,
+    check_target,
+    format_of_target,
+    open_source,
+)
 from llama_jax.conversion.gguf import write_gguf
 from llama_jax.conversion.gguf_tensors import GGUFDtype
 from llama_jax.conversion.host_memory import anonymous_bytes, track_peak_memory
@@ -187,6 +192,7 @@ def prepare_conversion(
     """
     target = target_format or format_of_target(dst)
     check_format(target)
+    check_target(dst, target)
     if dtype is not None and dtype not in _DTYPES:
         choices = ", ".join(_DTYPES)
         raise ConfigError(f"dtype is {dtype!r}; choose from {choices}")

@@ -30,6 +30,7 @@ _READERS: dict[FormatName, _Reader] = {
     "llama2c": _Reader(is_llama2c, read_llama2c),
 }
 _SUFFIXES: dict[str, FormatName] = {".gguf": "gguf", ".bin": "llama2c"}
+_FILES = (*_SUFFIXES, ".safetensors", ".pth", ".pt", ".ckpt", ".model", ".json")
 
 
 def open_source(
@@ -86,3 +87,14 @@ def check_format(name: str) -> None:
 def format_of_target(path: Path) -> FormatName:
     """Return the default format of a new file or folder, by its suffix."""
     return _SUFFIXES.get(pathlib.Path(path).suffix, "orbax")
+
+
+def check_target(path: Path, format: FormatName) -> None:
+    """Raise a `CheckpointError` for a folder that is named like a file."""
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix in _FILES and format not in _SUFFIXES.values():
+        raise CheckpointError(
+            f"{path}: is the name of a {suffix} file, but the format {format!r} is a "
+            "folder; name a folder, or choose another format with --to "
+            "(target_format=)"
+        )

@@ -21,6 +21,7 @@ from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
 from llama_jax.cli.processes import start_processes
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
+from llama_jax.cli.version import add_version_argument
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
@@ -302,6 +303,7 @@ def merge(argv: Sequence[str]) -> int:
         "new folder, in the dtype of the base model: to export it, and because it is "
         "faster.",
     )
+    add_version_argument(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -331,6 +333,7 @@ def make_tokenizer(argv: Sequence[str]) -> int:
         prog="python -m llama_jax.finetune tokenizer",
         description="Train a SentencePiece tokenizer with the settings of Llama's.",
     )
+    add_version_argument(parser)
     parser.add_argument(
         "--data",
         nargs="+",

@@ -15,6 +15,7 @@ import jax
 
 from llama_jax.checkpoint.model_folder import is_checkpoint, read_config
 from llama_jax.cli import command as cli
+from llama_jax.cli.version import add_version_argument
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model.presets import EXAMPLE_MODEL, PRESETS, parse_model
@@ -158,6 +159,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "vendors' peak rates; nothing is run. The step of decoding does not include "
         "reading the prompt (--task prefill).",
     )
+    add_version_argument(parser)
     group = parser.add_argument_group("workload")
     group.add_argument(
         "--model",

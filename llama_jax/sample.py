@@ -19,6 +19,7 @@ from llama_jax.cli import command as cli
 from llama_jax.cli.chat import Conversation
 from llama_jax.cli.output import Clock, print_json, print_text
 from llama_jax.cli.processes import add_process_arguments, start_processes
+from llama_jax.cli.version import add_version_argument
 from llama_jax.distributed import broadcast_from_main
 from llama_jax.errors import PromptError
 from llama_jax.generation.generate import stream
@@ -124,6 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Without any flag, the small model that comes with the package writes a "
         "story. Ctrl-C stops.",
     )
+    add_version_argument(parser)
     cli.add_model_arguments(parser)
     cli.add_storage_arguments(parser)
     add_process_arguments(parser)

@@ -8,6 +8,7 @@ from llama_jax.bench.attention_work import KINDS
 from llama_jax.bench.schedule import CORES
 from llama_jax.bench.train import PeerName
 from llama_jax.cli.command import positive_int
+from llama_jax.cli.version import add_version_argument
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
 from llama_jax.model.presets import EXAMPLE_MODEL
@@ -20,6 +21,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m llama_jax.bench",
         description="Measure the library on this machine, and what the machine can do.",
     )
+    add_version_argument(parser)
     benchmarks = parser.add_subparsers(
         dest="benchmark", metavar="BENCHMARK", required=True
     )
@@ -45,6 +47,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         benchmark = benchmarks.add_parser(name, help=purpose, description=purpose)
         add_arguments(benchmark)
+        add_version_argument(benchmark)
         benchmark.add_argument(
             "--json", action="store_true", help="print one JSON object instead"
         )

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from llama_jax.cli import command as cli
 from llama_jax.cli.processes import add_process_arguments
+from llama_jax.cli.version import add_version_argument
 from llama_jax.data.encode import DATA_FORMATS, OnLong
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing
@@ -28,6 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "report.html. Ctrl-C and SIGTERM save and end the run; --resume continues it. "
         "Defaults are the settings of the Llama 2 paper.",
     )
+    add_version_argument(parser)
     cli.add_model_arguments(parser)
     add_process_arguments(parser)
     _add_data(parser.add_argument_group("data"))

@@ -16,23 +16,29 @@ from llama_jax.generation.request import Request
 def print_text(loaded: Loaded, deltas: Iterator[Delta], suffix: str) -> None:
     """Print the first completion as it is generated, then the others in order.
 
+    A table of log-probabilities follows the text.
+
     Args:
       loaded: its tokenizer names tokens.
       deltas: of all completions.
       suffix: printed after each completion.
     """
     others: dict[int, list[str]] = {}
+    scored: list[Delta] = []
     for delta in deltas:
         if delta.completion == 0:
             print(delta.text, end="", flush=True)
         else:
             others.setdefault(delta.completion, []).append(delta.text)
         if delta.logprobs is not None:
-            print_logprobs(loaded, delta)
+            scored.append(delta)
         if delta.finish_reason and delta.completion == 0:
             print(suffix)
     for index in sorted(others):
         print(f"\n--- {index + 1} ---\n{''.join(others[index])}{suffix}")
+    sys.stdout.flush()
+    for delta in sorted(scored, key=lambda delta: delta.completion):
+        print_logprobs(loaded, delta)
 
 
 def print_logprobs(loaded: Loaded, delta: Delta) -> None:

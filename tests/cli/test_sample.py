@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it reports bad input."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 
 from llama_jax import sample
 from llama_jax.cli import command as cli
+from llama_jax.cli.output import print_text
+from llama_jax.generation.generate import Delta
 from llama_jax.loading import load
 from llama_jax.text.prompt_formats import completion_prompt
 
@@ -63,6 +66,22 @@ def test_json_has_a_line_for_each_completion(capsys):
 def test_json_has_logprobs_only_with_the_flag(capsys):
     _, out, _ = run(capsys, "--json", "--max-new-tokens", "24")
     assert "logprobs" not in json.loads(out)
+
+
+def test_logprobs_are_a_table_after_the_text(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    top = (((300, -0.5),),)
+    deltas = [
+        Delta(0, "Once", (300,), (-0.5,), top, None),
+        Delta(1, "One", (301,), (-1.0,), top, "stop"),
+        Delta(0, " upon", (302,), (-0.25,), top, "length"),
+    ]
+    print_text(load(), iter(deltas), "")
+    lines = screen.getvalue().splitlines()
+    assert lines[:4] == ["Once upon", "", "--- 2 ---", "One"]
+    assert [line[:3] for line in lines[4:]] == ["[0]", "[0]", "[1]"]
 
 
 def test_a_stop_string_ends_the_text_before_it(capsys):

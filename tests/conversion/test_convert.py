@@ -163,6 +163,8 @@ def test_the_command_converts_and_prints_a_summary(
         ["meta", "out", "--max-seq-len", "64", "--tokenizer", "."],
         ["meta", "meta/params.json/out", "--max-seq-len", "64"],
         ["meta/params.json", "out"],
+        ["meta", "out.safetensors", "--max-seq-len", "64"],
+        ["meta", "out.gguf", "--to", "hf", "--max-seq-len", "64"],
     ],
 )
 def test_every_error_is_one_line_and_status_2(
@@ -177,7 +179,7 @@ def test_every_error_is_one_line_and_status_2(
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
-    assert not (meta.parent / "out").exists()
+    assert not list(meta.parent.glob("out*"))
 
 
 def test_unknown_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

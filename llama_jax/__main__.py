@@ -1,0 +1,42 @@
+"""`python -m llama_jax`: list the commands."""
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+
+from llama_jax.cli.version import add_version_argument
+
+COMMANDS = {
+    "sample": "complete a text, answer messages or fill a gap",
+    "finetune": "train a model or adapters; merge adapters; train a tokenizer",
+    "conversion": "convert, compare and describe checkpoints",
+    "plan": "whether a model fits, how fast it could be, and where",
+    "bench": "measure the library and the machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """List the commands, or run one of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_jax",
+        usage="python -m llama_jax COMMAND ...",
+        description="commands (each has its own --help):\n"
+        + "\n".join(f"  {name:<12}{purpose}" for name, purpose in COMMANDS.items()),
+        epilog="`python -m llama_jax.COMMAND` is the same.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_version_argument(parser)
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    sys.argv[1:] = args.rest
+    runpy.run_module(f"llama_jax.{args.command}", run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
