@@ -103,7 +103,8 @@ def write_hugging_face(
         write_json(folder / _INDEXES[0], index)
     special_ids = {}
     if model.tokenizer is not None:
-        special_ids = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id}
+        ids = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id}
+        special_ids = {name: id for name, id in ids.items() if id >= 0}
         write_hugging_face_tokenizer(folder, model.tokenizer, model.config.max_seq_len)
         generation = {f"{name}_token_id": id for name, id in special_ids.items()}
         write_json(folder / "generation_config.json", generation)

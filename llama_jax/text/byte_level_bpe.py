@@ -1,4 +1,4 @@
-"""Byte-level BPE: Llama 3's tokenizer, from Meta's file or a `tokenizer.json`.
+"""Byte-level BPE: Llama 3's file from Meta, and any model's `tokenizer.json`.
 
 Its pieces are byte strings, so it needs neither a leading space nor an unknown piece.
 The algorithms are in the optional packages tiktoken and tokenizers.
@@ -8,11 +8,20 @@ import base64
 import binascii
 import codecs
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llama_jax.errors import TokenizerError
+from llama_jax.text.byte_level_json import (
+    byte_characters,
+    make_byte_level_json,
+    merge_pairs,
+    merges_of_ranks,
+    steps,
+)
+from llama_jax.text.settings import AddedToken, added_token
 
 # Meta's Llama 3 code adds this pre-tokenization pattern, and 256 special tokens after
 # the pieces, to what is in its file.
@@ -47,12 +56,14 @@ class ByteLevel:
     Args:
       encode: text to ids, without special tokens.
       pieces: the bytes of every id that text can encode to.
-      added: names of the other ids.
-      special: those of the other ids that decode to nothing.
+      added: the other ids; special ones decode to nothing.
       file_name: of the tokenizer in a checkpoint.
 
+    Begin and end of text and the padding are Llama 3's, if there are tokens of these
+    names, else -1.
+
     Raises:
-      TokenizerError: a byte has no piece, or Llama 3's begin or end of text is missing.
+      TokenizerError: a byte has no piece.
     """
 
     unk_id = -1
@@ -61,14 +72,13 @@ class ByteLevel:
         self,
         encode: Callable[[str], list[int]],
         pieces: Mapping[int, bytes],
-        added: Mapping[int, str],
-        special: set[int],
+        added: Mapping[int, AddedToken],
         file_name: str,
     ) -> None:
         self._encode = encode
         self._pieces = pieces
         self._added = added
-        self._ids = {name: id for id, name in added.items()}
+        self._ids = {token.text: id for id, token in added.items()}
         self._ids_of_bytes = {piece: id for id, piece in self._pieces.items()}
         lacking = [b for b in range(256) if bytes([b]) not in self._ids_of_bytes]
         if lacking:
@@ -76,17 +86,12 @@ class ByteLevel:
                 f"tokenizer: has no piece for the byte 0x{lacking[0]:02X}, so not all "
                 "text can be encoded; the file is damaged or of another kind"
             )
-        if missing := [name for name in (_BEGIN, _END) if name not in self._ids]:
-            raise TokenizerError(
-                f"tokenizer: has no token {missing[0]}; byte-level tokenizers need "
-                "Llama 3's special tokens"
-            )
         self.file_name = file_name
-        self.bos_id, self.eos_id = self._ids[_BEGIN], self._ids[_END]
-        self.pad_id = self._ids.get(_PAD, -1)
+        special = (self._ids.get(name, -1) for name in (_BEGIN, _END, _PAD))
+        self.bos_id, self.eos_id, self.pad_id = special
         self.vocab_size = max(*self._pieces, *added) + 1
-        visible = {i: name.encode() for i, name in added.items() if i not in special}
-        self._bytes = {**pieces, **visible}
+        words = {i: t.text.encode() for i, t in added.items() if not t.special}
+        self._bytes = {**pieces, **words}
         known = pieces.keys() | added.keys()
         if self.vocab_size > 2 * len(known):
             raise TokenizerError(
@@ -115,8 +120,9 @@ class ByteLevel:
 
     def piece(self, id: int) -> str:
         """The name of a special token, or the text of a piece."""
-        piece = self._pieces.get(id, b"").decode(errors="backslashreplace")
-        return self._added.get(id, piece)
+        if id in self._added:
+            return self._added[id].text
+        return self._pieces.get(id, b"").decode(errors="backslashreplace")
 
     def piece_id(self, piece: str) -> int | None:
         """The id of the special token with this name, or the piece with this text."""
@@ -125,7 +131,7 @@ class ByteLevel:
 
     def can_encode(self, id: int) -> bool:
         """Whether encoding some text can produce this id."""
-        return id in self._pieces
+        return id in self._pieces or (id in self._added and not self._added[id].special)
 
 
 class ByteStream:
@@ -154,13 +160,28 @@ def is_ranks(contents: bytes) -> bool:
     return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\r?", line) is not None
 
 
-def from_ranks(contents: bytes) -> ByteLevel:
+def from_ranks(contents: bytes) -> tuple[ByteLevel, dict[int, AddedToken]]:
     """Read Llama 3's tokenizer from Meta's file.
+
+    Returns:
+      The tokenizer, and its added tokens.
 
     Raises:
       TokenizerError: the file is damaged or of another model, or tiktoken is not
         installed.
     """
+    ranks = _read_ranks(contents)
+    special = enumerate(LLAMA3_SPECIAL, start=len(ranks))
+    added = {id: AddedToken(name) for id, name in special}
+    pieces = {rank: piece for piece, rank in ranks.items()}
+    encoding = _package("tiktoken").Encoding(
+        "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    codec = ByteLevel(encoding.encode_ordinary, pieces, added, "tokenizer.model")
+    return codec, added
+
+
+def _read_ranks(contents: bytes) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(contents.splitlines()):
         try:
@@ -178,22 +199,17 @@ def from_ranks(contents: bytes) -> ByteLevel:
             f"tokenizer: has {len(ranks)} pieces, but Llama 3's has {LLAMA3_PIECES}; "
             "the file is incomplete, or of another family of models"
         )
-    special = dict(enumerate(LLAMA3_SPECIAL, start=len(ranks)))
-    pieces = {rank: piece for piece, rank in ranks.items()}
-    encoding = _package("tiktoken").Encoding(
-        "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-    return ByteLevel(
-        encoding.encode_ordinary, pieces, special, set(special), "tokenizer.model"
-    )
+    return ranks
 
 
-def from_json(contents: bytes, spec: Mapping[str, Any]) -> ByteLevel:
+def from_json(spec: Mapping[str, Any]) -> tuple[ByteLevel, dict[int, AddedToken]]:
     """Read a byte-level BPE from a `tokenizer.json`.
 
     Args:
-      contents: of the file.
-      spec: the same, parsed.
+      spec: the parsed file.
+
+    Returns:
+      The tokenizer, and its added tokens.
 
     Raises:
       TokenizerError: the file is damaged or of another kind, or the package tokenizers
@@ -214,22 +230,29 @@ def from_json(contents: bytes, spec: Mapping[str, Any]) -> ByteLevel:
         )
     package = _package("tokenizers")
     try:
-        whole = package.Tokenizer.from_str(contents.decode())
-        # Without its special tokens, which text must not encode to, and without its
-        # post-processor, which adds tokens around a text.
-        plain = package.Tokenizer(whole.model)
-        plain.pre_tokenizer = whole.pre_tokenizer
-        if whole.normalizer is not None:
-            plain.normalizer = whole.normalizer
-        names = {token["id"]: token["content"] for token in spec["added_tokens"]}
-        special = {t["id"] for t in spec["added_tokens"] if t["special"]}
-        value = _byte_values()
+        tokens = spec.get("added_tokens") or ()
+        added = {int(token["id"]): added_token(token) for token in tokens}
+        # Text must not encode to special tokens: they are no part of the model.
+        special = {token.text for token in added.values() if token.special}
+        vocab = {text: id for text, id in model["vocab"].items() if text not in special}
+        merges = [
+            pair
+            for pair in merge_pairs(model["merges"])
+            if special.isdisjoint((*pair, "".join(pair)))
+        ]
+        # Without a post-processor, which adds tokens around a text.
+        empty = {"type": "BPE", "vocab": {}, "merges": []}
+        parts = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
+        plain = package.Tokenizer.from_str(json.dumps({"model": empty, **parts}))
+        plain.model = package.models.BPE(
+            vocab, merges, ignore_merges=bool(model.get("ignore_merges"))
+        )
+        value = {character: byte for byte, character in enumerate(byte_characters())}
         pieces = {
             id: bytes(value[character] for character in piece)
-            for piece, id in model["vocab"].items()
-            if id not in special
+            for piece, id in vocab.items()
+            if id not in added
         }
-        added = {id: name for id, name in names.items() if id not in pieces}
     except Exception as error:  # tokenizers raises nothing narrower
         raise TokenizerError(
             f"tokenizer: not a byte-level tokenizer.json, or a damaged one ({error}); "
@@ -240,29 +263,29 @@ def from_json(contents: bytes, spec: Mapping[str, Any]) -> ByteLevel:
         ids: list[int] = plain.encode(text, add_special_tokens=False).ids
         return ids
 
-    return ByteLevel(encode, pieces, added, special, "tokenizer.json")
+    return ByteLevel(encode, pieces, added, "tokenizer.json"), added
 
 
-def steps(spec: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
-    """The steps of a part of a `tokenizer.json`: a sequence, one step or none."""
-    step = spec.get(part)
-    for key in ("pretokenizers", "decoders"):
-        if isinstance(step, dict) and key in step:
-            step = step[key]
-    all_steps = step if isinstance(step, list) else [step]
-    return [step for step in all_steps if isinstance(step, dict)]
+def json_of_ranks(contents: bytes) -> dict[str, Any]:
+    """Convert Meta's file to a `tokenizer.json`.
 
-
-def _byte_values() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary represents.
-
-    Bytes that are printable in Latin-1 are represented by themselves, the others in
-    order by the characters from U+0100 on (GPT-2).
+    Raises:
+      TokenizerError: as in `from_ranks`.
     """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    values = {chr(byte): byte for byte in printable}
-    return values | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    ranks = _read_ranks(contents)
+    characters = byte_characters()
+
+    def spell(piece: bytes) -> str:
+        return "".join(characters[byte] for byte in piece)
+
+    special = enumerate(LLAMA3_SPECIAL, start=len(ranks))
+    return make_byte_level_json(
+        {spell(piece): rank for piece, rank in ranks.items()},
+        [(spell(left), spell(right)) for left, right in merges_of_ranks(ranks)],
+        {id: AddedToken(name) for id, name in special},
+        patterns=[LLAMA3_PATTERN],
+        ignore_merges=True,
+    )
 
 
 def _package(name: str) -> Any:

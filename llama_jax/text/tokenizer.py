@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import TokenizerError
 from llama_jax.text import byte_level_bpe, sentencepiece_proto
+from llama_jax.text.byte_level_json import steps
 from llama_jax.text.sentencepiece_codec import SentencePieces
 from llama_jax.text.settings import AddedToken, TextSettings
 
@@ -80,7 +81,7 @@ class Tokenizer:
 
     Three kinds of file are detected by their contents: SentencePiece models (Llama 1
     and 2, Code Llama), tiktoken ranks (Llama 3 from Meta), and `tokenizer.json` of
-    either family (Hugging Face).
+    either family (Hugging Face), in which byte-level tokenizers of any model are read.
 
     Args:
       contents: of the file.
@@ -92,7 +93,7 @@ class Tokenizer:
       settings: as given, with the added tokens of the file.
       file_name: of the tokenizer in a checkpoint.
       vocab_size: number of ids in the file; a model may have more.
-      bos_id, eos_id: begin and end of sequence.
+      bos_id, eos_id: begin and end of sequence, -1 if absent.
       unk_id, pad_id: unknown text and padding, -1 if absent.
       end_ids: ids that end an answer; the end of sequence is one.
       added_tokens: names of ids from `vocab_size` on.
@@ -141,7 +142,8 @@ class Tokenizer:
         self.added_tokens: Mapping[int, str] = MappingProxyType(
             {id: token.text for id, token in added.items() if id >= self.vocab_size}
         )
-        self.end_ids = tuple(dict.fromkeys((self.eos_id, *settings.end_ids)))
+        ends = (self.eos_id, *settings.end_ids)
+        self.end_ids = tuple(dict.fromkeys(id for id in ends if id >= 0))
         self._added_ids = {name: i for i, name in self.added_tokens.items()}
         pieces = (self.piece_id(f"▁<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
         ids = [id for id in pieces if id is not None]
@@ -208,14 +210,15 @@ class Tokenizer:
 
         Args:
           text: any valid Unicode.
-          bos: whether to prepend the begin of sequence.
-          eos: whether to append the end of sequence.
+          bos: whether to prepend the begin of sequence, if there is one.
+          eos: whether to append the end of sequence, if there is one.
 
         Raises:
           TokenizerError: the text has half of a surrogate pair.
         """
         ids = self._encode(text, inner=False)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        begin, end = bos and self.bos_id >= 0, eos and self.eos_id >= 0
+        return [self.bos_id] * begin + ids + [self.eos_id] * end
 
     def encode_infilling(self, text: str) -> list[int]:
         """Encode a text without the leading space that SentencePiece adds.
@@ -349,7 +352,7 @@ class StreamDecoder:
 def _open(contents: bytes) -> tuple[Codec, dict[int, AddedToken]]:
     """The codec for the contents of a file, and tokens beyond its pieces."""
     if byte_level_bpe.is_ranks(contents):
-        return byte_level_bpe.from_ranks(contents), {}
+        return byte_level_bpe.from_ranks(contents)
     if contents[:1] != b"{":
         return SentencePieces(contents), {}
     try:
@@ -363,10 +366,9 @@ def _open(contents: bytes) -> tuple[Codec, dict[int, AddedToken]]:
         raise TokenizerError(
             "tokenizer: is JSON without a vocabulary; use the tokenizer.json next to it"
         )
-    steps = byte_level_bpe.steps(spec, "decoder")
-    decoders = {str(step.get("type")) for step in steps}
+    decoders = {str(step.get("type")) for step in steps(spec, "decoder")}
     if model.get("type", "BPE") == "BPE" and "ByteLevel" in decoders:
-        return byte_level_bpe.from_json(contents, spec), {}
+        return byte_level_bpe.from_json(spec)
     if model.get("type", "BPE") == "BPE" and model.get("byte_fallback"):
         proto, names = sentencepiece_proto.from_json(spec)
         return SentencePieces(proto, "tokenizer.json"), names

@@ -364,7 +364,6 @@ def test_add_space_prefix_is_read(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "gpt2"}, "byte-level tokenizer .* --tokenizer"),
         ({"model": "bert"}, "unknown kind 'bert'; name the file"),
         ({"model": None}, "has no tokenizer; name the file"),
         ({"scores": None}, "of different lengths"),
@@ -373,8 +372,7 @@ def test_add_space_prefix_is_read(
         ({"token_type": [9] * 260}, "of different lengths"),
         ({"tokens": [1] * 260}, "of different lengths"),
         ({"tokens": ["a"] * 260}, "not a SentencePiece model"),
-        ({"bos_token_id": 259}, "its bos token is 259, but"),
-        ({"bos_token_id": 1 << 20}, "its bos token is 1048576, but"),
+        ({"bos_token_id": 1 << 20}, "bos_token_id is 1048576, which is not a token id"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x', which is not a token id"),
     ],
 )

@@ -134,16 +134,6 @@ def test_models_that_gguf_cannot_store_are_refused(
             write_gguf(path, LazyModel(GQA, lazy_leaves(ours), None), dtype=dtype)
 
 
-def test_llama_3_tokenizers_are_refused(
-    tmp_path: pathlib.Path, assets: pathlib.Path
-) -> None:
-    pytest.importorskip("tiktoken", reason="needs tiktoken")
-    tokenizer = Tokenizer.from_file(assets / "tokenizers" / "llama3.model")
-    config = GQA.replace(vocab_size=128_256, embed_dim=2)
-    with pytest.raises(ConfigError, match="only SentencePiece tokenizers"):
-        write(tmp_path / "x.gguf", config, tokenizer=tokenizer)
-
-
 def text(value: str) -> bytes:
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
