@@ -224,9 +224,7 @@ def _run_layer(
     config: LlamaConfig, weights: Mapping[str, Mapping[str, Array]], x: Hidden
 ) -> Hidden:
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-    rope = rope_tables(
-        positions, config.head_dim, config.rope_theta, config.rope_scaling
-    )
+    rope = rope_tables(positions, config)
     out: Array = apply(Block(config, _RUNTIME), weights, x, SharedInputs(rope), None)[0]
     return out
 

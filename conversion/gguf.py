@@ -6,11 +6,9 @@ from typing import get_args
 from llama_jax.checkpoint.json_files import config_errors_in
 from llama_jax.checkpoint.lazy_leaf import Progress, lazy_leaf, raw_bytes
 from llama_jax.conversion.gguf_config import (
-    ROPE_FACTORS,
     check_keys,
     config_from_metadata,
     metadata_from_config,
-    rope_factors,
 )
 from llama_jax.conversion.gguf_header import (
     STRING,
@@ -20,6 +18,7 @@ from llama_jax.conversion.gguf_header import (
     padding,
     read_header,
 )
+from llama_jax.conversion.gguf_rope import ROPE_FACTORS, rope_factors
 from llama_jax.conversion.gguf_tensors import (
     GGUFDtype,
     encoded_chunks,
@@ -134,7 +133,7 @@ def write_gguf(
     tensors = tensors_from_leaves(GGUF, model.leaves, config)
     written = tensor_progress(progress, tensors)
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        factors = rope_factors(config.rope_scaling, config.head_dim, config.rope_theta)
+        factors = rope_factors(config)
         tensors = {ROPE_FACTORS: lazy_leaf(factors)} | tensors
     layouts = {name: tensor_layout(leaf.shape, dtype) for name, leaf in tensors.items()}
     with path.open("wb") as file:

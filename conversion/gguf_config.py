@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
-from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.config_fields import (
     default_head_dim,
     number,
@@ -15,18 +13,14 @@ from llama_jax.conversion.config_fields import (
     refuse_unknown,
     short_repr,
 )
-from llama_jax.conversion.gguf_header import (
-    FLOAT32,
-    STRING,
-    UINT32,
-    Header,
-    MetadataValue,
+from llama_jax.conversion.gguf_header import FLOAT32, UINT32, Header, MetadataValue
+from llama_jax.conversion.gguf_rope import (
+    FIXED_SCALING,
+    SCALING_KEYS,
+    read_rope_scaling,
+    rope_scaling_metadata,
 )
 from llama_jax.errors import ConfigError
-from llama_jax.model.rope import scale_frequencies
-
-ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor with the divisor of each rotary frequency, of Llama 3.1 and later."""
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _INTEGERS = {
@@ -42,38 +36,20 @@ _HEAD_DIMS = (
     "llama.attention.key_length", "llama.attention.value_length",
     "llama.rope.dimension_count",
 )  # fmt: skip
-_SCALING = "llama.rope.scaling."
-_SCALING_TYPE, _SCALING_FACTOR = f"{_SCALING}type", f"{_SCALING}factor"
-_OLD_SCALING_FACTOR = "llama.rope.scale_linear"
 # Keys of which only the values of a Llama are supported; the first is the default.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "general.type": ("model",),
     "split.count": (0, 1),
     "llama.expert_count": (0,),
     "llama.attention.causal": (True,),
-    f"{_SCALING}attn_factor": (1.0,),
+    **FIXED_SCALING,
 }
 # Keys that do not change what the model computes.
-_INERT = {
-    "llama.tensor_data_layout", "llama.expert_used_count",
-    f"{_SCALING}original_context_length", f"{_SCALING}finetuned",
-}  # fmt: skip
+_INERT = {"llama.tensor_data_layout", "llama.expert_used_count"}
 _KNOWN = {
     *_INTEGERS, *_HEAD_DIMS, *_FIXED, *_INERT, _EPS, _THETA, _KV_HEADS, _VOCAB_SIZE,
-    _SCALING_TYPE, _SCALING_FACTOR, _OLD_SCALING_FACTOR,
+    *SCALING_KEYS,
 }  # fmt: skip
-
-# Files contain a factor per frequency instead of the four numbers of Llama 3's scaling.
-_LLAMA3_SCALINGS = tuple(
-    RopeScaling(
-        kind="llama3",
-        factor=factor,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_seq_len=8192,
-    )
-    for factor in (8.0, 32.0)
-)
 
 
 def check_keys(header: Header) -> None:
@@ -150,71 +126,18 @@ def config_from_metadata(
                 f"{key} is {length}, but only {head_dim}, the length of a key, is "
                 "supported; this is another kind of model"
             )
-    theta = number(_THETA, value(_THETA, 1e4))
-    factor = number(_OLD_SCALING_FACTOR, value(_OLD_SCALING_FACTOR, 0.0))
-    factor = number(_SCALING_FACTOR, value(_SCALING_FACTOR, factor))
-    factors = None
-    if ROPE_FACTORS in tensors:
-        factors = _read_rope_factors(tensors[ROPE_FACTORS], head_dim)
-    return LlamaConfig(
+    config = LlamaConfig(
         vocab_size=vocab_size,
         num_kv_heads=positive_integer(_KV_HEADS, value(_KV_HEADS, heads)),
         head_dim=head_dim,
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(
-            value(_SCALING_TYPE), factor, factors, head_dim=head_dim, theta=theta
-        ),
+        rope_theta=number(_THETA, value(_THETA, 1e4)),
+        rope_scaling=None,
         norm_eps=number(_EPS, value(_EPS)),
         tied_embeddings=_HEAD not in tensors,
         head="lm",
         **sizes,
     )
-
-
-def _rope_scaling(
-    kind: Any,
-    factor: float,
-    factors: np.ndarray | None,
-    *,
-    head_dim: int,
-    theta: float,
-) -> RopeScaling | None:
-    # llama.cpp reads an absent type as linear.
-    if kind not in (None, "none", "linear"):
-        raise ConfigError(
-            f"{_SCALING_TYPE} is {short_repr(kind)}; supported are the types none and "
-            "linear, and Llama 3's factors"
-        )
-    linear = kind != "none" and factor not in (0, 1)
-    if factors is None:
-        return RopeScaling(kind="linear", factor=factor) if linear else None
-    for scaling in _LLAMA3_SCALINGS:
-        published = rope_factors(scaling, head_dim, theta)
-        if not linear and np.allclose(factors, published, rtol=1e-5, atol=0):
-            return scaling
-    raise ConfigError(
-        f"{ROPE_FACTORS} are not the factors of a published Llama 3 (8 or 32 times "
-        "8192 tokens); convert the model's Hugging Face folder, which contains the "
-        "scaling"
-    )
-
-
-def _read_rope_factors(tensor: LazyLeaf, head_dim: int) -> np.ndarray | None:
-    """Return the factors of the frequencies, or None if all are 1."""
-    if tensor.shape != (head_dim // 2,):
-        raise ConfigError(
-            f"{ROPE_FACTORS} has the shape {list(tensor.shape)} instead of "
-            f"{[head_dim // 2]}; this is another kind of model"
-        )
-    factors = tensor.read().astype(np.float32)
-    return None if (factors == 1).all() else factors
-
-
-def rope_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """Return the divisor of each rotary frequency, `[H / 2]` float32."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency = np.float32(1) / np.float32(theta) ** exponent
-    return frequency / scale_frequencies(frequency, scaling)
+    return config.replace(rope_scaling=read_rope_scaling(header, tensors, config))
 
 
 def metadata_from_config(config: LlamaConfig) -> dict[str, MetadataValue]:
@@ -225,8 +148,4 @@ def metadata_from_config(config: LlamaConfig) -> dict[str, MetadataValue]:
     metadata = {key: MetadataValue(UINT32, value) for key, value in integers.items()}
     metadata[_EPS] = MetadataValue(FLOAT32, config.norm_eps)
     metadata[_THETA] = MetadataValue(FLOAT32, config.rope_theta)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        metadata[_SCALING_TYPE] = MetadataValue(STRING, "linear")
-        metadata[_SCALING_FACTOR] = MetadataValue(FLOAT32, scaling.factor)
-    return metadata
+    return metadata | rope_scaling_metadata(config)

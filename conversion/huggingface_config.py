@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.config import LlamaConfig
 from llama_jax.conversion.config_fields import (
     default_head_dim,
     number,
@@ -13,6 +13,7 @@ from llama_jax.conversion.config_fields import (
     refuse_missing,
     refuse_unknown,
 )
+from llama_jax.conversion.huggingface_rope import read_rope, rope_fields
 from llama_jax.errors import ConfigError
 
 _INTEGERS = {
@@ -27,6 +28,8 @@ _OPTIONAL = (
     "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
     "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
+# Of transformers, for the first LLaMA folders, which lack the field.
+_DEFAULT_MAX_SEQ_LEN = 2048
 # Fields of which only the values of a Llama are supported; the first is the default.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
@@ -40,21 +43,38 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Fields that do not change what the model computes.
 _INERT = {
-    "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "initializer_range",
-    "_name_or_path", "_commit_hash", "pretraining_tp", "attention_dropout", "prefix",
-    "max_sequence_length", "tokenizer_class", "attn_implementation", "return_dict",
-    "_attn_implementation_autoset", "output_attentions", "output_hidden_states",
-    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "num_labels",
-    "task_specific_params", "finetuning_task", "unsloth_version", "unsloth_fixed",
-    "transformers.js_config",
+    # where the folder comes from
+    "_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map",
+    "transformers_version", "transformers.js_config", "unsloth_version",
+    "unsloth_fixed", "is_llama_config", "torch_dtype", "dtype", "use_bfloat16",
+    "initializer_range",
+    # how to run it
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "_attn_implementation_internal", "_flash_attn_2_enabled", "use_flash_attention",
+    "use_flash_attn", "use_sdpa", "experts_implementation", "pretraining_tp",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states",
+    "torchscript", "tf_legacy_loss", "xla_device", "chunk_size_feed_forward",
+    "gradient_checkpointing", "is_decoder", "max_sequence_length",
+    # dropout, of training
+    "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop",
+    "embd_pdrop", "attn_pdrop", "classifier_dropout", "neftune_noise_alpha",
+    # heads for other tasks
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params",
+    # the tokenizer's
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "decoder_start_token_id", "tokenizer_class", "tokenizer_model_max_length",
+    "tokenizer_padding_side", "prefix",
+    # how to sample
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample",
+    "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
+    "eta_cutoff", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens",
 }  # fmt: skip
-_LINEAR = {"factor": "factor"}
-_LLAMA3 = _LINEAR | {
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_seq_len",
-}
 
 
 def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
@@ -80,6 +100,7 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
         for name, value in values.items()
         if name not in known and value not in (False, [], {})
     )
+    values.setdefault("max_position_embeddings", _DEFAULT_MAX_SEQ_LEN)
     refuse_missing(name for name in _INTEGERS if name not in values)
     sizes = {
         ours: positive_integer(theirs, values[theirs])
@@ -90,7 +111,7 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
     if head_dim is None:
         fields_of_default = ("hidden_size", "num_attention_heads")
         head_dim = default_head_dim(sizes["embed_dim"], heads, *fields_of_default)
-    theta, scaling = _rope(values)
+    theta, scaling = read_rope(values, sizes["max_seq_len"])
     tied = values.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         raise ConfigError(f"tie_word_embeddings is {tied!r}; it must be a boolean")
@@ -131,42 +152,10 @@ def config_to_hugging_face(
         "pretraining_tp": 1,
         "use_cache": True,
         **{theirs: getattr(config, ours) for theirs, ours in _INTEGERS.items()},
+        **rope_fields(config),
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _rope_scaling_fields(config.rope_scaling),
         "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": np.dtype(dtype).name,
     }
-
-
-def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return theta and scaling; newer files nest both in `rope_parameters`."""
-    nested = values.get("rope_parameters", values.get("rope_scaling", {}))
-    if not isinstance(nested, dict):
-        raise ConfigError(f"rope_scaling is {nested!r}; it must be an object")
-    kind = nested.get("rope_type", nested.get("type", "default"))
-    theta = number(
-        "rope_theta", nested.get("rope_theta", values.get("rope_theta", 1e4))
-    )
-    if kind == "default":
-        return theta, None
-    names = _LINEAR if kind == "linear" else _LLAMA3
-    if kind not in ("linear", "llama3") or not names.keys() <= nested.keys():
-        raise ConfigError(
-            f"rope_scaling is {nested!r}; supported are the types default, linear and "
-            "llama3, each with all of its fields"
-        )
-    for name in names:
-        number(f"rope_scaling {name}", nested[name])
-    fields = {ours: nested[theirs] for theirs, ours in names.items()}
-    return theta, RopeScaling(kind=kind, **fields)
-
-
-def _rope_scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    names = _LINEAR if scaling.kind == "linear" else _LLAMA3
-    fields = {theirs: getattr(scaling, ours) for theirs, ours in names.items()}
-    return {"rope_type": scaling.kind} | fields

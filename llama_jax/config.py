@@ -6,11 +6,24 @@ from typing import Any, Literal, get_args, no_type_check
 
 from llama_jax.errors import ConfigError
 
-RopeScalingKind = Literal["linear", "llama3"]
+RopeScalingKind = Literal["linear", "dynamic", "yarn", "llama3"]
 Head = Literal["lm", "scalar"]
 """What a model computes for each token: logits or a scalar."""
 
 _HEADS: dict[Head, str] = {"lm": "logits", "scalar": "a number per token"}
+
+
+_SCALING_FIELDS: dict[RopeScalingKind, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_seq_len"),
+    "yarn": (
+        "factor", "original_max_seq_len", "attention_factor", "beta_fast", "beta_slow",
+        "truncate",
+    ),
+    "llama3": (
+        "factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor",
+    ),
+}  # fmt: skip
 
 
 @no_type_check  # at run time: it checks its own fields, which come from JSON files
@@ -18,17 +31,28 @@ _HEADS: dict[Head, str] = {"lm": "logits", "scalar": "a number per token"}
 class RopeScaling:
     """Scaling of the RoPE wavelengths for a longer context.
 
+    Fields that do not belong to `kind` are None.
+
     Attributes:
       kind: "linear" scales all wavelengths (position interpolation, Chen et al.,
-        arXiv:2306.15595); "llama3" scales long wavelengths and interpolates for
-        medium ones (Meta's Llama 3.1 code). The fields after `factor` belong to
-        "llama3" and are None for "linear".
+        arXiv:2306.15595). "dynamic" raises the base so that it fits `max_seq_len` of
+        the model ("NTK-aware"). "yarn" scales long wavelengths, interpolates for medium
+        ones and scales the logits of attention (Peng et al., arXiv:2309.00071).
+        "llama3" scales long wavelengths and interpolates for medium ones (Meta's
+        Llama 3.1 code).
       factor: by which wavelengths are multiplied, at least 1.
-      low_freq_factor: wavelengths above `original_max_seq_len / low_freq_factor` are
-        multiplied by `factor`.
-      high_freq_factor: wavelengths below `original_max_seq_len / high_freq_factor` do
-        not change.
-      original_max_seq_len: context of the model before scaling, in tokens.
+      original_max_seq_len: context of the model before scaling, in tokens; not of
+        "linear".
+      attention_factor: of "yarn": by which queries and keys are multiplied.
+      beta_fast: of "yarn": wavelengths that turn at least so often in the original
+        context do not change.
+      beta_slow: of "yarn": wavelengths that turn at most so often are multiplied by
+        `factor`.
+      truncate: of "yarn": whether the two limits are rounded to whole pairs.
+      low_freq_factor: of "llama3": wavelengths above
+        `original_max_seq_len / low_freq_factor` are multiplied by `factor`.
+      high_freq_factor: of "llama3": wavelengths below
+        `original_max_seq_len / high_freq_factor` do not change.
 
     Raises:
       ConfigError: a value is out of range, or does not belong to `kind`.
@@ -40,9 +64,13 @@ class RopeScaling:
 
     kind: RopeScalingKind
     factor: float
+    original_max_seq_len: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    original_max_seq_len: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeScalingKind):
@@ -52,8 +80,10 @@ class RopeScaling:
             )
         for field in dataclasses.fields(self)[1:]:
             name, value = field.name, getattr(self, field.name)
-            if self.kind == "linear" and name != "factor":
-                allowed, valid = "None for kind 'linear'", value is None
+            if name not in _SCALING_FIELDS[self.kind]:
+                allowed, valid = f"None for kind {self.kind!r}", value is None
+            elif name == "truncate":
+                allowed, valid = "true or false", isinstance(value, bool)
             else:
                 integer = name == "original_max_seq_len"
                 allowed, valid = _check_positive(value, integer=integer)
@@ -63,12 +93,16 @@ class RopeScaling:
                 raise ConfigError(
                     f"config: rope_scaling {name} is {value!r}; it must be {allowed}"
                 )
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and low >= high:
-            raise ConfigError(
-                f"config: rope_scaling low_freq_factor {low} is not below "
-                f"high_freq_factor {high}; it must be smaller"
-            )
+        for low, high in (
+            ("low_freq_factor", "high_freq_factor"),
+            ("beta_slow", "beta_fast"),
+        ):
+            small, large = getattr(self, low), getattr(self, high)
+            if small is not None and small >= large:
+                raise ConfigError(
+                    f"config: rope_scaling {low} {small} is not below {high} {large}; "
+                    "it must be smaller"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not None, for JSON."""
@@ -165,6 +199,17 @@ class LlamaConfig:
             raise ConfigError(
                 f"config: head_dim {self.head_dim} is odd; it must be even, since RoPE "
                 "rotates pairs"
+            )
+        kind = None if self.rope_scaling is None else self.rope_scaling.kind
+        if kind == "dynamic" and self.head_dim == 2:
+            raise ConfigError(
+                "config: head_dim is 2, for which rope_scaling kind 'dynamic' is not "
+                "defined; it must be at least 4"
+            )
+        if kind in ("dynamic", "yarn") and self.rope_theta <= 1:
+            raise ConfigError(
+                f"config: rope_theta is {self.rope_theta!r}; it must be above 1 with "
+                f"rope_scaling kind {kind!r}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -61,6 +61,23 @@ def test_no_fact_has_a_default() -> None:
             LlamaConfig.from_dict(fields)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind", "complaint"),
+    [
+        ({"head_dim": 2}, "dynamic", "head_dim is 2, for which .*'dynamic'"),
+        ({"rope_theta": 1.0}, "dynamic", "rope_theta is 1.0; it must be above 1"),
+        ({"rope_theta": 1.0}, "yarn", "rope_theta is 1.0; it must be above 1"),
+    ],
+)
+def test_a_scaling_that_has_no_frequencies_is_refused(
+    change: dict[str, object], kind: str, complaint: str
+) -> None:
+    fields = {"kind": kind, "factor": 2.0, "original_max_seq_len": 16}
+    scaling = RopeScaling.from_dict((YARN if kind == "yarn" else {}) | fields)
+    with pytest.raises(ConfigError, match=complaint):
+        TINY.replace(rope_scaling=scaling, **change)
+
+
 def test_an_unknown_field_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown fields sliding_window"):
         LlamaConfig.from_dict({**TINY.to_dict(), "sliding_window": 4096})
@@ -73,12 +90,23 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_seq_len": 8192,
 }
+YARN = {
+    "kind": "yarn",
+    "attention_factor": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+    "low_freq_factor": None,
+    "high_freq_factor": None,
+}
 
 
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"kind": "yarn"}, "kind is 'yarn'; choose from linear, llama3"),
+        ({"kind": "su"}, "kind is 'su'; choose from linear, dynamic, yarn, llama3"),
+        ({"kind": "yarn"}, "attention_factor is None; it must be a positive number"),
+        ({"kind": "dynamic"}, "low_freq_factor is 1.0; .* None for kind 'dynamic'"),
         ({"kind": ["llama3"]}, "kind is"),
         ({"factor": 0.5}, "factor is 0.5; it must be a number of at least 1"),
         ({"factor": "8"}, "factor is '8'"),
@@ -88,7 +116,14 @@ LLAMA31 = {
         ({"high_freq_factor": 1.0}, "1.0 is not below high_freq_factor 1.0"),
         ({"original_max_seq_len": 8192.0}, "must be a positive integer"),
         ({"kind": "linear"}, "must be None for kind 'linear'"),
-        ({"beta_fast": 32}, "unknown fields beta_fast"),
+        ({"beta_fast": 32}, "must be None for kind 'llama3'"),
+        ({"beta_middle": 2}, "unknown fields beta_middle"),
+        (YARN | {"beta_slow": 32.0}, "32.0 is not below beta_fast 32.0"),
+        (YARN | {"truncate": 1}, "truncate is 1; it must be true or false"),
+        (
+            YARN | {"attention_factor": 0},
+            "attention_factor is 0; it must be a positive",
+        ),
     ],
 )
 def test_a_rope_scaling_out_of_range_is_refused(

@@ -63,9 +63,7 @@ class Transformer(Module):
             tokens, positions = tokens[:, order], positions[:, order]
             segment_ids = None if segment_ids is None else segment_ids[:, order]
         x = self.constrain(embedding[tokens].astype(self.runtime.dtype), "B TS D")
-        rope = rope_tables(
-            positions, config.head_dim, config.rope_theta, config.rope_scaling
-        )
+        rope = rope_tables(positions, config, num_tokens=tokens.shape[1])
         shared = SharedInputs(rope, segment_ids, rows)
         block, after = self._remat(Block), None
         if self.runtime.layer_layout == "unrolled":

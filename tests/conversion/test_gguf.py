@@ -16,6 +16,7 @@ from support.foreign_gguf import (
     BYTES,
     GQA,
     LLAMA31,
+    YARN,
     effective,
     gguf,
     make,
@@ -28,9 +29,10 @@ from support.foreign_gguf import (
 from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.gguf import read_gguf, write_gguf
-from llama_jax.conversion.gguf_config import rope_factors
+from llama_jax.conversion.gguf_rope import rope_factors
 from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, TokenizerError
+from llama_jax.model.rope import default_attention_factor
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.tokenizers import special_tokens
 
@@ -55,7 +57,7 @@ TEXTS = (
 def configs(draw: st.DrawFn) -> LlamaConfig:
     kv_heads = draw(st.integers(1, 3))
     scaling = draw(
-        st.sampled_from([None, RopeScaling(kind="linear", factor=2.5), LLAMA31])
+        st.sampled_from([None, RopeScaling(kind="linear", factor=2.5), LLAMA31, YARN])
     )
     return LlamaConfig(
         vocab_size=draw(st.integers(2, 40)),
@@ -278,10 +280,40 @@ def test_linear_scaling_is_read_as_by_llama_cpp(
     assert read_gguf(path).config.rope_scaling == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "change"),
+    [
+        ({}, {}),
+        ({"llama.rope.scaling.attn_factor": 0.75}, {"attention_factor": 0.8539721}),
+        ({"llama.rope.scaling.yarn_ext_factor": -1.0}, {}),
+        ({"llama.rope.scaling.yarn_beta_fast": 32.0}, {}),
+        (
+            {"llama.rope.scaling.original_context_length": 16},
+            {"original_max_seq_len": 16},
+        ),
+    ],
+)
+def test_yarn_is_read_as_by_llama_cpp(
+    tmp_path: pathlib.Path, fields: dict[str, Any], change: dict[str, Any]
+) -> None:
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    path = tmp_path / "x.gguf"
+    write_foreign(path, metadata(GQA) | yarn | fields, renamed(make(GQA)[0]))
+    scaling = dataclasses.replace(
+        YARN,
+        original_max_seq_len=GQA.max_seq_len,
+        attention_factor=default_attention_factor(4.0),
+    )
+    expected = dataclasses.replace(scaling, **change)
+    assert read_gguf(path).config.rope_scaling == expected
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3_factors_equal_metas_formula(factor: float) -> None:
     """Computed here again, in double precision."""
-    actual = rope_factors(dataclasses.replace(LLAMA31, factor=factor), 128, 5e5)
+    scaling = dataclasses.replace(LLAMA31, factor=factor)
+    config = GQA.replace(head_dim=128, rope_theta=5e5, rope_scaling=scaling)
+    actual = rope_factors(config)
     for pair, divisor in enumerate(actual):
         turns = 8192 * 5e5 ** (-2 * pair / 128) / (2 * np.pi)
         smooth = min(1.0, max(0.0, (turns - 1) / 3))

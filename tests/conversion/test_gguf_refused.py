@@ -34,8 +34,14 @@ from llama_jax.text.tokenizer import Tokenizer
     [
         ({"llama.expert_count": 8}, "expert_count is 8, but only 0 is supported"),
         (
-            {"llama.rope.scaling.type": "yarn"},
-            "scaling.type is 'yarn'; supported are the types none",
+            {"llama.rope.scaling.type": "longrope"},
+            "scaling.type is 'longrope'; supported are the types none",
+        ),
+        ({"llama.rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast is 8.0, but only"),
+        ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "ext_factor is 0.5, but only"),
+        (
+            {"llama.rope.scaling.type": "yarn", "tensors.rope_freqs.weight": 2},
+            "not the factors of a published Llama 3",
         ),
         ({"llama.rope.scaling.factor": -2.0}, "rope_scaling factor is -2.0"),
         ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5, but only 1.0"),

@@ -15,7 +15,6 @@ from support.foreign import (
 )
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaf
-from llama_jax.config import RopeScaling
 from llama_jax.conversion import convert, open_source
 from llama_jax.conversion.huggingface import write_hugging_face
 from llama_jax.conversion.huggingface_config import (
@@ -25,14 +24,8 @@ from llama_jax.conversion.huggingface_config import (
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.conversion.source import LazyModel
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
+from llama_jax.loading import load
 
-LLAMA3 = RopeScaling(
-    kind="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_seq_len=8192,
-)
 FIELDS = config_to_hugging_face(TINY, "float16", {"bos": 1, "eos": 2})
 
 
@@ -62,27 +55,12 @@ def tensors_of(folder: pathlib.Path) -> dict[str, LazyLeaf]:
         {"tied_embeddings": True},
         {"head_dim": 6},
         {"num_kv_heads": 2},
-        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-        {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
     ],
 )
 def test_configurations_survive_a_round_trip(change: dict[str, Any]) -> None:
     config = TINY.replace(**change)
     fields = json.loads(json.dumps(config_to_hugging_face(config, "float16", {})))
     assert config_from_hugging_face(fields) == config
-
-
-def test_rope_parameters_of_newer_files_are_read() -> None:
-    fields = dict(FIELDS)
-    del fields["rope_theta"], fields["rope_scaling"]
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-    assert config_from_hugging_face(fields) == TINY.replace(rope_theta=5e5)
-    fields["rope_parameters"] = {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
-    actual = config_from_hugging_face(fields)
-    assert actual == TINY.replace(rope_theta=5e5, rope_scaling=LLAMA3)
 
 
 def test_fields_missing_in_early_files_get_defaults() -> None:
@@ -102,12 +80,9 @@ def test_fields_missing_in_early_files_get_defaults() -> None:
         ({"sliding_window": 4096}, "sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_local_experts": 8}, "num_local_experts"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3"),
-        ({"rope_scaling": 3}, "rope_scaling is 3"),
-        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "factor"),
         ({"rope_theta": "1e4"}, "rope_theta"),
+        ({"per_layer_config": {"1": {"head_dim": 8}}}, "per_layer_config"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": 33}, None),
         ({"hidden_size": 32.0}, "hidden_size"),
@@ -129,9 +104,35 @@ def test_unsupported_fields_are_refused_by_name(
         config_from_hugging_face(fields)
 
 
-def test_unset_and_inert_fields_are_ignored() -> None:
-    extra = {"sliding_window": None, "use_bfoo": False, "torch_dtype": "float16"}
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"sliding_window": None, "use_bfoo": False, "quantization_config": None},
+        {"torch_dtype": "float16", "dtype": "bfloat16", "use_cache": False},
+        {"use_sdpa": True, "_flash_attn_2_enabled": True, "pretraining_tp": 2},
+        {"max_length": 64, "do_sample": True, "temperature": 0.9, "top_p": 0.6},
+        {"is_decoder": True, "sep_token_id": 3, "_attn_implementation": "sdpa"},
+        {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}},
+    ],
+)
+def test_fields_that_change_no_logits_are_ignored(extra: dict[str, Any]) -> None:
     assert config_from_hugging_face(FIELDS | extra) == TINY
+
+
+def test_the_first_llama_folders_have_the_context_of_transformers(
+    folder: pathlib.Path,
+) -> None:
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    for name in ("max_position_embeddings", "num_key_value_heads", "head_dim"):
+        del fields[name]
+    # Nothing reads the first, and the ids are not the tokenizer's.
+    fields |= {"max_sequence_length": 64, "bos_token_id": 0, "eos_token_id": 1}
+    file.write_text(json.dumps(fields | {"pad_token_id": -1}))
+    assert open_source(folder).config == TINY.replace(max_seq_len=2048)
+    assert open_source(folder, max_seq_len=64).config == TINY
+    loaded = load(folder)
+    assert (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id) == (1, 2)
 
 
 def test_large_models_are_split_into_several_files(

@@ -1,6 +1,7 @@
 """Rotary positions: what they mean, Meta's layout, and how exact they are far out."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import oracle
+from support.models import TINY
 from support.tolerances import ROPE_LONG, ROPE_ROTATION, ROPE_TABLES
 
 from llama_jax.config import RopeScaling
-from llama_jax.model.rope import apply_rope, rope_tables, scale_frequencies
+from llama_jax.model.rope import apply_rope, rope_frequencies, rope_tables
 
 T, N, H = 5, 3, 8
 
@@ -23,13 +25,26 @@ LLAMA31 = RopeScaling(
     high_freq_factor=4.0,
     original_max_seq_len=8192,
 )
+YARN = RopeScaling(
+    kind="yarn",
+    factor=8.0,
+    original_max_seq_len=100,
+    attention_factor=1.2,
+    beta_fast=32.0,
+    beta_slow=0.1,
+    truncate=True,
+)
 SCALINGS = {
     "linear": RopeScaling(kind="linear", factor=4.0),
     "llama3.1": LLAMA31,
     "llama3.2": dataclasses.replace(LLAMA31, factor=32.0),
     # Of the four frequencies of H = 8 this keeps one and interpolates one.
     "short": dataclasses.replace(LLAMA31, original_max_seq_len=100),
+    "dynamic": RopeScaling(kind="dynamic", factor=2.0, original_max_seq_len=40),
+    "yarn": YARN,
+    "yarn, not truncated": dataclasses.replace(YARN, truncate=False, beta_fast=4.0),
 }
+WIDE = TINY.replace(head_dim=128, rope_theta=5e5)
 
 
 def turn(
@@ -39,7 +54,8 @@ def turn(
     scaling: RopeScaling | None = None,
 ) -> np.ndarray:
     """`x` `[T, N, H]` rotated by the library."""
-    tables = rope_tables(jnp.asarray(positions)[None], x.shape[-1], theta, scaling)
+    config = TINY.replace(rope_theta=theta, rope_scaling=scaling)
+    tables = rope_tables(jnp.asarray(positions)[None], config)
     return np.asarray(apply_rope(jnp.asarray(x, jnp.float32)[None], tables)[0])
 
 
@@ -113,7 +129,8 @@ def test_positions_of_a_hundred_thousand_stay_exact(theta: float) -> None:
 def test_tables_are_exact_for_the_float32_angle() -> None:
     # Reduction of large angles to one turn must not lose what float32 still holds.
     positions = np.array([[0, 1, 1000, 65_537, 99_999]])
-    tables = rope_tables(jnp.asarray(positions), 128, 1e4, None)
+    config = TINY.replace(head_dim=128)
+    tables = rope_tables(jnp.asarray(positions), config)
     exponent = np.arange(0, 128, 2, dtype=np.float32) / np.float32(128)
     frequency = np.float32(1) / np.float32(1e4) ** exponent
     angle = (positions[..., None].astype(np.float32) * frequency).astype(np.float64)
@@ -124,7 +141,7 @@ def test_tables_are_exact_for_the_float32_angle() -> None:
 
 def test_rotation_keeps_the_dtype_and_computes_in_float32() -> None:
     positions = jnp.asarray([[0, 1, 17, 99, 3]])
-    tables = rope_tables(positions, H, 1e4, None)
+    tables = rope_tables(positions, TINY)
     rounded = jnp.asarray(heads(6), jnp.bfloat16)[None]
     actual = apply_rope(rounded, tables)
     assert actual.dtype == jnp.bfloat16
@@ -136,19 +153,19 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32() -> None:
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 def test_scaled_rotation_equals_the_oracle(name: str, theta: float) -> None:
     positions = np.array([0, 1, 17, 99, 3])
-    expected = oracle.rotate(heads(7), positions, theta, SCALINGS[name])
+    expected = oracle.rotate(
+        heads(7), positions, theta, SCALINGS[name], TINY.max_seq_len
+    )
     actual = turn(heads(7), positions, theta, SCALINGS[name])
     np.testing.assert_allclose(actual, expected, rtol=0, atol=ROPE_ROTATION)
     assert np.abs(actual - turn(heads(7), positions, theta)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", ["linear", "llama3.1", "llama3.2"])
 def test_frequencies_are_scaled_in_float32_as_published(name: str) -> None:
     scaling, one = SCALINGS[name], np.float32
-    exponent = np.arange(0, 128, 2, dtype=np.float32) / one(128)
-    frequencies = one(1) / one(5e5) ** exponent
     expected = []
-    for frequency in frequencies:
+    for frequency in rope_frequencies(WIDE):
         if scaling.kind == "linear":
             expected.append(frequency / one(scaling.factor))
             continue
@@ -166,16 +183,31 @@ def test_frequencies_are_scaled_in_float32_as_published(name: str) -> None:
             smooth = (old / wavelength - low) / (high - low)
             stretched = (one(1) - smooth) * frequency / one(scaling.factor)
             expected.append(stretched + smooth * frequency)
-    actual = scale_frequencies(frequencies, scaling)
+    actual = rope_frequencies(WIDE.replace(rope_scaling=scaling))
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones() -> None:
-    wavelengths = np.array([1, 2047, 2049, 8191, 8193, 1e6])
-    frequencies = (2 * np.pi / wavelengths).astype(np.float32)
-    ratio = frequencies / scale_frequencies(frequencies, LLAMA31)
-    np.testing.assert_array_equal(ratio[:2], 1)
-    np.testing.assert_array_equal(ratio[4:], 8)
-    assert 1 < ratio[2] < 1.01
-    assert 7.9 < ratio[3] < 8
+@pytest.mark.parametrize("name", ["llama3.1", "yarn"])
+def test_short_wavelengths_stay_and_long_ones_are_stretched(name: str) -> None:
+    frequency = rope_frequencies(WIDE)
+    ratio = frequency / rope_frequencies(WIDE.replace(rope_scaling=SCALINGS[name]))
+    assert (ratio[0], ratio[-1]) == (1, 8)
+    assert (np.diff(ratio) >= -1e-6).all()
+    assert ((ratio > 1.01) & (ratio < 7.99)).sum() > 5
+
+
+def test_the_dynamic_base_is_that_of_the_longest_sequence() -> None:
+    def frequencies(max_seq_len: int, num_tokens: int = 0) -> Any:
+        changes: dict[str, Any] = {"max_seq_len": max_seq_len}
+        return rope_frequencies(
+            WIDE.replace(rope_scaling=dynamic, **changes), num_tokens
+        )
+
+    dynamic = SCALINGS["dynamic"]
+    unscaled = rope_frequencies(WIDE)
+    np.testing.assert_array_equal(frequencies(20), unscaled)
+    np.testing.assert_array_equal(frequencies(40), unscaled)
+    # The NTK-aware base: the longest wavelength grows with the context, as if linear.
+    np.testing.assert_allclose(unscaled[-1] / frequencies(80)[-1], 3, rtol=1e-4)
+    np.testing.assert_array_equal(frequencies(20, 80), frequencies(80, 20))

@@ -165,15 +165,27 @@ def test_prefill_and_decoding_equal_one_forward(
         assert cache.length.tolist() == (at + 1).tolist()
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3"])
+YARN = {"attention_factor": 1.2, "beta_fast": 4.0, "beta_slow": 0.1, "truncate": True}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("linear", {}),
+        ("dynamic", {"original_max_seq_len": 4}),
+        ("yarn", {"original_max_seq_len": 8} | YARN),
+        ("llama3", {"original_max_seq_len": 64} | LLAMA3),
+    ],
+)
 def test_decoding_equals_one_forward_with_scaled_positions(
-    params: dict[str, Any], tokens: jax.Array, logits: np.ndarray, kind: Any
+    params: dict[str, Any],
+    tokens: jax.Array,
+    logits: np.ndarray,
+    kind: Any,
+    fields: dict[str, Any],
 ) -> None:
-    more: dict[str, Any] = {}
-    if kind == "llama3":
-        more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        more["original_max_seq_len"] = 64
-    scaling = RopeScaling(kind=kind, factor=8.0, **more)
+    scaling = RopeScaling(kind=kind, factor=8.0, **fields)
     model = Llama(TINY.replace(rope_scaling=scaling), Runtime())
     expected = np.asarray(forward(model, params, tokens)[0])
     assert np.abs(expected - logits).max() > 0.01

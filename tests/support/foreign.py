@@ -35,6 +35,15 @@ TINY = LlamaConfig(
     head="lm",
 )
 _WIDE = TINY.replace(embed_dim=64, head_dim=8)
+_YARN = RopeScaling(
+    kind="yarn",
+    factor=4.0,
+    original_max_seq_len=32,
+    attention_factor=1.2,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=True,
+)
 _LLAMA3 = RopeScaling(
     kind="llama3",
     factor=8.0,
@@ -48,6 +57,7 @@ EVERY_KIND = {
     "wide heads": _WIDE.replace(head_dim=12),
     "llama 3": _WIDE.replace(rope_theta=5e5, rope_scaling=_LLAMA3, num_kv_heads=4),
     "linear": _WIDE.replace(rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+    "yarn": _WIDE.replace(rope_scaling=_YARN, head_dim=16, max_seq_len=128),
 }
 """Every kind of model that other programs support too."""
 every_kind = pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND)

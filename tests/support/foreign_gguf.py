@@ -11,7 +11,7 @@ from support.foreign import TINY, meta_tensors, ours_from_meta
 from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.gguf import write_gguf
-from llama_jax.conversion.gguf_config import rope_factors
+from llama_jax.conversion.gguf_rope import rope_factors
 from llama_jax.conversion.source import LazyModel
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -24,6 +24,15 @@ LLAMA31 = RopeScaling(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
     original_max_seq_len=8192,
+)
+YARN = RopeScaling(
+    kind="yarn",
+    factor=4.0,
+    original_max_seq_len=16,
+    attention_factor=1.25,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=True,
 )
 # GGUF's names for Meta's; the tensors are equal.
 NAMES = {
@@ -115,7 +124,6 @@ def write_foreign(
 def effective(config: LlamaConfig) -> RopeScaling | None:
     """Return the scaling, or None if it changes no frequency of a short head."""
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind == "linear":
+    if scaling is None or scaling.kind != "llama3":
         return scaling
-    factors = rope_factors(scaling, config.head_dim, config.rope_theta)
-    return scaling if (factors != 1).any() else None
+    return scaling if (rope_factors(config) != 1).any() else None

@@ -45,24 +45,44 @@ forward = jax.jit(apply, static_argnums=0)
 
 
 def scalings() -> st.SearchStrategy[RopeScaling | None]:
-    """Stretched wavelengths of both kinds, and none."""
+    """Stretched wavelengths of every kind, and none."""
     factors = st.sampled_from([1.0, 2.0, 8.0, 32.0])
+    lengths = st.sampled_from([16, 64, 8192])
     llama3 = st.builds(
         RopeScaling,
         kind=st.just("llama3"),
         factor=factors,
         low_freq_factor=st.sampled_from([0.5, 1.0]),
         high_freq_factor=st.sampled_from([2.0, 4.0]),
-        original_max_seq_len=st.sampled_from([16, 64, 8192]),
+        original_max_seq_len=lengths,
     )
     linear = st.builds(RopeScaling, kind=st.just("linear"), factor=factors)
-    return st.one_of(st.none(), linear, llama3)
+    dynamic = st.builds(
+        RopeScaling,
+        kind=st.just("dynamic"),
+        factor=factors,
+        original_max_seq_len=lengths,
+    )
+    yarn = st.builds(
+        RopeScaling,
+        kind=st.just("yarn"),
+        factor=factors,
+        original_max_seq_len=lengths,
+        attention_factor=st.sampled_from([0.8, 1.0, 1.2]),
+        beta_fast=st.sampled_from([4.0, 32.0]),
+        beta_slow=st.sampled_from([0.1, 1.0]),
+        truncate=st.booleans(),
+    )
+    return st.one_of(st.none(), linear, dynamic, yarn, llama3)
 
 
 def configs() -> st.SearchStrategy[LlamaConfig]:
     """Models of every proportion: odd sizes, and heads that do not add up to D."""
 
     def build(kv: int, group: int, half: int, **fields: Any) -> LlamaConfig:
+        scaling = fields["rope_scaling"]
+        if scaling is not None and scaling.kind == "dynamic":
+            half = max(half, 2)
         return TINY.replace(
             num_kv_heads=kv, num_heads=kv * group, head_dim=2 * half, **fields
         )

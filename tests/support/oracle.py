@@ -76,17 +76,52 @@ def rotate(
     positions: Sequence[int],
     theta: float,
     scaling: RopeScaling | None = None,
+    max_seq_len: int = 0,
 ) -> Floats:
     """Rotate each head `[T, N, H]` by its position; pairs are (i, i + H/2)."""
     half = heads.shape[-1] // 2
     rotated = _float64(heads).copy()
+    if scaling is not None and scaling.kind == "dynamic":
+        length = max(max_seq_len, scaling.original_max_seq_len)
+        ratio = length / scaling.original_max_seq_len
+        stretch = scaling.factor * ratio - (scaling.factor - 1)
+        theta, scaling = theta * stretch ** (2 * half / (2 * half - 2)), None
     for time, position in enumerate(positions):
         for i in range(half):
-            angle = position * scaled_frequency(theta ** (-i / half), scaling)
+            if scaling is not None and scaling.kind == "yarn":
+                frequency = yarn_frequency(i, half, theta, scaling)
+            else:
+                frequency = scaled_frequency(theta ** (-i / half), scaling)
+            angle = position * frequency
             x, y = rotated[time, :, i].copy(), rotated[time, :, i + half].copy()
             rotated[time, :, i] = x * np.cos(angle) - y * np.sin(angle)
             rotated[time, :, i + half] = x * np.sin(angle) + y * np.cos(angle)
+    if scaling is not None and scaling.kind == "yarn":
+        rotated *= scaling.attention_factor
     return rotated
+
+
+def yarn_frequency(i: int, half: int, theta: float, scaling: RopeScaling) -> float:
+    """The frequency of pair i in radians per position, after YaRN's scaling.
+
+    Pair p turns `original · theta^(-p / half) / 2π` times in the original context. From
+    the pair that turns `beta_fast` times to the one that turns `beta_slow` times, the
+    frequencies go from unchanged to divided by `factor`.
+    """
+
+    def pair(turns: float) -> float:
+        ratio = scaling.original_max_seq_len / (2 * np.pi * turns)
+        return half * np.log(ratio) / np.log(theta)
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    if first == last:
+        last += 0.001
+    stretched = min(max((i - first) / (last - first), 0), 1)
+    frequency = theta ** (-i / half)
+    return stretched * frequency / scaling.factor + (1 - stretched) * frequency
 
 
 def scaled_frequency(frequency: float, scaling: RopeScaling | None) -> float:
@@ -170,7 +205,7 @@ def _block_back(
 ) -> Floats:
     """From the gradient of a block's output to that of its input."""
     T, H = len(x), config.head_dim
-    rope = config.rope_theta, config.rope_scaling
+    rope = config.rope_theta, config.rope_scaling, config.max_seq_len
     backwards = [-position for position in positions]
     w, d_w = layer["attention"], grads["attention"]
     normed = _norm(config, layer["attention_norm"], x)
@@ -265,8 +300,8 @@ def _block(
         (normed @ weights[name]).reshape(shape)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    q = rotate(q, positions, config.rope_theta, config.rope_scaling)
-    k = rotate(k, positions, config.rope_theta, config.rope_scaling)
+    rope = config.rope_theta, config.rope_scaling, config.max_seq_len
+    q, k = rotate(q, positions, *rope), rotate(k, positions, *rope)
     out = attend(q, k, v, segments=segments)
     x = x + out.reshape(len(x), -1) @ weights["o_proj"]
     weights = {name: _float64(w) for name, w in layer["mlp"].items()}
