@@ -30,7 +30,7 @@ from llama_jax.text.sentencepiece_proto import (
     Piece,
     pieces_of_model,
 )
-from llama_jax.text.settings import AddedToken
+from llama_jax.text.settings import AddedToken, TextSettings
 from llama_jax.text.tokenizer import Tokenizer
 
 _ADDED_SCORE = -1000.0  # of added tokens, as in llama.cpp's converter
@@ -55,16 +55,15 @@ def read_tokenizer(header: Header) -> Tokenizer:
                 problem = "has no tokenizer"
             raise TokenizerError(f"{header.path}: {problem}; {OTHER_TOKENIZER}")
     try:
-        tokenizer = Tokenizer(contents, settings=settings)
         if own is not None:
             # Other programs may have changed the file since.
-            ours = Tokenizer(contents, settings=own[1])
-            same_words = _words(ours) == _words(tokenizer)
-            if same_words and agrees(header, settings_metadata(ours)):
-                return ours
+            tokenizer = Tokenizer(contents, settings=own[1])
+            same_words = _words(tokenizer.settings) == _words(settings)
+            if same_words and agrees(header, settings_metadata(tokenizer)):
+                return tokenizer
+        return Tokenizer(contents, settings=settings)
     except TokenizerError as error:
         raise TokenizerError(f"{header.path}: {error}; {OTHER_TOKENIZER}") from error
-    return tokenizer
 
 
 def tokenizer_metadata(
@@ -128,7 +127,7 @@ def _token(id: int, piece: Piece | None, added: AddedToken | None) -> Piece:
     return Piece(added.text, _ADDED_SCORE, kind)
 
 
-def _words(tokenizer: Tokenizer) -> dict[int, tuple[str, bool]]:
+def _words(settings: TextSettings) -> dict[int, tuple[str, bool]]:
     """Text of each added token, and whether it is special."""
-    tokens = tokenizer.settings.added_tokens.items()
+    tokens = settings.added_tokens.items()
     return {id: (token.text, token.special) for id, token in tokens}

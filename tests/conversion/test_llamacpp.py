@@ -7,6 +7,7 @@ run; that package contains llama.cpp, compiled.
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,12 +16,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.foreign import every_kind
+from support.foreign import TINY, every_kind
+from support.foreign_gguf import make, metadata, renamed, write_foreign
 from support.models import random_params
+from support.tokenizers import byte_level_json
 
 from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion.gguf import write_gguf
+from llama_jax.conversion.gguf import read_gguf, write_gguf
+from llama_jax.conversion.gguf_byte_level import SPLIT_RULES
+from llama_jax.conversion.gguf_tokenizer import tokenizer_metadata
 from llama_jax.conversion.llama2c import read_llama2c
 from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.conversion.source import LazyModel
@@ -30,6 +35,8 @@ from llama_jax.generation.sampling import Sampling
 from llama_jax.loading import load
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.runtime import Runtime
+from llama_jax.text.byte_level_json import make_byte_level_json, merge_pairs
+from llama_jax.text.settings import AddedToken, TextSettings, added_token
 from llama_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -86,6 +93,31 @@ writeFileSync(job.answer, JSON.stringify({
 process.exit(0);
 """
 
+# Reads texts and files of models; writes what their vocabularies make of the texts.
+TOKENIZE = """
+import {readFileSync, writeFileSync} from "node:fs";
+import {pathToFileURL} from "node:url";
+const entry = `${process.argv[2]}/node_modules/node-llama-cpp/dist/index.js`;
+const {getLlama} = await import(pathToFileURL(entry));
+const job = JSON.parse(readFileSync(process.argv[3], "utf-8"));
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const answers = [];
+for (const modelPath of job.models) {
+  const model = await llama.loadModel({modelPath, vocabOnly: true});
+  const ids = [...Array(job.size).keys()];
+  answers.push({
+    plain: job.texts.map((text) => [...model.tokenize(text)]),
+    marked: job.texts.map((text) => [...model.tokenize(text, true)]),
+    ends: ids.filter((id) => model.isEogToken(id)),
+    special: [model.tokens.bos, model.tokens.eos],
+    begins: model.tokens.shouldPrependBosToken,
+  });
+  await model.dispose();
+}
+writeFileSync(job.answer, JSON.stringify(answers));
+process.exit(0);
+"""
+
 
 @pytest.fixture(scope="module")
 def folder() -> pathlib.Path:
@@ -123,6 +155,12 @@ def run(
     }
     job.write_text(json.dumps(fields))
     program.write_text(PROGRAM)
+    node(program, folder, job)
+    logits = np.fromfile(file, np.float32).reshape(len(tokens) - 1, -1)
+    return json.loads(answer.read_text()), logits
+
+
+def node(program: pathlib.Path, folder: pathlib.Path, job: pathlib.Path) -> None:
     completed = subprocess.run(
         ["node", program, folder, job],
         capture_output=True,
@@ -131,8 +169,6 @@ def run(
         check=False,
     )
     assert completed.returncode == 0, completed.stderr
-    logits = np.fromfile(file, np.float32).reshape(len(tokens) - 1, -1)
-    return json.loads(answer.read_text()), logits
 
 
 def our_logits(path: pathlib.Path, tokens: Sequence[int]) -> np.ndarray:
@@ -200,3 +236,96 @@ def test_llama_cpp_gives_our_logits(
     expected, _ = apply(model, params, jnp.asarray([tokens]))
     expected = np.asarray(expected)[0, :-1]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=CLOSE["float32"])
+
+
+ALPHABET = "once upon a TIME it's 1234,.!?\n\t éßÀ你好世界 हि 🦙 ▁"
+WORDS = ("zorblat", "a time", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>")
+WORD = {"special": False}
+
+
+def random_texts(count: int) -> list[str]:
+    """Random strings in which special tokens and words are frequent."""
+    rng = random.Random(0)
+
+    def part() -> str:
+        if rng.random() < 0.3:
+            return rng.choice(WORDS)
+        return "".join(rng.choices(ALPHABET, k=rng.randrange(1, 8)))
+
+    return ["".join(part() for _ in range(rng.randrange(1, 9))) for _ in range(count)]
+
+
+def sentencepiece_tokenizer(assets: pathlib.Path) -> Tokenizer:
+    """Llama 2's, with the added tokens of a ChatML fine-tune."""
+    added = {
+        32_000: AddedToken("<|im_end|>"),
+        32_001: AddedToken("<|im_start|>"),
+        32_002: AddedToken("zorblat", special=False),
+        32_003: AddedToken("a time", special=False),
+    }
+    settings = TextSettings(
+        added_tokens=added, eos_id=32_000, end_ids=(2,), prefix_space="always"
+    )
+    path = assets / "tokenizers" / "llama2.model"
+    return Tokenizer.from_file(path, settings=settings)
+
+
+def test_llama_cpp_gives_our_ids(
+    tmp_path: pathlib.Path, assets: pathlib.Path, folder: pathlib.Path
+) -> None:
+    """For every name of a rule that splits text, and with special and plain words."""
+    sentencepiece = sentencepiece_tokenizer(assets)
+    files = {"llama": sentencepiece}
+    names = [name for name in SPLIT_RULES if name != "tekken"]
+    spec = byte_level_json()
+    model = spec["model"]
+    for name in names:
+        rule = SPLIT_RULES[name]
+        content = make_byte_level_json(
+            model["vocab"],
+            merge_pairs(model["merges"]),
+            {token["id"]: added_token(token) for token in spec["added_tokens"]},
+            patterns=rule.patterns,
+            ignore_merges=rule.ignore_merges,
+        )
+        settings = TextSettings(bos_id=1, eos_id=2, end_ids=(0,), add_bos=rule.add_bos)
+        files[name] = Tokenizer(json.dumps(content).encode(), settings=settings)
+    paths = []
+    for name, tokenizer in files.items():
+        size = 32_004 if tokenizer is sentencepiece else 402
+        config = TINY.replace(vocab_size=size, embed_dim=2, num_layers=1)
+        fields = metadata(config) | {
+            key: value.content
+            for key, value in tokenizer_metadata(tokenizer, size).items()
+        }
+        if tokenizer is not sentencepiece:
+            fields["tokenizer.ggml.pre"] = name  # the first of equal rules was written
+        paths.append(
+            write_foreign(tmp_path / f"{name}.gguf", fields, renamed(make(config)[0]))
+        )
+    job, program = tmp_path / "job", tmp_path / "tokenize.mjs"
+    texts = [*TEXTS, *random_texts(3000)]
+    fields = {
+        "models": [str(path) for path in paths],
+        "texts": texts,
+        "size": 402,
+        "answer": str(tmp_path / "answer"),
+    }
+    job.write_text(json.dumps(fields))
+    program.write_text(TOKENIZE)
+    node(program, folder, job)
+    answers = json.loads((tmp_path / "answer").read_text())
+    for (name, tokenizer), path, theirs in zip(
+        files.items(), paths, answers, strict=True
+    ):
+        ours, _ = read_gguf(path).find_tokenizer()
+        assert ours.settings == tokenizer.settings, name
+        assert theirs["special"] == [ours.bos_id, ours.eos_id], name
+        assert theirs["begins"] is ours.settings.add_bos, name
+        ends = {id for id in ours.end_ids if id < 402}
+        assert ends == {*theirs["ends"]}, name
+        for text, plain, marked in zip(
+            texts, theirs["plain"], theirs["marked"], strict=True
+        ):
+            assert ours.encode(text, bos=False, eos=False) == plain, (name, text)
+            assert ours.encode_marked(text) == marked, (name, text)
