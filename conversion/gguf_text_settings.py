@@ -177,7 +177,8 @@ def settings_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
         metadata[_TEMPLATES] = MetadataValue(STRING, names)
     for key, (name, kind) in _SAMPLING.items():
         if (value := settings.sampling.get(name)) is not None:
-            metadata[f"general.sampling.{key}"] = MetadataValue(kind, value)
+            number = int(value) if kind == INT32 else float(value)
+            metadata[f"general.sampling.{key}"] = MetadataValue(kind, number)
     return metadata
 
 
@@ -209,7 +210,7 @@ def agrees(header: Header, metadata: Mapping[str, MetadataValue]) -> bool:
     """Whether a file has these settings, and no others."""
     for key, (kind, content) in metadata.items():
         value = header.value(key)
-        if kind == FLOAT32:
+        if kind == FLOAT32 and isinstance(value, (int, float)):
             value, content = (np.float32(str(x)).item() for x in (value, content))
         if value != content:
             return False

@@ -292,10 +292,11 @@ def test_a_file_that_another_program_changed_is_as_it_says(
     tmp_path: pathlib.Path,
 ) -> None:
     tokenizer = opened(tmp_path, SENTENCEPIECE).replace_settings(
-        chat_templates={"default": "old"}, prefix_space="first"
+        chat_templates={"default": "old"}, prefix_space="first", sampling={"top_k": 9}
     )
     fields = {k: v.content for k, v in tokenizer_metadata(tokenizer, 267).items()}
     for change in (
+        {"general.sampling.top_k": None},
         {"tokenizer.chat_template": "new"},
         {"tokenizer.chat_template.rag": "new"},
         {"tokenizer.ggml.eos_token_id": 265},
@@ -303,6 +304,7 @@ def test_a_file_that_another_program_changed_is_as_it_says(
     ):
         config = GQA.replace(vocab_size=267, num_layers=1)
         changed = metadata(config) | fields | change
+        changed = {key: value for key, value in changed.items() if value is not None}
         path = write_foreign(tmp_path / "y.gguf", changed, renamed(make(config)[0]))
         actual, _ = read_gguf(path).find_tokenizer()
         assert actual.settings.prefix_space == "always", change
