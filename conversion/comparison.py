@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.source import Source
-from llama_jax.errors import ConfigError, LlamaJaxError
+from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
 from llama_jax.model.layers import Block, RMSNorm, SharedInputs
 from llama_jax.model.linear import linear
 from llama_jax.model.rope import rope_tables
@@ -83,7 +83,7 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
 
     Raises:
       ConfigError: the checkpoints have different configurations, or no output head.
-      CheckpointError: one of them is damaged.
+      CheckpointError: one of them is damaged, or has weights that are not finite.
 
     >>> from llama_jax.conversion import open_source
     >>> from llama_jax.loading import bundled
@@ -115,6 +115,12 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
     layer_errors, a_logits, b_logits = _run_both(
         a.config, a_leaves, b_leaves, _prompts(a), progress
     )
+    for source, logits in ((a, a_logits), (b, b_logits)):
+        if not jnp.isfinite(logits).all():
+            raise CheckpointError(
+                f"{source.path}: its logits are NaN or infinite, although its weights "
+                "are not; some must be far too large, use another checkpoint"
+            )
     a_log_probs, b_log_probs = map(jax.nn.log_softmax, (a_logits, b_logits))
     kl = jnp.sum(jnp.exp(a_log_probs) * (a_log_probs - b_log_probs), axis=-1)
     # Not `error > DIVERGED`: NaN has diverged too.
@@ -148,7 +154,7 @@ def _check_same_config(a: Source, b: Source) -> None:
 
 def _leaves(source: Source, *, with_head: bool) -> dict[str, LazyLeaf]:
     """Return a checkpoint's leaves; `with_head` adds the head of a tied one."""
-    leaves = source.leaves()
+    leaves = source.leaves(finite=True)
     if with_head and "lm_head" not in leaves:
         embedding = leaves[_EMBEDDING]
         leaves["lm_head"] = LazyLeaf(

@@ -219,7 +219,7 @@ def prepare_conversion(
     elif target == "llama2c":
         check_config(source.config)
     # Quantization is done by the writer, from float32.
-    leaves = source.leaves("float32" if dtype == "q8_0" else dtype)
+    leaves = source.leaves("float32" if dtype == "q8_0" else dtype, finite=True)
     model = LazyModel(source.config, leaves, opened_tokenizer)
     tensors = tensors_from_leaves(TABLES[target], model.leaves, source.config)
     host_bytes = anonymous_bytes()

@@ -10,9 +10,11 @@ from llama_jax.conversion.huggingface import is_hugging_face, read_hugging_face
 from llama_jax.conversion.llama2c import is_llama2c, read_llama2c
 from llama_jax.conversion.meta import is_meta, read_meta
 from llama_jax.conversion.orbax import read_orbax
+from llama_jax.conversion.other_folders import why_no_checkpoint
 from llama_jax.conversion.source import Source
 from llama_jax.conversion.tensor_tables import TABLES, FormatName
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.file_kinds import check_file
 from llama_jax.types import Path
 
 
@@ -70,11 +72,14 @@ def open_source(
     for name, reader in _READERS.items():
         if format == name or (format is None and reader.recognizes(path)):
             return reader.read(path, max_seq_len=max_seq_len)
-    raise CheckpointError(
-        f"{path}: not a checkpoint of a known format; name a folder of this library, "
-        "of Meta's (params.json, consolidated.00.pth) or of Hugging Face's "
-        "(config.json, *.safetensors), a .gguf file, or a .bin file of llama2.c"
-    )
+    if path.is_file():
+        check_file(path, "GGUF")
+    raise CheckpointError(f"{path}: {why_no_checkpoint(path, is_known)}")
+
+
+def is_known(path: pathlib.Path) -> bool:
+    """Return whether a path looks like a checkpoint of any format."""
+    return any(reader.recognizes(path) for reader in _READERS.values())
 
 
 def check_format(name: str) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.errors import CheckpointError
+from llama_jax.file_kinds import check_file
 
 MetadataContent = str | bool | int | float | list[str] | np.ndarray
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -118,6 +119,7 @@ def read_header(path: pathlib.Path) -> Header:
     Raises:
       CheckpointError: the file is damaged, of another kind, or of another version.
     """
+    check_file(path, "GGUF")
     try:
         file = path.open("rb")
     except OSError as error:

@@ -8,9 +8,10 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.finite import check_cast
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.conversion.gguf_header import Header, TensorInfo, TensorLayout, damaged
-from llama_jax.conversion.lazy_arrays import check_float16_range, mapped_leaf
+from llama_jax.conversion.lazy_arrays import mapped_leaf
 from llama_jax.errors import CheckpointError
 
 GGUFDtype = Literal["float32", "float16", "bfloat16", "q8_0"]
@@ -165,9 +166,9 @@ def _encode(rows: np.ndarray, kind: int, name: str) -> np.ndarray:
             numbers = np.ascontiguousarray(rows, np.float32)
             encoded: np.ndarray = quants.quantize(numbers, GGMLQuantizationType.Q8_0)
             scales = encoded.reshape(-1, _Q8_BYTES)[:, :2].copy().view("<f2")
-            check_float16_range(scales, "the model", name)
+            check_cast(scales, "the model", name)
         else:
             encoded = np.ascontiguousarray(rows, _DTYPES[kind])
-            if encoded.dtype == np.float16 and rows.dtype != np.float16:
-                check_float16_range(encoded, "the model", name)
+            if encoded.dtype not in (rows.dtype, np.float32):
+                check_cast(encoded, "the model", name)
     return encoded

@@ -1,19 +1,16 @@
 """Hugging Face folders: `config.json`, safetensors (or older `.bin`), a tokenizer."""
 
 import pathlib
-import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from llama_jax.checkpoint.json_files import config_errors_in, read_json, write_json
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress, lazy_leaf
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.conversion.huggingface_config import (
     config_from_hugging_face,
     config_to_hugging_face,
 )
-from llama_jax.conversion.pth_reader import read_pth
-from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
+from llama_jax.conversion.huggingface_weights import has_weights, read_weights
+from llama_jax.conversion.safetensors import write_safetensors
 from llama_jax.conversion.source import (
     LazyModel,
     Source,
@@ -26,19 +23,15 @@ from llama_jax.conversion.tokenizer_files import (
     read_hugging_face_tokenizer,
     write_hugging_face_tokenizer,
 )
-from llama_jax.errors import CheckpointError
 
 _CONFIG = "config.json"
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_INDEX, _EMBEDDING = "model.safetensors.index.json", "model.embed_tokens.weight"
 _SHARD_BYTES = 5_000_000_000  # limit of a file, unless one tensor is larger
 
 
 def is_hugging_face(path: pathlib.Path) -> bool:
     """Return whether a folder looks like a checkpoint of Hugging Face's."""
-    patterns = ("*.safetensors", "pytorch_model*.bin", *_INDEXES)
-    has_weights = any(next(path.glob(pattern), None) for pattern in patterns)
-    return path.is_dir() and (path / _CONFIG).is_file() and has_weights
+    return (path / _CONFIG).is_file() and has_weights(path)
 
 
 def read_hugging_face(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
@@ -58,16 +51,12 @@ def read_hugging_face(path: pathlib.Path, *, max_seq_len: int | None = None) -> 
         config, origin = override_max_seq_len(
             config_from_hugging_face(fields), max_seq_len, f"from {_CONFIG}"
         )
-    tensors = _read_all_files(path)
-    if config.tied_embeddings and {_EMBEDDING, _HEAD} <= tensors.keys():
-        head = tensors.pop(_HEAD)
-        tensors[_EMBEDDING] = _require_equal_head(path, tensors[_EMBEDDING], head)
     return Source(
         path=path,
         format=HUGGING_FACE,
         config=config,
         max_seq_len_origin=origin,
-        tensors=tensors,
+        tensors=read_weights(path, config),
         find_tokenizer=lambda: read_hugging_face_tokenizer(path, config.vocab_size),
     )
 
@@ -100,7 +89,7 @@ def write_hugging_face(
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / _INDEXES[0], index)
+        write_json(folder / _INDEX, index)
     special_ids = {}
     if model.tokenizer is not None:
         ids = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id}
@@ -126,60 +115,3 @@ def _shards(
         shards[-1][name] = tensor
         free -= tensor.nbytes
     return shards
-
-
-def _read_all_files(path: pathlib.Path) -> dict[str, LazyLeaf]:
-    """Return the tensors of all files, each in the file that the index names."""
-    index = next((path / n for n in _INDEXES if (path / n).is_file()), None)
-    if index is None:
-        weight_map = None
-        files = sorted(path.glob("*.safetensors"))
-        files = files or sorted(path.glob("pytorch_model*.bin"))
-    else:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)
-            for name in weight_map.values()
-        ):
-            raise CheckpointError(
-                f"{index}: has no weight_map from tensors to files; download it again"
-            )
-        files = [path / name for name in sorted(set(weight_map.values()))]
-    tensors: dict[str, LazyLeaf] = {}
-    for file in files:
-        for name, tensor in _read_file(file).items():
-            if name in tensors or (weight_map and weight_map.get(name) != file.name):
-                raise CheckpointError(
-                    f"{file}: contains {name}, which belongs to another file; download "
-                    "all files again from one source"
-                )
-            tensors[name] = tensor
-    if missing := sorted(set(weight_map or ()) - tensors.keys()):
-        raise CheckpointError(
-            f"{index}: lists {missing[0]}, which is not in its file; download all "
-            "files again from one source"
-        )
-    return tensors
-
-
-def _read_file(file: pathlib.Path) -> dict[str, LazyLeaf]:
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    return {name: lazy_leaf(array) for name, array in read_pth(file).items()}
-
-
-def _require_equal_head(
-    path: pathlib.Path, embedding: LazyLeaf, head: LazyLeaf
-) -> LazyLeaf:
-    """Return the embedding, which when read is compared with the stored head."""
-
-    def read() -> np.ndarray:
-        array = embedding.read()
-        if not np.array_equal(array, head.read()):
-            raise CheckpointError(
-                f"{path}: {_CONFIG} ties the embeddings, but {_HEAD} differs from "
-                f"{_EMBEDDING}; set tie_word_embeddings to false if that is intended"
-            )
-        return array
-
-    return LazyLeaf(embedding.shape, embedding.dtype, read, embedding.host_bytes)

@@ -1,6 +1,7 @@
-"""Memory-mapped leaves, and the range check of float16."""
+"""Memory-mapped leaves."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,16 +27,13 @@ def mapped_leaf(
     return LazyLeaf(shape, dtype, read)
 
 
-def check_float16_range(array: np.ndarray, where: object, name: str) -> None:
-    """Raise a `CheckpointError` if a cast to float16 gave infinities or NaNs.
-
-    Args:
-      array: the result of the cast.
-      where: the file or model, for the message.
-      name: of the tensor.
-    """
-    if not np.isfinite(array).all():
-        raise CheckpointError(
-            f"{where}: {name} does not fit into float16 (largest value 65504); convert "
-            "to bfloat16 or float32"
-        )
+def empty_tensor(
+    path: pathlib.Path, name: str, shape: Sequence[int]
+) -> CheckpointError:
+    """Return the error for a tensor without numbers."""
+    return CheckpointError(
+        f"{path}: {name} of shape {list(shape)} has no numbers, as DeepSpeed ZeRO-3 "
+        "saves what it has not gathered; save it again with "
+        "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py in the "
+        "training checkpoint"
+    )

@@ -26,6 +26,7 @@ from llama_jax.conversion.tensor_mapping import (
 from llama_jax.conversion.tensor_tables import LLAMA2C
 from llama_jax.conversion.tokenizer_files import find_tokenizer
 from llama_jax.errors import CheckpointError
+from llama_jax.file_kinds import check_file
 
 _HEADER = struct.Struct("<7i")
 _VERSIONED = 0x616B3432  # the magic number of the later export formats
@@ -50,15 +51,10 @@ def read_llama2c(path: pathlib.Path, *, max_seq_len: int | None = None) -> Sourc
       CheckpointError: the file is damaged or of another kind.
       ConfigError: its header does not describe a model.
     """
+    check_file(path, "llama2.c")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
-    if head[:4] in (b"PK\x03\x04", b"GGUF"):
-        raise CheckpointError(
-            f"{path}: is not a llama2.c checkpoint but a "
-            + ("PyTorch" if head[:2] == b"PK" else "GGUF")
-            + " file; name its folder, or a llama2.c file"
-        )
     if len(head) < _HEADER.size:
         raise CheckpointError(f"{path}: is too short; download it again")
     header = _HEADER.unpack(head)

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from llama_jax.conversion.tokenizer_files import find_tokenizer
 from llama_jax.errors import CheckpointError
 
 _PARAMS, _TOKENIZER = "params.json", "tokenizer.model"
-_EMBEDDING = "tok_embeddings.weight"
+_EMBEDDING, _QUERY = "tok_embeddings.weight", "layers.0.attention.wq.weight"
 
 
 def is_meta(path: pathlib.Path) -> bool:
@@ -57,6 +59,7 @@ def read_meta(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
         raise CheckpointError(
             f"{path}: has no matrix {_EMBEDDING}; is it a Llama checkpoint of Meta's?"
         )
+    _check_rank_count(path, ranks[0], fields, len(ranks))
     rows, columns = ranks[0][_EMBEDDING].shape
     with config_errors_in(path / _PARAMS):
         split_by_rows = columns == fields.get("dim")
@@ -100,6 +103,30 @@ def _rank_files(path: pathlib.Path) -> list[pathlib.Path]:
                 f"consolidated.{max(files):02}.pth; download it too"
             )
     return [files[rank] for rank in sorted(files)]
+
+
+def _check_rank_count(
+    path: pathlib.Path,
+    first: dict[str, np.ndarray],
+    fields: Mapping[str, Any],
+    count: int,
+) -> None:
+    """Raise a `CheckpointError` if the first rank's shapes show another count."""
+    dim, query = fields.get("dim"), first.get(_QUERY)
+    if type(dim) is not int or query is None or not query.ndim or dim % len(query):
+        return  # refused later, for another reason
+    expected = dim // len(query)
+    if expected > count:
+        raise CheckpointError(
+            f"{path}: the model is split into {expected} files, but there "
+            f"{'is' if count == 1 else 'are'} only {count}; download "
+            f"consolidated.{count:02}.pth to consolidated.{expected - 1:02}.pth too"
+        )
+    if expected < count:
+        raise CheckpointError(
+            f"{path}: the model is split into {expected} files, but there are {count}; "
+            f"remove those from consolidated.{expected:02}.pth on"
+        )
 
 
 def _join_ranks(

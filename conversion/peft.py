@@ -1,8 +1,9 @@
 """Read and write LoRA adapters in the folders of the `peft` package.
 
-`adapter_config.json` has their settings, `adapter_model.safetensors` the tensors under
-Hugging Face's weight names: lora_A [R, I] and lora_B [O, R]. Both use the half-split
-rotary layout of this library, so nothing is permuted.
+`adapter_config.json` has their settings, `adapter_model.safetensors` (before peft 0.6
+`adapter_model.bin`) the tensors under Hugging Face's weight names: lora_A [R, I] and
+lora_B [O, R]. Both use the half-split rotary layout of this library, so nothing is
+permuted.
 """
 
 import pathlib
@@ -14,8 +15,10 @@ import numpy as np
 
 from llama_jax.checkpoint.atomic_write import new_folder
 from llama_jax.checkpoint.json_files import read_json, write_json
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaf, lazy_leaves
 from llama_jax.config import LlamaConfig
+from llama_jax.conversion.other_folders import ADAPTER_CONFIG, why_no_adapter
+from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.conversion.tensor_mapping import foreign_names
 from llama_jax.conversion.tensor_tables import HUGGING_FACE
@@ -24,7 +27,8 @@ from llama_jax.model.lora import Lora, lora_shapes
 from llama_jax.params import flatten, leaf_paths, unflatten
 from llama_jax.types import Params, Path
 
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _TENSORS = ADAPTER_CONFIG, "adapter_model.safetensors"
+_OLD_TENSORS = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
@@ -63,13 +67,15 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, Any], Lora]:
       description, of which `lora.adapt` needs `scaling`.
 
     Raises:
-      CheckpointError: a file is missing or damaged; the adapters are for another model;
-        or they compute more than x a b (DoRA, biases, whole modules, ranks that differ
-        between layers).
+      CheckpointError: a file is missing or damaged; a number is not finite; the
+        adapters are for another model; or they compute more than x a b (DoRA, biases,
+        whole modules, ranks that differ between layers).
     """
     folder = pathlib.Path(path)
+    if not (folder / _CONFIG).is_file():
+        raise CheckpointError(f"{folder}: {why_no_adapter(folder)}")
     settings = _read_settings(folder / _CONFIG)
-    tensors = read_safetensors(folder / _TENSORS)
+    file, tensors = _read_tensors(folder)
     names = _names(config)
     known = {
         f"{_PREFIX}{name}.{part}": f"{ours}/{leaf}"
@@ -78,17 +84,17 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, Any], Lora]:
     }
     if unknown := sorted(tensors.keys() - known.keys()):
         raise CheckpointError(
-            f"{folder / _TENSORS}: contains {unknown[0]}, which is not an adapter of a "
+            f"{file}: contains {unknown[0]}, which is not an adapter of a "
             f"projection of this model's {config.num_layers} layers; only those are "
             "supported"
         )
     leaves = {known[name]: tensor for name, tensor in tensors.items()}
     targets = {leaf.split("/")[-2] for leaf in leaves}
-    lora = _lora(folder / _CONFIG, settings, _ordered(targets, names))
+    lora = _lora(folder / _CONFIG, file, settings, _ordered(targets, names))
     shapes = flatten(lora_shapes(config, lora, layout="unrolled"))
     if missing := [leaf for leaf in shapes if leaf not in leaves]:
         raise CheckpointError(
-            f"{folder / _TENSORS}: lacks {_foreign_name(missing[0], names)}; "
+            f"{file}: lacks {_foreign_name(missing[0], names)}; "
             "adapters of only some layers are not supported"
         )
     adapters = {}
@@ -96,11 +102,12 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, Any], Lora]:
         tensor = leaves[leaf]
         if tensor.shape != shape.shape[::-1]:
             raise CheckpointError(
-                f"{folder / _TENSORS}: {_foreign_name(leaf, names)} has the shape "
+                f"{file}: {_foreign_name(leaf, names)} has the shape "
                 f"{list(tensor.shape)}, but model and rank require "
                 f"{list(shape.shape[::-1])}; do they belong together?"
             )
-        adapters[leaf] = jnp.asarray(np.ascontiguousarray(tensor.read().T))
+        array = tensor.checked(file, _foreign_name(leaf, names)).read()
+        adapters[leaf] = jnp.asarray(np.ascontiguousarray(array.T))
     return unflatten(adapters), lora
 
 
@@ -162,6 +169,16 @@ def write_peft(
         write_json(folder / _CONFIG, settings)
 
 
+def _read_tensors(
+    folder: pathlib.Path,
+) -> tuple[pathlib.Path, dict[str, LazyLeaf]]:
+    """Return the file that peft would read, and its tensors."""
+    old = folder / _OLD_TENSORS
+    if old.is_file() and not (folder / _TENSORS).is_file():
+        return old, {name: lazy_leaf(array) for name, array in read_pth(old).items()}
+    return folder / _TENSORS, read_safetensors(folder / _TENSORS)
+
+
 def _read_settings(file: pathlib.Path) -> dict[str, Any]:
     """Return the fields of `adapter_config.json`; refuse what is more than x a b."""
     settings = read_json(file)
@@ -189,7 +206,10 @@ def _read_settings(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _lora(
-    file: pathlib.Path, settings: Mapping[str, Any], targets: tuple[str, ...]
+    file: pathlib.Path,
+    tensors: pathlib.Path,
+    settings: Mapping[str, Any],
+    targets: tuple[str, ...],
 ) -> Lora:
     rank, alpha = settings.get("r"), settings.get("lora_alpha", 0.0)
     stabilized = settings.get("use_rslora", False)
@@ -204,9 +224,7 @@ def _lora(
             "again"
         )
     if not targets:
-        raise CheckpointError(
-            f"{file.with_name(_TENSORS)}: contains no adapters; download it again"
-        )
+        raise CheckpointError(f"{tensors}: contains no adapters; download it again")
     try:
         return Lora(rank=rank, alpha=alpha, rank_stabilized=stabilized, targets=targets)
     except ConfigError as error:

@@ -45,17 +45,22 @@ class TensorView(NamedTuple):
     strides: tuple[int, ...]
 
 
-def read_pickle(data: bytes, path: pathlib.Path) -> Any:
+def read_pickle(
+    stream: io.BytesIO,
+    path: pathlib.Path,
+    storages: dict[str, "Storage"] | None = None,
+) -> Any:
     """Return what a pickle describes: for a state dict, `TensorView`s by name.
 
     Args:
-      data: the pickle.
+      stream: of the pickle, which is read to its end.
       path: of its file, for messages.
+      storages: receives the storages that the pickle names, by key.
 
     Raises:
       CheckpointError: it is damaged, or contains what no state dict contains.
     """
-    return _Unpickler(path).load(data)
+    return _Unpickler(path, {} if storages is None else storages).load(stream)
 
 
 class _Name(str):
@@ -69,16 +74,16 @@ class _Mark:
 class _Unpickler:
     """The part of the pickle machine that state dicts use."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
+    def __init__(self, path: pathlib.Path, storages: dict[str, Storage]) -> None:
+        self.path, self.storages = path, storages
 
-    def load(self, data: bytes) -> Any:
+    def load(self, stream: io.BytesIO) -> Any:
         """Interpret opcodes until STOP."""
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         opcode = None
         try:
-            for opcode, arg, _ in pickletools.genops(io.BytesIO(data)):
+            for opcode, arg, _ in pickletools.genops(stream):
                 if opcode.name == "STOP":
                     return self.stack.pop()
                 self._step(opcode.name, arg)
@@ -108,6 +113,13 @@ class _Unpickler:
                 stack.append({"NONE": None, "NEWTRUE": True}.get(name, False))
             case "EMPTY_DICT":
                 stack.append({})
+            case "EMPTY_LIST":  # of the keys of a legacy file's storages
+                stack.append([])
+            case "APPEND":
+                item = stack.pop()
+                self._extend([item])
+            case "APPENDS":
+                self._extend(self._since_mark())
             case "EMPTY_TUPLE":
                 stack.append(())
             case "MARK":
@@ -155,6 +167,11 @@ class _Unpickler:
             items.append(item)
         return items[::-1]
 
+    def _extend(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("items of an object that is not a list")
+        self.stack[-1].extend(items)
+
     def _set_items(self, items: list[Any]) -> None:
         if len(items) % 2 or not isinstance(self.stack[-1], dict):
             raise ValueError("items of an object that is not a dict")
@@ -175,12 +192,17 @@ class _Unpickler:
         return _Name(name)
 
     def _storage(self, id: Any) -> Storage:
-        kind, name, key, _, count = id
+        kind, name, key, _, count, *view = id
         if kind != "storage" or not isinstance(name, _Name) or name not in _STORAGES:
             raise ValueError("a persistent id that is not a storage")
         if not isinstance(key, str) or type(count) is not int or count < 0:
             raise ValueError("a storage without a key or size")
-        return Storage(_STORAGES[name], key, count)
+        if view not in ([], [None]):  # legacy files have it, always None
+            raise ValueError("a storage that is a view of another one")
+        storage = Storage(_STORAGES[name], key, count)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"storage {key!r} has two descriptions")
+        return storage
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, raw_bytes
-from llama_jax.conversion.lazy_arrays import mapped_leaf
+from llama_jax.conversion.lazy_arrays import empty_tensor, mapped_leaf
 from llama_jax.errors import CheckpointError
+from llama_jax.file_kinds import check_file
 
 _DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -50,6 +51,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, LazyLeaf]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file; download it too")
+    check_file(path, "safetensors")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -148,7 +150,9 @@ def _entry(path: pathlib.Path, name: str, entry: Any) -> _Entry:
         )
     dtype = _DTYPES[kind]
     nbytes = math.prod(shape) * dtype.itemsize
-    if not nbytes or end - begin != nbytes:
+    if not nbytes:
+        raise empty_tensor(path, name, shape)
+    if end - begin != nbytes:
         raise CheckpointError(
             f"{path}: {name} of shape {shape} has {end - begin:,} bytes instead of "
             f"{nbytes:,}; {_FIX}"

@@ -38,18 +38,24 @@ class Source:
     checksums: Mapping[pathlib.Path, str] = dataclasses.field(default_factory=dict)
     ranks: int = 1
 
-    def leaves(self, dtype: str | np.dtype | None = None) -> dict[str, LazyLeaf]:
+    def leaves(
+        self, dtype: str | np.dtype | None = None, *, finite: bool = False
+    ) -> dict[str, LazyLeaf]:
         """Return our leaves, lazily read from the tensors.
 
         Args:
           dtype: of the leaves; defaults to that of each tensor.
+          finite: reading a tensor with NaN or infinity raises a `CheckpointError`.
 
         Raises:
           CheckpointError: a tensor is missing, unknown or of the wrong shape.
         """
+        tensors = self.tensors
+        if finite:
+            tensors = {n: t.checked(self.path, n) for n, t in tensors.items()}
         return leaves_from_tensors(
             self.format,
-            self.tensors,
+            tensors,
             self.config,
             where=self.path,
             dtype=None if dtype is None else np.dtype(dtype),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from llama_jax.checkpoint.finite import check_cast
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.axis_patterns import (
@@ -12,7 +13,6 @@ from llama_jax.conversion.axis_patterns import (
     rearrange,
     reverse,
 )
-from llama_jax.conversion.lazy_arrays import check_float16_range
 from llama_jax.conversion.tensor_tables import ORBAX, Format, Rule
 from llama_jax.errors import CheckpointError
 from llama_jax.params import axis_sizes, leaf_paths, row_of
@@ -158,8 +158,8 @@ def _rearranged(
     def read() -> np.ndarray:
         with np.errstate(over="ignore"):  # checked below
             array = rearrange(pattern, tensor.read(), sizes, dtype)
-        if dtype == np.float16 and tensor.dtype != dtype:
-            check_float16_range(array, where, name)
+        if dtype not in (tensor.dtype, np.float32):
+            check_cast(array, where, name)
         return array
 
     leaf = LazyLeaf(shape, dtype, read)

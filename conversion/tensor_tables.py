@@ -109,7 +109,6 @@ HUGGING_FACE = Format(
             "lm_head": ("lm_head.weight", "V D -> D V"),
         },
     ),
-    dropped=(("model.layers.{l}.self_attn.rotary_emb.inv_freq", "h"),),
 )
 
 GGUF = Format(

@@ -7,6 +7,7 @@ from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.conversion.tokenizer_json import make_tokenizer_json
 from llama_jax.errors import TokenizerError
+from llama_jax.file_kinds import check_file
 from llama_jax.text.sentencepiece_proto import pieces_of_model
 from llama_jax.text.settings import AddedToken
 from llama_jax.text.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ def open_tokenizer(file: Path) -> Tokenizer:
     """
     file = pathlib.Path(file)
     if file.suffix == ".bin" and file.is_file():
+        check_file(file, "tokenizer", TokenizerError)
         return Tokenizer(read_llama2c_tokenizer(file))
     return Tokenizer.from_file(file)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_jax.checkpoint.atomic_write import write_file
 from llama_jax.errors import CheckpointError, ConfigError
+from llama_jax.file_kinds import check_file
 from llama_jax.types import Path
 
 
@@ -17,6 +18,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     Raises:
       CheckpointError: the file cannot be read, or has no JSON object.
     """
+    check_file(file, "JSON")
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.finite import check_cast, check_finite
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
 from llama_jax.errors import CheckpointError
@@ -54,16 +55,46 @@ class LazyLeaf:
         """The same leaf with another `host_bytes`."""
         return dataclasses.replace(self, host_bytes=host_bytes)
 
-    def cast(self, dtype: np.dtype) -> "LazyLeaf":
-        """The same leaf, cast to another dtype when it is read."""
+    def cast(self, dtype: np.dtype, where: object, name: str) -> "LazyLeaf":
+        """The same leaf, cast to another dtype when it is read.
+
+        Reading raises a `CheckpointError` if a number does not fit into that dtype.
+
+        Args:
+          dtype: of the new leaf.
+          where: the file or model, for messages.
+          name: of the weight.
+        """
         if dtype == self.dtype:
             return self
+
+        def read() -> np.ndarray:
+            with np.errstate(over="ignore"):  # checked below
+                array = self.read().astype(dtype)
+            check_cast(array, where, name)
+            return array
+
         return dataclasses.replace(
             self,
             dtype=dtype,
-            read=lambda: self.read().astype(dtype),
+            read=read,
             host_bytes=self.host_bytes + self.size * dtype.itemsize,
         )
+
+    def checked(self, where: object, name: str) -> "LazyLeaf":
+        """The same leaf; reading NaN or infinity raises a `CheckpointError`.
+
+        Args:
+          where: the file or model, for messages.
+          name: of the weight.
+        """
+
+        def read() -> np.ndarray:
+            array = self.read()
+            check_finite(array, where, name)
+            return array
+
+        return dataclasses.replace(self, read=read)
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:

@@ -108,7 +108,10 @@ def save_params(
     leaves = lazy_leaves(params)
     check_leaves(leaves, config, where="params")
     if dtype is not None:
-        leaves = {path: leaf.cast(jnp.dtype(dtype)) for path, leaf in leaves.items()}
+        leaves = {
+            name: leaf.cast(jnp.dtype(dtype), path, name)
+            for name, leaf in leaves.items()
+        }
     with gathered_to_main(leaves) as whole:
         if whole is not None:
             _write_checkpoint(path, whole, config, tokenizer, progress)

@@ -20,6 +20,7 @@ import numpy as np
 
 from llama_jax.checkpoint.lazy_leaf import DTYPES, LazyLeaf, Progress, lazy_leaf
 from llama_jax.errors import CheckpointError, LlamaJaxError
+from llama_jax.file_kinds import check_file
 from llama_jax.params import flatten, unflatten
 
 _MAX_SIZE = 1 << 40  # no axis is longer
@@ -187,6 +188,7 @@ def _drain(pending: list[Any]) -> None:
 
 def _map_leaf(description: pathlib.Path) -> LazyLeaf | None:
     """A Zarr array of one raw chunk as a leaf; None if it is stored in another way."""
+    check_file(description, "JSON")
     try:
         fields = json.loads(description.read_text("utf-8"))
         shape = tuple(fields["shape"])
@@ -213,6 +215,7 @@ def _map_leaf(description: pathlib.Path) -> LazyLeaf | None:
     expected = math.prod(shape) * dtype.itemsize
     size = chunk.stat().st_size if chunk.is_file() else 0
     if size != expected:
+        check_file(chunk, "Orbax")
         raise CheckpointError(
             f"{chunk}: has {size:,} bytes instead of {expected:,}; copy or convert the "
             "model again"

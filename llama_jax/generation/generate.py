@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.finite import find_non_finite
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
-from llama_jax.errors import ConfigError, PromptError
+from llama_jax.errors import CheckpointError, ConfigError, PromptError
 from llama_jax.generation.batching import (
     bucket,
     cut_batches,
@@ -101,6 +102,7 @@ def generate(
     Raises:
       PromptError: a request that the model cannot run: a prompt that is too long, an
         id that it lacks; before anything is computed.
+      CheckpointError: the logits are not finite; names the weight, if it is one.
 
     >>> import llama_jax
     >>> loaded = llama_jax.load()
@@ -157,7 +159,7 @@ def stream(
       max_batch_bytes: see `generate`.
 
     Raises:
-      PromptError: see `generate`.
+      PromptError, CheckpointError: see `generate`.
 
     >>> import llama_jax
     >>> loaded = llama_jax.load()
@@ -205,6 +207,28 @@ def check_token_ids(request: Request, config: LlamaConfig, name: str) -> None:
     ids = request.prompt_ids
     if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise PromptError(f"{name}: a token id is outside 0 … {config.vocab_size - 1}")
+
+
+def check_logprobs(logprobs: np.ndarray, loaded: Loaded) -> None:
+    """Raise a `CheckpointError` if log-probabilities of tokens are not finite.
+
+    They are finite exactly if the logits that the tokens were drawn from are numbers,
+    so this test computes nothing on the device. Only if it fails, the weights are
+    searched.
+    """
+    if np.isfinite(logprobs).all():
+        return
+    dtype = loaded.model.runtime.dtype
+    wider = "" if dtype == "float32" else f"use a wider dtype than {dtype} (--dtype)"
+    if name := find_non_finite(loaded.params):
+        raise CheckpointError(
+            f"{name}: has numbers that are NaN or infinite, and so have the logits; "
+            f"download or convert the model again{wider and ', or ' + wider}"
+        )
+    raise CheckpointError(
+        "the logits are NaN or infinite, although all weights are finite; "
+        + (wider or "some weights must be far too large, use another checkpoint")
+    )
 
 
 class _Row:
@@ -297,6 +321,7 @@ def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delt
             yield row.echo(number, prompt_scores)
     while True:
         news = to_host(emitted)
+        check_logprobs(news.logprobs.chosen[news.tokens >= 0], loaded)
         for number, row in enumerate(rows):
             if delta := row.take(number, news):
                 yield delta

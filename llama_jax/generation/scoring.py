@@ -17,7 +17,7 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.distributed import to_host
 from llama_jax.errors import PromptError
 from llama_jax.generation.batching import bucket
-from llama_jax.generation.generate import check_token_ids
+from llama_jax.generation.generate import check_logprobs, check_token_ids
 from llama_jax.generation.request import Request
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.types import Array, Params, Tokens
@@ -59,6 +59,7 @@ def score(
     Raises:
       PromptError: a prompt is longer than the context or has an id that the model
         lacks, or `batch_size` is not positive.
+      CheckpointError: the logits are not finite; names the weight, if it is one.
 
     >>> import llama_jax
     >>> loaded = llama_jax.load()
@@ -94,6 +95,7 @@ def score(
             logprobs, greedy = to_host(both)
             for row, index in enumerate(group):
                 length = len(requests[index].prompt_ids)
+                check_logprobs(logprobs[row, :length], loaded)
                 scores[index] = Score(logprobs[row, :length], greedy[row, :length])
     return [scores[index] for index in range(len(requests))]
 

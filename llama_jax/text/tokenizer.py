@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import TokenizerError
+from llama_jax.file_kinds import check_file
 from llama_jax.text import byte_level_bpe, sentencepiece_proto
 from llama_jax.text.byte_level_json import steps
 from llama_jax.text.sentencepiece_codec import SentencePieces
@@ -167,6 +168,7 @@ class Tokenizer:
           TokenizerError: the file cannot be read, and as in `Tokenizer`.
         """
         path = pathlib.Path(path)
+        check_file(path, "tokenizer", TokenizerError)
         try:
             contents = path.read_bytes()
         except OSError as error:

@@ -71,8 +71,8 @@ def merge_checkpoint(
       progress: called with the bytes written so far.
 
     Raises:
-      CheckpointError: one of them is missing or damaged, they do not belong together,
-        or `output` exists.
+      CheckpointError: one of them is missing or damaged, or has numbers that are not
+        finite, they do not belong together, or `output` exists.
 
     >>> import pathlib, tempfile, jax, llama_jax
     >>> config = llama_jax.load().model.config
@@ -86,7 +86,11 @@ def merge_checkpoint(
     """
     opened = open_model(base, tokenizer=tokenizer)
     adapters, lora = read_peft(adapter, opened.config)
-    leaves = merged_leaves(opened.leaves, adapters, lora)
+    checked = {
+        name: leaf.checked("the base model" if base is None else base, name)
+        for name, leaf in opened.leaves.items()
+    }
+    leaves = merged_leaves(checked, adapters, lora)
     save_params(
         output, leaves, opened.config, tokenizer=opened.tokenizer, progress=progress
     )

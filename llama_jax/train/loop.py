@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from llama_jax.checkpoint.finite import find_non_finite
 from llama_jax.errors import TrainError
 from llama_jax.train.metrics import Record
 from llama_jax.train.pump import Describe, Pump, StepFunction
@@ -101,7 +102,8 @@ def fit(
 
     Raises:
       DataError: a batch has no target.
-      TrainError: more than `max_skipped` steps were skipped; the state has been saved.
+      TrainError: more than `max_skipped` steps were skipped, or all of them; the state
+        has been saved. Or a step was skipped because a weight is not finite.
 
     >>> import jax.numpy as jnp, numpy as np, optax, llama_jax
     >>> from llama_jax.train.losses import LossSums
@@ -140,6 +142,7 @@ def fit(
             return FitResult(pump.state, True, loop.best)
     loop.finish()
     loop.check_skipped()
+    loop.check_stepped()
     return FitResult(pump.state, False, loop.best)
 
 
@@ -158,6 +161,7 @@ class _Loop:
         self.max_skipped, self.folder, self.best = max_skipped, folder, best
         self.last_record: Record | None = None
         self.saved_step = -1
+        self.searched = False  # the weights, for those that are not finite
 
     def run_due_callbacks(self, *, ending: bool) -> None:
         """Evaluate, sample and save after the step that was just dispatched."""
@@ -198,6 +202,8 @@ class _Loop:
         self.last_record = record
         if self.callbacks.record is not None:
             self.callbacks.record(record)
+        if record["skipped"] and not self.searched:
+            self.check_weights(record["step"])
 
     def evaluate(self, record: Record) -> bool:
         """Add an evaluation to the record; return whether it is the best so far."""
@@ -214,19 +220,42 @@ class _Loop:
             self.callbacks.save(self.pump.state, record)
 
     @property
+    def skipped_files(self) -> str:
+        return f" (skipped-*.npz in {self.folder})" if self.folder else ""
+
+    @property
     def too_many_skipped(self) -> bool:
         return self.pump.skipped > self.max_skipped
+
+    def check_weights(self, step: int) -> None:
+        """Raise a `TrainError` if a weight is the reason for a skipped step."""
+        self.searched = True
+        for params in (self.pump.state.params, self.pump.frozen):
+            if name := find_non_finite(params):
+                raise TrainError(
+                    f"step {step}: the loss or gradient is not finite, because {name} "
+                    "has numbers that are NaN or infinite; start from another "
+                    "checkpoint, or use a wider dtype"
+                )
+
+    def check_stepped(self) -> None:
+        """Raise a `TrainError` if all steps were skipped."""
+        if self.pump.number and self.pump.skipped == self.pump.number:
+            raise TrainError(
+                f"step {self.pump.number}: every step was skipped, because loss or "
+                "gradient was not finite, so there is no result; look at the batches"
+                f"{self.skipped_files}, lower the learning rate, or use a wider dtype"
+            )
 
     def check_skipped(self) -> None:
         """Raise a `TrainError` if too many steps were skipped."""
         if not self.too_many_skipped:
             return
-        batches = f" (skipped-*.npz in {self.folder})" if self.folder else ""
         raise TrainError(
             f"step {self.pump.number}: {self.pump.skipped} steps had a loss or a "
             f"gradient that was not finite, more than max_skipped {self.max_skipped}; "
-            f"look at their batches{batches}, lower the learning rate, or raise "
-            "max_skipped"
+            f"look at their batches{self.skipped_files}, lower the learning rate, or "
+            "raise max_skipped"
         )
 
 

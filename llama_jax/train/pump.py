@@ -53,6 +53,7 @@ class Pump:
 
     Attributes:
       state: after the last dispatched step.
+      frozen: as given.
       number: of the last dispatched step.
       skipped: number of skipped steps among those that were read.
     """
@@ -70,7 +71,7 @@ class Pump:
         folder: pathlib.Path | None = None,
     ) -> None:
         self.state, self.number, self.skipped = state, int(state.step), skipped
-        self._step, self._frozen, self._device_put = step, frozen, device_put
+        self._step, self.frozen, self._device_put = step, frozen, device_put
         self._describe = describe or (lambda batch: {"tokens": count_tokens(batch)})
         self._learning_rate, self._folder = learning_rate, folder
         self._clock = time.perf_counter()
@@ -91,7 +92,7 @@ class Pump:
         """
         facts = self._describe(batch)
         self.state, metrics = self._step(
-            self.state, self._frozen, self._device_put(batch)
+            self.state, self.frozen, self._device_put(batch)
         )
         self.number += 1
         record = self.read()
