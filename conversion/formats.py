@@ -14,7 +14,6 @@ from llama_jax.conversion.other_folders import why_no_checkpoint
 from llama_jax.conversion.source import Source
 from llama_jax.conversion.tensor_tables import TABLES, FormatName
 from llama_jax.errors import CheckpointError, ConfigError
-from llama_jax.file_kinds import check_file
 from llama_jax.types import Path
 
 
@@ -72,8 +71,6 @@ def open_source(
     for name, reader in _READERS.items():
         if format == name or (format is None and reader.recognizes(path)):
             return reader.read(path, max_seq_len=max_seq_len)
-    if path.is_file():
-        check_file(path, "GGUF")
     raise CheckpointError(f"{path}: {why_no_checkpoint(path, is_known)}")
 
 

@@ -113,14 +113,15 @@ def _check_rank_count(
 ) -> None:
     """Raise a `CheckpointError` if the first rank's shapes show another count."""
     dim, query = fields.get("dim"), first.get(_QUERY)
-    if type(dim) is not int or query is None or not query.ndim or dim % len(query):
-        return  # refused later, for another reason
+    if query is None or query.ndim != 2 or query.shape[1] != dim or dim % len(query):
+        return  # to be refused for another reason
     expected = dim // len(query)
     if expected > count:
+        first_missing = f"consolidated.{count:02}.pth"
+        others = f" to {expected - 1:02}" if expected > count + 1 else ""
         raise CheckpointError(
-            f"{path}: the model is split into {expected} files, but there "
-            f"{'is' if count == 1 else 'are'} only {count}; download "
-            f"consolidated.{count:02}.pth to consolidated.{expected - 1:02}.pth too"
+            f"{path}: the model is split into {expected} files, but {first_missing}"
+            f"{others} is missing; download all of them"
         )
     if expected < count:
         raise CheckpointError(

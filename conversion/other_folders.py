@@ -4,6 +4,8 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
+from llama_jax.file_kinds import check_file
+
 ADAPTER_CONFIG = "adapter_config.json"
 _RUN = "run.json"  # of a training run, whose results are in these folders:
 _RESULTS = ("model", "adapter", "best")
@@ -19,10 +21,14 @@ def why_no_checkpoint(
     Args:
       path: a file or folder that exists.
       is_checkpoint: whether a reader recognizes a path.
+
+    Raises:
+      CheckpointError: it is a file of a kind that `check_file` recognizes.
     """
     if path.is_file():
         if path.suffix in _FOLDER_FILES:
             return f"is one file of a checkpoint; name its folder, {path.parent}"
+        check_file(path, "GGUF")
         return f"is not a checkpoint; {_KNOWN}"
     if (path / ADAPTER_CONFIG).is_file():
         return (

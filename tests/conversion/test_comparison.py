@@ -91,13 +91,15 @@ def test_the_first_diverging_layer_is_reported(
     assert comparison.differing[0] in "\n".join(describe_comparison(comparison))
 
 
-def test_nan_weights_count_as_different(source: pathlib.Path) -> None:
-    other = write_changed(source.parent / "other", "norm.weight", math.nan)
-    comparison = compare(open_source(source), open_source(other, max_seq_len=64))
-    assert comparison.differing == ("transformer/final_norm/scale",)
-    other = write_changed(source.parent / "again", "layers.0.ffn_norm.weight", math.nan)
-    comparison = compare(open_source(source), open_source(other, max_seq_len=64))
-    assert comparison.first_diverging_layer == 0
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_weight_that_is_not_a_number_ends_a_comparison(
+    source: pathlib.Path, factor: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_changed(source.parent / "other", "norm.weight", factor)
+    for pair in ((source, other), (other, source), (other, other)):
+        status, out, err = run(capsys, "verify", *pair, "--max-seq-len", "64")
+        assert (status, out) == (2, "")
+        assert f"{other}: norm.weight has 32 of 32 numbers that are NaN" in err
 
 
 @pytest.mark.parametrize("order", [1, -1])

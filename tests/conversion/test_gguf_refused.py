@@ -164,9 +164,9 @@ def container(
 
 
 MALICIOUS = {
-    "empty": (b"", "is not a GGUF file"),
+    "empty": (b"", "is empty"),
     "short": (b"GGUF\3\0", "is not a GGUF file"),
-    "zip": (b"PK\3\4" + b"\0" * 40, "is not a GGUF file"),
+    "zip": (b"PK\3\4" + b"\0" * 40, "is a file of PyTorch"),
     "version 1": (b"GGUF\1\0\0\0" + b"\0" * 40, "is GGUF version 1"),
     "version 4": (b"GGUF\4\0\0\0" + b"\0" * 40, "is GGUF version 4"),
     "no counts": (b"GGUF\3\0\0\0", "its header is incomplete"),
@@ -247,7 +247,7 @@ def test_malicious_files_are_refused_at_once(tmp_path: pathlib.Path, what: str) 
     path.write_bytes(data)
     tracemalloc.start()
     start = time.monotonic()
-    with pytest.raises(LlamaJaxError, match=message) as error:
+    with pytest.raises(LlamaJaxError, match=message) as error, without_type_checks():
         read_gguf(path)
     seconds = time.monotonic() - start
     peak = tracemalloc.get_traced_memory()[1]

@@ -176,7 +176,7 @@ def test_pytorch_bin_files_are_read(folder: pathlib.Path) -> None:
     expected = {path: leaf.read().tobytes() for path, leaf in leaves.items()}
     tensors = tensors_of(folder)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
-    inverse = np.ones(TINY.head_dim // 2, np.float32)
+    inverse = np.asarray([1, 0.01], np.float32)  # of theta 10000
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = inverse
     write_pth(folder / "pytorch_model.bin", arrays)
     (folder / "model.safetensors").unlink()

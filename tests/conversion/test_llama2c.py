@@ -62,12 +62,12 @@ def test_a_file_of_the_wrong_size_is_refused(
         (b"PK\x03\x04" + b"\0" * 40, "PyTorch"),
         (b"GGUF" + b"\0" * 40, "GGUF"),
         (struct.pack("<7i", 0x616B3432, 2, 0, 0, 0, 0, 0), "version 2"),
-        (b"\0" * 28, "not a multiple of n_heads"),
+        (b"\0" * 28, "begins with zeros only"),
         (struct.pack("<7i", 32, 96, -2, 8, 8, 272, 64), "num_layers is -2"),
         (struct.pack("<7i", 32, 96, 2, 8, 3, 272, 64), "num_kv_heads"),
         (struct.pack("<7i", 32, 96, 2**31 - 1, 8, 8, 272, 64), "incomplete"),
         (b"abc", "too short"),
-        (b"", "too short"),
+        (b"", "is empty"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(

@@ -207,11 +207,14 @@ def test_a_missing_rank_is_named(tmp_path: pathlib.Path, rank: int) -> None:
         read_meta(tmp_path, max_seq_len=64)
 
 
-def test_missing_last_ranks_do_not_join(tmp_path: pathlib.Path) -> None:
+def test_missing_last_ranks_are_named(tmp_path: pathlib.Path) -> None:
     write_meta(tmp_path, TINY, meta_tensors(TINY), ranks=4)
     (tmp_path / "consolidated.03.pth").unlink()
     (tmp_path / "consolidated.02.pth").unlink()
-    with pytest.raises(CheckpointError, match="download all ranks"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"4 files, but consolidated\.02\.pth to 03 is missing",
+    ):
         read_meta(tmp_path, max_seq_len=64)
 
 

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.foreign import integer, state_dict_pickle, tensor, text, write_pth
+from support.foreign import (
+    integer,
+    state_dict_pickle,
+    tensor,
+    text,
+    write_legacy_pth,
+    write_pth,
+)
 
 from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.errors import CheckpointError
@@ -53,7 +60,7 @@ def test_tensors_of_any_shape_and_dtype_are_read(
 def test_a_transposed_view_of_a_larger_storage_is_read(tmp_path: pathlib.Path) -> None:
     data = np.arange(20, dtype=np.float32)
     body = text("w") + tensor("FloatStorage", "0", 20, 2, (2, 3), (1, 4))
-    write_pth(tmp_path / "x.pth", {"w": data}, pickle=b"\x80\x02}(" + body + b"u.")
+    write_pth(tmp_path / "x.pth", {"w": data}, pickled=b"\x80\x02}(" + body + b"u.")
     actual = read_pth(tmp_path / "x.pth")["w"]
     np.testing.assert_array_equal(actual, [[2, 6, 10], [3, 7, 11]])
 
@@ -74,7 +81,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_executed(
 ) -> None:
     target = tmp_path / "owned"
     bad = pickle.dumps({"w": Malicious(target)}, protocol)
-    write_pth(tmp_path / "x.pth", ARRAYS, pickle=bad)
+    write_pth(tmp_path / "x.pth", ARRAYS, pickled=bad)
     with pytest.raises(CheckpointError, match=r"(posix|nt)\.mkdir.*not executed"):
         read_pth(tmp_path / "x.pth")
     assert not target.exists()
@@ -100,7 +107,9 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_executed(
         (b".", "damaged"),
         (b"0.", "POP"),
         (b"}\x85R.", "damaged"),
-        (b"ccollections\nOrderedDict\n(]tR.", "EMPTY_LIST"),
+        (b"ccollections\nOrderedDict\n(]tR.", "unexpected arguments"),
+        (b"}" + text("x") + b"]s.", "'x' is not a named tensor"),
+        (b"}" + integer(1) + b"a.", "not a list"),
         (b"NQ.", "damaged"),
         (b"Nb.", "damaged"),
         (b"h\x07.", "damaged"),
@@ -109,14 +118,14 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_executed(
 def test_a_pickle_that_is_not_a_state_dict_is_refused(
     tmp_path: pathlib.Path, body: bytes, word: str
 ) -> None:
-    write_pth(tmp_path / "x.pth", ARRAYS, pickle=b"\x80\x02" + body)
+    write_pth(tmp_path / "x.pth", ARRAYS, pickled=b"\x80\x02" + body)
     with pytest.raises(CheckpointError, match=word):
         read_pth(tmp_path / "x.pth")
 
 
 def test_a_huge_memo_index_allocates_no_memory(tmp_path: pathlib.Path) -> None:
     # Python's own unpickler would reserve room for two billion entries.
-    write_pth(tmp_path / "x.pth", {}, pickle=b"\x80\x02}r\xff\xff\xff\x7f.")
+    write_pth(tmp_path / "x.pth", {}, pickled=b"\x80\x02}r\xff\xff\xff\x7f.")
     assert read_pth(tmp_path / "x.pth") == {}
 
 
@@ -142,7 +151,7 @@ def test_a_tensor_that_does_not_fit_its_storage_is_refused(
     tmp_path: pathlib.Path, bad: bytes
 ) -> None:
     body = b"\x80\x02}" + text("a.weight") + bad + b"s."
-    write_pth(tmp_path / "x.pth", {"a.weight": ARRAYS["a.weight"]}, pickle=body)
+    write_pth(tmp_path / "x.pth", {"a.weight": ARRAYS["a.weight"]}, pickled=body)
     with pytest.raises(CheckpointError):
         read_pth(tmp_path / "x.pth")
 
@@ -150,7 +159,7 @@ def test_a_tensor_that_does_not_fit_its_storage_is_refused(
 def test_a_name_that_occurs_twice_is_refused(tmp_path: pathlib.Path) -> None:
     one = text("a") + tensor("FloatStorage", "0", 12, 0, (3, 4))
     body = b"\x80\x02}(" + one + one + b"u."
-    write_pth(tmp_path / "x.pth", {"a": ARRAYS["a.weight"]}, pickle=body)
+    write_pth(tmp_path / "x.pth", {"a": ARRAYS["a.weight"]}, pickled=body)
     with pytest.raises(CheckpointError, match="twice"):
         read_pth(tmp_path / "x.pth")
 
@@ -163,7 +172,7 @@ def test_parameters_and_module_metadata_are_understood(tmp_path: pathlib.Path) -
     )
     metadata = b"}" + text("_metadata") + ordered + b"sb"
     body = b"\x80\x02" + ordered + b"(" + text("a") + parameter + b"u" + metadata + b"."
-    write_pth(tmp_path / "x.pth", {"a": ARRAYS["a.weight"]}, pickle=body)
+    write_pth(tmp_path / "x.pth", {"a": ARRAYS["a.weight"]}, pickled=body)
     actual = read_pth(tmp_path / "x.pth")
     np.testing.assert_array_equal(actual["a"], ARRAYS["a.weight"])
 
@@ -175,9 +184,10 @@ def test_a_compressed_archive_is_refused(tmp_path: pathlib.Path) -> None:
         read_pth(path)
 
 
-def test_every_truncated_file_is_refused(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("write", [write_pth, write_legacy_pth])
+def test_every_truncated_file_is_refused(tmp_path: pathlib.Path, write: Any) -> None:
     path = tmp_path / "x.pth"
-    write_pth(path, ARRAYS)
+    write(path, ARRAYS)
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
@@ -194,9 +204,6 @@ def test_big_endian_weights_are_refused(tmp_path: pathlib.Path) -> None:
 def test_other_archives_are_refused(
     tmp_path: pathlib.Path,
 ) -> None:
-    (tmp_path / "old.pth").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2))
-    with pytest.raises(CheckpointError, match=r"older than 1\.6"):
-        read_pth(tmp_path / "old.pth")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("readme", "hello")
     with pytest.raises(CheckpointError, match=r"torch\.save"):
@@ -226,14 +233,16 @@ def test_entries_that_overlap_are_refused(tmp_path: pathlib.Path) -> None:
         read_pth(path)
 
 
+@pytest.mark.parametrize("write", [write_pth, write_legacy_pth])
 def test_damaged_files_raise_only_checkpoint_errors(
-    tmp_path: pathlib.Path,
+    tmp_path: pathlib.Path, write: Any
 ) -> None:
     path = tmp_path / "x.pth"
-    write_pth(path, ARRAYS)
+    write(path, ARRAYS)
     whole = path.read_bytes()
     pickled = whole.find(b"\x80\x02}(")
-    directory = whole.find(b"PK\x01\x02")
+    # The directory of an archive, or the last pickle and the numbers.
+    directory = max(whole.find(b"PK\x01\x02"), whole.find(b"\x80\x02]"))
     rng = random.Random(0)
     messages = []
     regions = [(0, len(whole)), (directory, len(whole)), (pickled, pickled + 300)]
@@ -249,11 +258,95 @@ def test_damaged_files_raise_only_checkpoint_errors(
         path.write_bytes(data)
         try:
             for array in read_pth(path).values():
-                array.sum()
+                array.tobytes()
         except CheckpointError as error:
             messages.append(str(error))
     assert 100 < len(messages) < 450
     assert not any("\n" in message for message in messages)
+
+
+def legacy(**changes: bytes) -> bytes:
+    """Return a legacy file of one tensor, with some of its parts replaced."""
+    data = np.arange(12, dtype=np.float32)
+    one = tensor("FloatStorage", "0", 12, 0, (3, 4), legacy=True)
+    parts = {
+        "magic": pickle.dumps(0x1950A86A20F9469CFC6C, 2),
+        "version": pickle.dumps(1001, 2),
+        "machine": pickle.dumps({"little_endian": True}, 2),
+        "content": b"\x80\x02}" + text("w") + one + b"s.",
+        "keys": pickle.dumps(["0"], 2),
+        "count": struct.pack("<q", 12),
+        "data": data.tobytes(),
+    }
+    return b"".join((parts | changes).values())
+
+
+def test_a_legacy_file_is_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(legacy())
+    expected = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(read_pth(path)["w"], expected)
+    many = ARRAYS | {str(n): np.full((2, 3), n, np.float16) for n in range(300)}
+    write_legacy_pth(path, many)
+    actual = read_pth(path)
+    assert list(actual) == list(many)
+    for name, array in many.items():
+        assert actual[name].tobytes() == array.tobytes()
+        assert not actual[name].flags.writeable
+
+
+TENSOR = tensor("FloatStorage", "0", 12, 0, (3, 4), legacy=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"magic": pickle.dumps(5, 2)}, r"torch\.save did not write"),
+        ({"version": pickle.dumps(1000, 2)}, r"torch\.save did not write"),
+        ({"machine": pickle.dumps({"little_endian": False}, 2)}, "little-endian"),
+        ({"machine": pickle.dumps(None, 2)}, "little-endian"),
+        ({"content": pickle.dumps([], 2), "keys": pickle.dumps([], 2)}, "last storage"),
+        ({"content": b"\x80\x02}."}, "not those of its tensors"),
+        ({"content": b"\x80\x02cos\nsystem\n."}, r"os\.system.*not executed"),
+        ({"keys": pickle.dumps(["1"], 2)}, "not those of its tensors"),
+        ({"keys": pickle.dumps(["0", "0"], 2)}, "not those of its tensors"),
+        ({"keys": pickle.dumps([["0"]], 2)}, "not those of its tensors"),
+        ({"keys": pickle.dumps(None, 2)}, "not those of its tensors"),
+        ({"keys": b"\x80\x02cos\nsystem\n."}, r"os\.system.*not executed"),
+        ({"count": struct.pack("<q", 11)}, "'0' should have 12 numbers"),
+        ({"count": struct.pack("<q", -1)}, "'0' should have 12 numbers"),
+        ({"data": bytes(44)}, "'0' should have 12 numbers"),
+        ({"data": bytes(52)}, "4 bytes after its last storage"),
+        (
+            {"content": b"}" + text("w") + TENSOR.replace(b"Nt", b"]t") + b"s."},
+            "damaged.*a view of another",
+        ),
+        (
+            {
+                "content": b"\x80\x02}(" + text("w") + TENSOR + text("v")
+                + tensor("HalfStorage", "0", 12, 0, (3, 4), legacy=True) + b"u."
+            },
+            "damaged.*two descriptions",
+        ),
+    ],
+)  # fmt: skip
+def test_a_legacy_file_that_contradicts_itself_is_refused(
+    tmp_path: pathlib.Path, changes: dict[str, bytes], words: str
+) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(legacy(**changes))
+    with pytest.raises(CheckpointError, match=words):
+        read_pth(path)
+
+
+def test_a_malicious_legacy_file_is_not_executed(tmp_path: pathlib.Path) -> None:
+    target = tmp_path / "owned"
+    bad = pickle.dumps({"w": Malicious(target)}, 2)
+    for part in ("magic", "version", "machine", "content", "keys"):
+        (tmp_path / "x.bin").write_bytes(legacy(**{part: bad}))
+        with pytest.raises(CheckpointError, match=r"(posix|nt)\.mkdir.*not executed"):
+            read_pth(tmp_path / "x.bin")
+    assert not target.exists()
 
 
 class StandIn:

@@ -13,12 +13,13 @@ from support.models import forward, talking_model
 from support.tolerances import LOGPROBS_FLOAT32
 
 from llama_jax.checkpoint.model_folder import Loaded
-from llama_jax.errors import ConfigError, PromptError
+from llama_jax.errors import CheckpointError, ConfigError, PromptError
 from llama_jax.generation.batching import bucket
 from llama_jax.generation.completion import chat_completion, text_completion
 from llama_jax.generation.generate import Completion, generate, stream
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import Sampling
+from llama_jax.params import flatten, unflatten
 from llama_jax.runtime import Runtime
 from llama_jax.text.prompt_formats import UNSAFE_ANSWER
 from llama_jax.text.tokenizer import StreamDecoder
@@ -381,3 +382,30 @@ def test_buckets_are_powers_of_two_within_their_limits(
     size: int, limit: int, smallest: int, expected: int
 ) -> None:
     assert bucket(size, limit, smallest) == expected
+
+
+def with_weight(loaded: Loaded, path: str, value: float) -> Loaded:
+    """A model with another value of one number."""
+    flat = flatten(loaded.params)
+    flat[path] = flat[path].at[-1, -1].set(value)
+    return loaded._replace(params=unflatten(flat))
+
+
+def test_a_weight_that_is_not_a_number_is_named(loaded: Loaded) -> None:
+    name = "transformer/layers/1/mlp/down_proj"
+    for value in (np.nan, np.inf):
+        with pytest.raises(CheckpointError, match=f"^{name}: has numbers that are NaN"):
+            run(with_weight(loaded, name, value))
+    broken = with_weight(loaded, name, np.nan)
+    with pytest.raises(CheckpointError, match=f"^{name}: has numbers that are NaN"):
+        list(stream(broken, requests(logprobs=None), chunk=2))
+    # The embedding of an id that no prompt has is not a reason to stop.
+    assert run(with_weight(loaded, "transformer/embedding", np.nan)) is not None
+
+
+def test_logits_that_overflow_are_an_error_without_a_name(loaded: Loaded) -> None:
+    flat = flatten(loaded.params)
+    flat["lm_head"] = flat["lm_head"] * 1e38
+    large = loaded._replace(params=unflatten(flat))
+    with pytest.raises(CheckpointError, match="although all weights are finite; some"):
+        run(large)

@@ -6,6 +6,7 @@ so that the two can disagree.
 
 import json
 import pathlib
+import pickle
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -184,12 +185,12 @@ def write_pth(
     path: pathlib.Path,
     tensors: Mapping[str, np.ndarray],
     *,
-    pickle: bytes | None = None,
+    pickled: bytes | None = None,
     entries: Mapping[str, bytes] | None = None,
     compression: int = zipfile.ZIP_STORED,
 ) -> None:
     """Write a state dict as `torch.save` does."""
-    files = {"data.pkl": pickle or state_dict_pickle(tensors), "byteorder": b"little"}
+    files = {"data.pkl": pickled or state_dict_pickle(tensors), "byteorder": b"little"}
     files |= {
         f"data/{key}": np.ascontiguousarray(array).tobytes()
         for key, array in enumerate(tensors.values())
@@ -200,12 +201,29 @@ def write_pth(
             archive.writestr(f"archive/{name}", content)
 
 
-def state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
+def write_legacy_pth(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a state dict as PyTorch before 1.6 did."""
+    machine = {
+        "protocol_version": 1001,
+        "little_endian": True,
+        "type_sizes": {"int": 4},
+    }
+    content = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    content += pickle.dumps(machine, 2) + state_dict_pickle(tensors, legacy=True)
+    content += pickle.dumps([str(key) for key in range(len(tensors))], 2)
+    for array in tensors.values():
+        content += struct.pack("<q", array.size) + np.ascontiguousarray(array).tobytes()
+    path.write_bytes(content)
+
+
+def state_dict_pickle(
+    tensors: Mapping[str, np.ndarray], *, legacy: bool = False
+) -> bytes:
     """Return the pickle of a dict of contiguous tensors, one storage each."""
     out = b"\x80\x02}("
     for key, (name, array) in enumerate(tensors.items()):
         out += text(name) + tensor(
-            STORAGES[array.dtype], str(key), array.size, 0, array.shape
+            STORAGES[array.dtype], str(key), array.size, 0, array.shape, legacy=legacy
         )
     return out + b"u."
 
@@ -217,13 +235,15 @@ def tensor(
     offset: int,
     shape: Sequence[int],
     strides: Sequence[int] | None = None,
+    *,
+    legacy: bool = False,
 ) -> bytes:
     """Return the opcodes of one tensor."""
     if strides is None:
         strides = [int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]
     storage_id = (
         b"(" + text("storage") + f"ctorch\n{storage}\n".encode() + text(key)
-        + text("cpu") + integer(numbers) + b"tQ"
+        + text("cpu") + integer(numbers) + (b"NtQ" if legacy else b"tQ")
     )  # fmt: skip
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage_id + integer(offset)

@@ -254,3 +254,35 @@ def test_the_step_is_compiled_once() -> None:
     train(4, Callbacks(save=lambda *_: None, save_every=1))
     assert STEP.num_programs <= max(before, 1)
     assert jax.tree.leaves(start().params)
+
+
+@pytest.mark.parametrize(("params", "frozen"), [(math.nan, 1.0), (5.0, math.inf)])
+def test_a_weight_that_is_not_a_number_ends_training(
+    params: float, frozen: float
+) -> None:
+    def loss(params: Any, frozen: Any, batch: Any) -> LossSums:
+        return squares({"x": params["x"] * frozen["base"]}, {}, batch)
+
+    saved: list[int] = []
+    calls = Callbacks(save=lambda _, record: saved.append(record["step"]))
+    step = make_train_step(loss, make_optimizer(0.1, weight_decay=0.0, clip=None))
+    name = "x" if math.isnan(params) else "base"
+    for count in (1, 3):
+        with pytest.raises(TrainError, match=f"^step 1: .*because {name} has numbers"):
+            fit(
+                step,
+                start(params),
+                {"base": jnp.float32(frozen)},
+                batches(count),
+                calls,
+            )
+    assert not saved
+
+
+def test_a_run_that_never_made_a_step_is_an_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(TrainError, match=r"^step 2: every step .*skipped-\*\.npz in /"):
+        train(2, broken=(1, 2), folder=tmp_path)
+    state = start()._replace(step=jnp.int32(2))
+    with pytest.raises(TrainError, match="every step"):  # resumed after its last step
+        fit(STEP, state, {}, [], steps=2, skipped=2)
+    assert int(train(2, broken=(1,)).state.step) == 2
