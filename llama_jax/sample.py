@@ -258,9 +258,9 @@ def read_prompt(args: argparse.Namespace, *, check: bool = False) -> str | None:
         return ""
     try:
         if args.prompt_file == "-":
-            text = sys.stdin.read()
+            text = sys.stdin.read().removeprefix("\ufeff")
         else:
-            text = pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+            text = pathlib.Path(args.prompt_file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise PromptError(
             f"--prompt-file: cannot read {args.prompt_file}: {error.strerror}"

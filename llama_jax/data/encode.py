@@ -122,10 +122,10 @@ class Encoder:
     """Encodes records in a format.
 
     A dialog is written by its prompt format, with the same tokens before an answer as
-    in inference. Answers are learnt with the tokens that end them, unless their message
-    says otherwise. A last user message without an answer is left out. An Alpaca record
-    is a dialog of one turn; a format without a place for its input appends it to the
-    instruction as a paragraph.
+    in inference. Answers are learnt with the tokens that end them, unless they are
+    empty or their message says otherwise. A last user message without an answer is left
+    out. An Alpaca record is a dialog of one turn; a format without a place for its
+    input appends it to the instruction as a paragraph.
 
     In the format `text`, a document is learnt whole, from beginning to end of sequence,
     in windows of `length` if it is longer: every token but the first is a target once.
@@ -216,6 +216,8 @@ class Encoder:
                     reason="unsuitable",
                 )
             return Encoded(self._windows(self._document(record, content, key)))
+        if isinstance(content, Pair) and not content.response.strip():
+            raise DataError("has no answer to learn from", reason="empty")
         if isinstance(content, Pair) and self.format == "text":
             response = self.tokenizer.encode_infilling(content.response)
             return self._answers([
@@ -224,8 +226,8 @@ class Encoder:
             ])  # fmt: skip
         if self.format in TEXT_FORMATS:
             raise DataError(
-                f"is not plain text, which {self.format} wants; use the format of a "
-                "chat or instruction model",
+                f"is an instruction or a dialog, not plain {self.format}; give "
+                "--format alpaca for instructions, or the format of a chat model",
                 reason="unsuitable",
             )
         return self._answers(self._spans(content))
@@ -266,10 +268,18 @@ class Encoder:
         format.check(messages)
         if messages[-1]["role"] == "user":
             messages.pop()
-        if not any(message["role"] == "assistant" for message in messages):
+        answers = [
+            message["role"] == "assistant" and bool(message["content"].strip())
+            for message in messages
+        ]
+        if not any(answers):
             raise DataError("has no answer to learn from", reason="empty")
+        learnt = [
+            answer and flag
+            for answer, flag in zip(answers, learnt or answers, strict=False)
+        ]
         spans = format.spans(self.tokenizer, messages)
-        return _keep_learnt(spans, messages, learnt) if learnt else spans
+        return _keep_learnt(spans, messages, learnt)
 
     def _answers(self, spans: list[Span]) -> Encoded:
         lengths = [len(span.ids) for span in spans]

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from llama_jax.data.json_lines import check_json_lines
 from llama_jax.errors import DataError
 from llama_jax.types import Path
 
@@ -173,14 +174,20 @@ def _expand(
     if name.endswith(".txt"):
         return path, "document"
     if not name.endswith((".jsonl", ".json")):
+        kind = (
+            "a table of comma-separated values"
+            if name.endswith((".csv", ".tsv"))
+            else "of no known kind"
+        )
         raise DataError(
-            f"{shown}: is of no known kind; give .jsonl, .json, .txt (each also with "
-            ".gz) or .parquet"
+            f"{shown}: is {kind}; give .jsonl, .json, .txt (each also with .gz) or "
+            ".parquet"
         )
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(_BOM).lstrip()
     if head.startswith(b"["):
         return _written(new_path(), _items(path, shown)), "item"
+    check_json_lines(path, shown)
     return path, "line"
 
 

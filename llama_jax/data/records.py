@@ -63,10 +63,11 @@ def read_records(
     """Read the records of files in order.
 
     A file of JSON lines, a JSON list, or Parquet has records of these shapes:
-    `{"text"}`; `{"prompt", "response"}` or `completion`; Alpaca's `{"instruction",
-    "input", "output"}`; dialogs as OpenAI's `{"messages": [{"role", "content"}]}` or
-    ShareGPT's `{"conversations": [{"from", "value"}]}`. A message may have a `weight`
-    of 0 or 1, or `train` of false or true: whether it is learnt. Others are ignored.
+    `{"text"}`; `{"prompt", "response"}` or `completion`, as texts or lists of messages;
+    Alpaca's `{"instruction", "input", "output"}`; dialogs as `messages` or
+    `conversations`, of OpenAI's messages `{"role", "content"}` or ShareGPT's `{"from",
+    "value"}`. A message may have a `weight` of 0 or 1, or `train` of false or true:
+    whether it is learnt. Others are ignored.
 
     Args:
       files: .jsonl, .json, .txt, each also with .gz; .parquet.
@@ -99,10 +100,13 @@ def parse(raw: Raw, *, prefer_text: bool = False) -> Record:
         value = json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{raw.location}: is not UTF-8 at byte {error.start}"
+            f"{raw.location}: is not UTF-8 at byte {error.start}; save the file as "
+            "UTF-8"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{raw.location}: is not JSON ({error})") from error
+        raise DataError(
+            f"{raw.location}: is not JSON ({error}); each record must be on one line"
+        ) from error
     try:
         return Record(raw.location, recognise(value, prefer_text=prefer_text))
     except DataError as error:
@@ -121,14 +125,14 @@ def recognise(value: object, *, prefer_text: bool = False) -> Content:
     value = {key: part for key, part in value.items() if part is not None}
     if prefer_text and "text" in value:
         return _text(value, "text")
-    for key, read in (("messages", _openai), ("conversations", _sharegpt)):
+    for key in ("messages", "conversations"):
         if key in value:
-            return _dialog(value[key], key, read)
+            return _dialog(value[key], key)
     if "instruction" in value and "output" in value:
         return Dialog(_alpaca(value))
     for key in ("response", "completion"):
         if "prompt" in value and key in value:
-            return Pair(_text(value, "prompt"), _text(value, key))
+            return _pair(value["prompt"], value[key], key)
     if "text" in value:
         return _text(value, "text")
     keys = ", ".join(f"{key!r:.40}" for key in sorted(value)[:8]) or "no keys"
@@ -145,11 +149,39 @@ def _alpaca(value: Mapping[str, Any]) -> list[Message]:
     return [instruction, Message(role="assistant", content=_text(value, "output"))]
 
 
-def _dialog(
-    value: object, key: str, read: Callable[[Mapping[str, Any]], Message]
-) -> Dialog:
-    if not isinstance(value, list) or not value:
+def _pair(prompt: object, response: object, key: str) -> Pair | Dialog:
+    """A prompt and its response: texts, or lists of messages as TRL writes them."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return Pair(prompt, response)
+    messages: list[object] = []
+    for name, part, role in (("prompt", prompt, "user"), (key, response, "assistant")):
+        if isinstance(part, list):
+            messages += part
+        elif isinstance(part, str):
+            messages.append({"role": role, "content": part})
+        else:
+            raise DataError(f"has {_kind(part)} as its {name!r}, not a text")
+    return _dialog(messages, f"prompt and {key}")
+
+
+def parse_messages(value: object, key: str) -> list[Message]:
+    """Read a list of messages of OpenAI's or ShareGPT's form.
+
+    Args:
+      value: from JSON.
+      key: of the list in its record, for errors.
+
+    Raises:
+      DataError: it is no such list.
+    """
+    return list(_dialog(value, key).messages)
+
+
+def _dialog(value: object, key: str) -> Dialog:
+    if not isinstance(value, list):
         raise DataError(f"has {_kind(value)} as its {key!r}, not a list of messages")
+    if not value:
+        raise DataError(f"has no message in its {key!r}", reason="empty")
     messages, flags = [], []
     for number, message in enumerate(value, start=1):
         where = f"message {number} of {len(value)}"
@@ -159,6 +191,7 @@ def _dialog(
             if message.get(name):
                 raise DataError(f"{where} has {name!r}, which no format here can write")
         try:
+            read = _sharegpt if "from" in message and "role" not in message else _openai
             messages.append(read(message))
             flags.append(_learnt(message, messages[-1]["role"]))
         except DataError as error:

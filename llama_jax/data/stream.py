@@ -218,16 +218,26 @@ class RowStream:
             self._record, self._window = record + 1, 0
 
     def _drop(self, error: DataError) -> None:
-        if self.on_bad == "refuse" and error.reason != "long":
-            raise error
-        if self.encoder.on_long == "refuse" and error.reason == "long":
-            raise error
+        policy = self.encoder.on_long if error.reason == "long" else self.on_bad
+        if policy == "refuse":
+            raise self._first_of_file(error)
         if self._epoch:  # it was counted in the first
             return
         counts = self.statistics
         counts.dropped[error.reason] = counts.dropped.get(error.reason, 0) + 1
         if len(counts.problems) < _MAX_PROBLEMS:
             counts.problems.append(str(error))
+
+    def _first_of_file(self, error: DataError) -> DataError:
+        """The first refused record in the order of the files, not of the epoch."""
+        if not self.shuffle:
+            return error
+        in_order = dataclasses.replace(self, shuffle=False, statistics=Statistics())
+        for start in range(0, len(self.corpus), _BLOCK):
+            for result in in_order._block(self._epoch, start):
+                if isinstance(result, DataError) and result.reason == error.reason:
+                    return result
+        return error
 
     def _nothing(self) -> DataError:
         why = ", ".join(f"{n} {name}" for name, n in self.statistics.dropped.items())

@@ -102,17 +102,23 @@ def test_all_answers_and_nothing_else_are_learnt(
     small: Tokenizer, texts: list[str]
 ) -> None:
     content = dialog(*texts)
-    ((ids, mask),) = encode(small, content, "vicuna")
     answers = [
-        [*small.encode_infilling(f" {text}"), small.eos_id] for text in texts[1::2]
+        [*small.encode_infilling(f" {text}"), small.eos_id]
+        for text in texts[1::2]
+        if text.strip()  # the end of an empty answer is not learnt either
     ]
+    if not answers:
+        with pytest.raises(DataError, match="no answer to learn from"):
+            encode(small, content, "vicuna")
+        return
+    ((ids, mask),) = encode(small, content, "vicuna")
     assert learnt(ids, mask) == answers
     assert not mask[0]
     # What the user said last is not there without an answer.
-    assert mask[-1]
+    assert mask[-1] == bool(texts[1::2][-1].strip())
 
 
-@given(prompt=TEXT, response=TEXT)
+@given(prompt=TEXT, response=TEXT.filter(str.strip))
 def test_a_plain_pair_is_prompt_response_and_end(
     small: Tokenizer, prompt: str, response: str
 ) -> None:
@@ -196,13 +202,15 @@ def test_records_that_a_format_cannot_write_are_named(small: Tokenizer) -> None:
     unsafe = dialog("[INST]", "b")
     for content, format, complaint, reason in (
         ("text", "alpaca", "plain text, which has no place in alpaca", "unsuitable"),
-        (dialog("a", "b"), "text", "not plain text, which text wants", "unsuitable"),
-        (Pair("a", "b"), "infilling", "not plain text, which infil", "unsuitable"),
+        (dialog("a", "b"), "text", "a dialog, not plain text", "unsuitable"),
+        (Pair("a", "b"), "infilling", "a dialog, not plain infil", "unsuitable"),
         (dialog("a", "b", "c"), "alpaca", "one turn", "unsuitable"),
         (Dialog([]), "vicuna", "no user message", "unsuitable"),
         (unsafe, "llama2-chat", r"special tag \[INST\]", "unsuitable"),
         ("\ud800", "text", "surrogate", "unsuitable"),
         (dialog("a"), "vicuna", "no answer to learn from", "empty"),
+        (dialog("a", " "), "alpaca", "no answer to learn from", "empty"),
+        (Pair("a", ""), "text", "no answer to learn from", "empty"),
         ("", "text", "empty text", "empty"),
     ):
         with pytest.raises(DataError, match=complaint) as raised:

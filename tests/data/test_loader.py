@@ -289,6 +289,18 @@ def test_a_refused_record_raises_every_time(
                 list(loader)
 
 
+def test_the_first_refused_record_of_the_file_is_named(
+    tmp_path: pathlib.Path, tokenizer: Tokenizer
+) -> None:
+    lines = ['{"text": "a"}'] * 40
+    lines[7] = lines[23] = '{"text": ""}'
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    for seed in range(3):
+        with pytest.raises(DataError, match="line 8: is an empty text"):
+            list(load(path, tokenizer, epochs=1, seed=seed))
+
+
 def test_data_with_nothing_to_learn_is_refused(
     tmp_path: pathlib.Path, tokenizer: Tokenizer
 ) -> None:

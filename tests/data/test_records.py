@@ -29,6 +29,14 @@ SHAPES = [
         Dialog([{**ASKED, "input": "there"}, SAID]),
     ),
     ({"messages": [ASKED, SAID], "id": "7"}, Dialog([ASKED, SAID])),
+    ({"conversations": [ASKED, SAID]}, Dialog([ASKED, SAID])),
+    (
+        {"messages": [{"from": "human", "value": "Hi"}, SAID]},
+        Dialog([ASKED, SAID]),
+    ),
+    ({"prompt": [ASKED], "completion": [SAID]}, Dialog([ASKED, SAID])),
+    ({"prompt": "Hi", "completion": [SAID]}, Dialog([ASKED, SAID])),
+    ({"prompt": [ASKED], "response": "Hello"}, Dialog([ASKED, SAID])),
     (
         {"messages": [ASKED, {**SAID, "weight": 0}, ASKED, SAID]},
         Dialog([ASKED, SAID, ASKED, SAID], [False, False, False, True]),
@@ -67,9 +75,11 @@ BAD = [
     ({"text": 3}, "has 3 as its 'text', not a text"),
     ({"text": None}, "has no keys"),
     ({"prompt": "a"}, "has 'prompt', but neither"),
-    ({"prompt": ["a"], "response": "b"}, "has a list as its 'prompt'"),
+    ({"prompt": ["a"], "response": "b"}, "message 1 of 2 is a text"),
+    ({"prompt": 3, "response": "b"}, "has 3 as its 'prompt'"),
     ({"instruction": "a", "output": None}, "has 'instruction', but neither"),
-    ({"messages": []}, "has a list as its 'messages'"),
+    ({"messages": []}, "has no message in its 'messages'"),
+    ({"messages": "a"}, "has a text as its 'messages'"),
     ({"messages": ["a"]}, "message 1 of 1 is a text"),
     ({"messages": [ASKED, {"role": "assistant"}]}, "message 2 of 2 has nothing as its"),
     ({"messages": [{"role": "tool", "content": ""}]}, "has 'tool' as its 'role'"),
@@ -245,12 +255,53 @@ def test_any_json_is_a_record_or_refused(value: object) -> None:
         assert all(isinstance(text, str) for text in content)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        (
+            "a.json",
+            b'{"data": [{"text": "a"}]}',
+            "one JSON object, .* its 'data' alone",
+        ),
+        ("b.json", b'{\n "data": [{"text": "a"}]\n}', "one JSON object, not a list"),
+        (
+            "c.jsonl",
+            b'\n{\n "text": "a"\n}\n{\n "text": "b"\n}',
+            "line 2: begins a JSON",
+        ),
+        ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text"),
+        ("e.jsonl", '{"text": "a"}'.encode("utf-16-le"), "is UTF-16 text"),
+        ("f.csv", b"text\na", "is a table of comma-separated values"),
+        ("g.jsonl", b'{"text": "\xe9"}', "not UTF-8 at byte 10; save the file as"),
+    ],
+)
+def test_files_of_another_form_are_recognized(
+    tmp_path: pathlib.Path, name: str, data: bytes, complaint: str
+) -> None:
+    with pytest.raises(DataError, match=f"{name}.*{complaint}") as raised:
+        contents(write(tmp_path / name, data))
+    assert "\n" not in str(raised.value)
+    if not name.endswith(".csv"):
+        with pytest.raises(DataError, match=complaint):
+            contents(write(tmp_path / f"{name}.gz", data))
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: pathlib.Path) -> None:
+    for name, data in (
+        ("a.jsonl", '{"text": "a"}'),
+        ("a.json", '[{"text": "a"}]'),
+        ("b.json", '{"text": "a"}'),
+        ("a.txt", "a"),
+    ):
+        assert contents(write(tmp_path / name, "\ufeff" + data)) == ["a"]
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: pathlib.Path) -> None:
     empty = write(tmp_path / "empty.jsonl", "\n\n")
     for path, complaint in (
         (tmp_path / "none.jsonl", r"none.jsonl: cannot be read \(No such file"),
         (tmp_path, "of no known kind"),
-        (write(tmp_path / "a.csv", "x"), "of no known kind"),
+        (write(tmp_path / "a.xyz", "x"), "of no known kind"),
         (empty, "no record in .*empty.jsonl"),
         (write(tmp_path / "a.json", '[{"text": "a"}'), "not a list in JSON"),
     ):
