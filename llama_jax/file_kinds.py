@@ -72,6 +72,7 @@ def check_file(
     path: pathlib.Path,
     expected: FileKind,
     error: type[LlamaJaxError] = CheckpointError,
+    shown: pathlib.Path | None = None,
 ) -> None:
     """Raise an error if a file is recognizably of another kind.
 
@@ -81,6 +82,7 @@ def check_file(
       path: of the file.
       expected: what its reader reads.
       error: type of the exception; its message names what the file is, and the remedy.
+      shown: path for the message, if the file is a copy.
     """
     try:
         with path.open("rb") as file:
@@ -88,7 +90,7 @@ def check_file(
     except OSError:
         return
     if problem := _problem(head, expected):
-        raise error(f"{path}: {problem}")
+        raise error(f"{shown or path}: {problem}")
 
 
 def _problem(head: bytes, expected: FileKind) -> str | None:

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from llama_jax.errors import DataError
+from llama_jax.file_kinds import check_file
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")

@@ -271,6 +271,8 @@ def test_any_json_is_a_record_or_refused(value: object) -> None:
         ),
         ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text"),
         ("e.jsonl", '{"text": "a"}'.encode("utf-16-le"), "is UTF-16 text"),
+        ("h.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS poin"),
+        ("i.json", b"<!DOCTYPE html>\n<html>", "is a web page"),
         ("f.csv", b"text\na", "is a table of comma-separated values"),
         ("g.jsonl", b'{"text": "\xe9"}', "not UTF-8 at byte 10; save the file as"),
     ],
