@@ -1,10 +1,11 @@
 """Meta's `params.json` from and to a configuration."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.config_fields import (
     SIZE_LIMIT,
     default_head_dim,
@@ -20,6 +21,17 @@ from llama_jax.model.presets import PRESETS
 _INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size")
 _NUMBERS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
 _OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier", "rope_theta", "vocab_size")
+_SCALED = "use_scaled_rope"
+# Numbers in Meta's code, not in the file: Llama 3.1 and 3.3. Llama 3.2's models of 1B
+# and 3B, by width and layers, have their own factor.
+_LLAMA31 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_seq_len=8192,
+)
+_LLAMA32_SIZES, _LLAMA32_FACTOR = ((2048, 16), (3072, 28)), 32.0
 _IDENTIFYING = (
     "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size",
     "rope_theta",
@@ -40,11 +52,14 @@ def config_from_params(
       ConfigError: a field is missing, unknown or impossible.
     """
     known = (*_INTEGERS, *_NUMBERS)
-    refuse_unknown(fields.keys() - {*known})
+    refuse_unknown(fields.keys() - {*known, _SCALED})
     values = {name: value for name, value in fields.items() if value is not None}
     refuse_missing(n for n in known if n not in values and n not in _OPTIONAL)
     if values.get("vocab_size") == -1:
         del values["vocab_size"]
+    scaled = values.pop(_SCALED, False)
+    if type(scaled) is not bool:
+        raise ConfigError(f"{_SCALED} is {scaled!r}; it must be true or false")
     for name, value in values.items():
         if name in _INTEGERS:
             positive_integer(name, value)
@@ -66,7 +81,7 @@ def config_from_params(
         mlp_dim=_mlp_dim(dim, values["multiple_of"], values.get("ffn_dim_multiplier")),
         max_seq_len=max_seq_len,
         rope_theta=float(values.get("rope_theta", 1e4)),
-        rope_scaling=None,
+        rope_scaling=_published_scaling(dim, values["n_layers"]) if scaled else None,
         norm_eps=float(values["norm_eps"]),
         tied_embeddings=False,
         head="lm",
@@ -80,8 +95,14 @@ def params_from_config(config: LlamaConfig) -> dict[str, Any]:
       ConfigError: the model needs what the format has no field for.
     """
     head_dim = config.embed_dim // config.num_heads
-    require_values(config, {"rope_scaling": None, "head_dim": head_dim}, "Meta")
-    fields = {
+    scaling = _published_scaling(config.embed_dim, config.num_layers)
+    scaled = config.rope_scaling == scaling
+    require_values(
+        config,
+        {"rope_scaling": scaling if scaled else None, "head_dim": head_dim},
+        "Meta",
+    )
+    fields: dict[str, Any] = {
         "dim": config.embed_dim,
         "n_layers": config.num_layers,
         "n_heads": config.num_heads,
@@ -89,6 +110,7 @@ def params_from_config(config: LlamaConfig) -> dict[str, Any]:
         "norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "vocab_size": config.vocab_size,
+        **({_SCALED: True} if scaled else {}),
     }
     # As published if that gives the right width, else any pair that does.
     width = int(2 * 4 * config.embed_dim / 3)
@@ -101,6 +123,13 @@ def params_from_config(config: LlamaConfig) -> dict[str, Any]:
                 fields["ffn_dim_multiplier"] = multiplier
             break
     return fields
+
+
+def _published_scaling(dim: int, layers: int) -> RopeScaling:
+    """Return the scaling that `use_scaled_rope` means for a model of these sizes."""
+    if (dim, layers) in _LLAMA32_SIZES:
+        return dataclasses.replace(_LLAMA31, factor=_LLAMA32_FACTOR)
+    return _LLAMA31
 
 
 def _mlp_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:

@@ -18,6 +18,7 @@ from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaf, lazy_leaves
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.other_folders import ADAPTER_CONFIG, why_no_adapter
+from llama_jax.conversion.peft_context import write_context
 from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
 from llama_jax.conversion.tensor_mapping import foreign_names
@@ -167,6 +168,7 @@ def write_peft(
     with new_folder(path) as folder:
         write_safetensors(folder / _TENSORS, tensors)
         write_json(folder / _CONFIG, settings)
+        write_context(folder, config)
 
 
 def _read_tensors(

@@ -22,6 +22,7 @@ from llama_jax.cli import finetune_flags as flags
 from llama_jax.cli.processes import start_processes
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
 from llama_jax.cli.version import add_version_argument
+from llama_jax.config import LlamaConfig
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
@@ -29,6 +30,7 @@ from llama_jax.data.vocabulary import train_tokenizer
 from llama_jax.distributed import share_of_rows
 from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
+from llama_jax.model.extended_context import extend_context
 from llama_jax.model.presets import parse_model
 from llama_jax.planning.flops import forward_flops, train_flops
 from llama_jax.planning.topology import local_topology
@@ -154,18 +156,25 @@ def find_model(config: FinetuneConfig) -> Opened:
         opened = open_model(
             config.checkpoint,
             tokenizer=config.tokenizer,
-            max_seq_len=config.max_seq_len,
+            max_seq_len=config.original_max_seq_len,
         )
-    if config.rope_theta is None:
-        return opened
-    return opened._replace(config=opened.config.replace(rope_theta=config.rope_theta))
+    return opened._replace(config=with_positions(opened.config, config))
+
+
+def with_positions(model: LlamaConfig, config: FinetuneConfig) -> LlamaConfig:
+    """The model with the rotary positions of the run."""
+    if config.rope_theta is not None:
+        model = model.replace(rope_theta=config.rope_theta)
+    if config.rope_scaling is not None:
+        model = extend_context(model, config.rope_scaling, config.max_seq_len)
+    return model
 
 
 def start_from_scratch(config: FinetuneConfig) -> Opened:
     """The shape and the tokenizer of a model that has no weights yet."""
     model = parse_model(config.preset or "", config.seq_length or 2048)
-    if config.max_seq_len:
-        model = model.replace(max_seq_len=config.max_seq_len)
+    if config.original_max_seq_len:
+        model = model.replace(max_seq_len=config.original_max_seq_len)
     path = pathlib.Path(config.tokenizer or config.checkpoint or "")
     tokenizer = None
     if config.tokenizer or config.checkpoint:

@@ -71,7 +71,7 @@ def load(
       quantize: store the layers' projections in eight or four bits; each is quantized
         before the next is read.
       adapter: folder of LoRA adapters (of `save_adapters` or `peft`), which are not
-        merged.
+        merged. Rotary positions that they were trained with replace the checkpoint's.
 
     Returns:
       The model, its parameters and its tokenizer. The model is a `Llama`, or a
@@ -90,6 +90,11 @@ def load(
     """
     opened = open_model(path, tokenizer=tokenizer, max_seq_len=max_seq_len)
     runtime = default_runtime() if runtime is None else runtime
+    if adapter is not None:
+        from llama_jax.conversion.peft_context import with_context_of
+
+        context = with_context_of(adapter, opened.config, max_seq_len=max_seq_len)
+        opened = opened._replace(config=context)
     params = read_weights(opened, runtime=runtime, mesh=mesh, quantize=quantize)
     model = model_for(opened.config, runtime, mesh)
     if adapter is not None:

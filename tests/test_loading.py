@@ -24,11 +24,14 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.conversion import FormatName, convert
 from llama_jax.errors import CheckpointError, ConfigError, MeshError, TokenizerError
 from llama_jax.loading import default_runtime, load
+from llama_jax.model.extended_context import extend_context
+from llama_jax.model.lora import Lora, init_lora
 from llama_jax.model.transformer import apply
 from llama_jax.params import flatten
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train.adapters import merge_checkpoint, save_adapters
 
 GOLDEN = [
     ("meta/llama1-mha-tiny", "llama2.model", "meta/llama1-mha-tiny"),
@@ -251,3 +254,23 @@ def test_loading_our_own_folder_imports_no_converter(foreign: pathlib.Path) -> N
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_adapters_bring_the_rotary_positions_that_they_were_trained_with(
+    foreign: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    tokenizer = foreign.with_name("tokenizer.bin")
+    convert(foreign, tmp_path / "base", tokenizer=tokenizer)
+    scaled = extend_context(TINY.replace(rope_theta=5e5), "yarn,factor=4", None)
+    lora = Lora(rank=2, alpha=4.0, targets=("q_proj",))
+    adapters = init_lora(scaled, jax.random.key(0), lora)
+    save_adapters(tmp_path / "adapter", adapters, scaled, lora)
+    loaded = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert loaded.model.config == scaled
+    short = load(tmp_path / "base", adapter=tmp_path / "adapter", max_seq_len=8)
+    assert short.model.config == scaled.replace(max_seq_len=8)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert load(tmp_path / "merged").model.config == scaled
+    (tmp_path / "adapter" / "context.json").write_text('{"rope_theta": -1}')
+    with pytest.raises(ConfigError, match=r"context.json: .*rope_theta is -1"):
+        load(tmp_path / "base", adapter=tmp_path / "adapter")

@@ -7,9 +7,11 @@ from typing import Any, get_args
 from llama_jax.cli import command as cli
 from llama_jax.cli.processes import add_process_arguments
 from llama_jax.cli.version import add_version_argument
+from llama_jax.config import RopeScalingKind
 from llama_jax.data.encode import DATA_FORMATS, OnLong
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing
+from llama_jax.model.extended_context import EXAMPLE_SCALING
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.runtime import DType, Remat
 from llama_jax.train.optimizer import OptimizerName, ScheduleName
@@ -170,6 +172,14 @@ def _add_method(group: Any) -> None:
         metavar="BASE",
         help="base of rotary positions, instead of the checkpoint's (1e6 for long "
         "contexts)",
+    )
+    group.add_argument(
+        "--rope-scaling",
+        metavar="KIND,FACTOR",
+        help=f"scale rotary positions for a longer context, as in {EXAMPLE_SCALING}: "
+        f"kinds {', '.join(get_args(RopeScalingKind))}; more fields after a comma, as "
+        "in original_max_seq_len=4096 (default: the model's context). --max-seq-len "
+        "defaults to the factor times that",
     )
 
 

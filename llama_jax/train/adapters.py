@@ -11,6 +11,7 @@ from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.peft import read_peft, write_peft
+from llama_jax.conversion.peft_context import with_context_of
 from llama_jax.distributed import barrier, is_main, to_host
 from llama_jax.loading import open_model
 from llama_jax.model.lora import Lora, merge
@@ -91,9 +92,8 @@ def merge_checkpoint(
         for name, leaf in opened.leaves.items()
     }
     leaves = merged_leaves(checked, adapters, lora)
-    save_params(
-        output, leaves, opened.config, tokenizer=opened.tokenizer, progress=progress
-    )
+    config = with_context_of(adapter, opened.config)
+    save_params(output, leaves, config, tokenizer=opened.tokenizer, progress=progress)
 
 
 def merged_leaves(

@@ -10,6 +10,7 @@ from llama_jax.data.infilling import RATE
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing
 from llama_jax.errors import ConfigError
+from llama_jax.model.extended_context import parse_rope_scaling
 from llama_jax.model.lora import Lora
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.runtime import DType, Remat
@@ -50,6 +51,7 @@ class FinetuneConfig(RunConfig):
       preset: name or shape of a model.
       max_seq_len: context in tokens, instead of the checkpoint's.
       rope_theta: base of rotary positions, instead of the checkpoint's.
+      rope_scaling: scaling of rotary positions, as of `extend_context`.
       mesh: axes and sizes, as in "fsdp=-1".
       dtype: of activations and products.
       param_dtype: of trained leaves and their moments.
@@ -84,6 +86,7 @@ class FinetuneConfig(RunConfig):
     preset: str | None = None
     max_seq_len: int | None = None
     rope_theta: float | None = None
+    rope_scaling: str | None = None
     mesh: str | None = None
     dtype: DType | None = None
     param_dtype: DType = "float32"
@@ -106,6 +109,8 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rope_scaling is not None:
+            parse_rope_scaling(self.rope_scaling, original_max_seq_len=1)
         for name, choices in (
             ("method", get_args(MethodName)),
             ("format", DATA_FORMATS),
@@ -152,9 +157,17 @@ class FinetuneConfig(RunConfig):
         if length > model.max_seq_len:
             raise ConfigError(
                 f"seq_length: {length} is more than the model's context of "
-                f"{model.max_seq_len}; lower it, or raise max_seq_len (and rope_theta)"
+                f"{model.max_seq_len}; lower it, or raise max_seq_len (and rope_theta, "
+                "or with rope_scaling)"
             )
         return dataclasses.replace(self, seq_length=length, dtype=self.dtype or dtype)
+
+    @property
+    def original_max_seq_len(self) -> int | None:
+        """The context to open the model with; None is its own."""
+        scaling = self.rope_scaling
+        scales_own = scaling is not None and "original_max_seq_len" not in scaling
+        return None if scales_own else self.max_seq_len
 
     def warmup_steps(self, steps: int) -> int:
         """The steps of warm-up: 3 %; from scratch 10 %, up to the paper's 2000."""

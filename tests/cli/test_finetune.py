@@ -23,6 +23,7 @@ from llama_jax.cli import command as cli
 from llama_jax.cli.finetune_flags import parse
 from llama_jax.data.loader import Loader
 from llama_jax.loading import load
+from llama_jax.model.extended_context import parse_rope_scaling
 from llama_jax.model.presets import preset
 from llama_jax.model.transformer import apply
 from llama_jax.params import count_params, flatten
@@ -181,6 +182,7 @@ def test_resuming_a_finished_run_changes_nothing(
         (("--seed", "3"), "seed: is 3"),
         (("--format", "alpaca"), "format: is alpaca"),
         (("--max-seq-len", "64"), "max_seq_len: is 64"),
+        (("--rope-scaling", "yarn,factor=2"), "rope_scaling: is yarn,factor=2"),
         (("--dtype", "bfloat16"), "dtype: is bfloat16"),
     ],
 )
@@ -314,6 +316,7 @@ def test_a_tokenizer_and_a_model_are_trained_from_scratch(
         capsys, "--from-scratch", "--preset", "L1,D16,N2,F24,V304", "--tokenizer", made,
         "--data", texts, "--output", str(output), "--seq-length", "16", *SMALL,
         "--packing", "split", "--steps", "8", "--warmup", "2",
+        "--rope-scaling", "dynamic,factor=2",
     )  # fmt: skip
     found = records(output)
     assert found[0]["loss"] == pytest.approx(np.log(304), rel=0.02)  # knows nothing
@@ -321,7 +324,9 @@ def test_a_tokenizer_and_a_model_are_trained_from_scratch(
     assert found[0]["learning_rate"] == pytest.approx(5e-3)
     loaded = load(output / "model")
     assert loaded.tokenizer.vocab_size == 300
-    assert loaded.model.config.max_seq_len == 16
+    config = loaded.model.config
+    assert config.max_seq_len == 32
+    assert config.rope_scaling == parse_rope_scaling("dynamic,factor=2", 16)
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ from support.foreign import (
     write_pth,
 )
 
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.checksums import verify_checksums
 from llama_jax.conversion.formats import open_source
 from llama_jax.conversion.meta import config_from_params, read_meta
-from llama_jax.conversion.meta_params import published_max_seq_len
+from llama_jax.conversion.meta_params import params_from_config, published_max_seq_len
 from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.model.presets import PRESETS
@@ -132,6 +132,31 @@ def test_published_params_give_the_published_model(
     assert "as published for" in origin
 
 
+@pytest.mark.parametrize(
+    ("width", "layers", "factor"),
+    [(4096, 32, 8.0), (8192, 80, 8.0), (2048, 16, 32.0), (3072, 28, 32.0)],
+)
+def test_the_scaling_of_llama_3_is_read_and_written(
+    width: int, layers: int, factor: float
+) -> None:
+    params = {
+        "dim": width, "n_layers": layers, "n_heads": width // 128, "n_kv_heads": 8,
+        "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5,
+        "rope_theta": 5e5, "vocab_size": 128256,
+    }  # fmt: skip
+    config = config_from_params(params | {"use_scaled_rope": True}, 128256, 8)
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.kind, config.rope_scaling.factor) == ("llama3", factor)
+    written = params_from_config(config)
+    assert written["use_scaled_rope"]
+    assert config_from_params(written, 128256, 8) == config
+    unscaled = config_from_params(params | {"use_scaled_rope": False}, 128256, 8)
+    assert unscaled == config.replace(rope_scaling=None)
+    other = RopeScaling(kind="linear", factor=factor)
+    with pytest.raises(ConfigError, match="cannot store rope_scaling"):
+        params_from_config(config.replace(rope_scaling=other))
+
+
 def test_epsilon_distinguishes_llama_1_from_llama_2() -> None:
     for name in ("llama1-7b", "llama1-13b", "llama2-7b", "llama2-13b"):
         expected = PRESETS[name]
@@ -153,7 +178,7 @@ def test_an_unpublished_size_needs_max_seq_len(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_scaled_rope": True}, "unknown fields use_scaled_rope"),
+        ({"use_scaled_rope": 1}, "use_scaled_rope is 1; it must be true or false"),
         ({"max_seq_len": 2048}, "unknown fields max_seq_len"),
         ({"dim": "32"}, "dim is '32'"),
         ({"dim": 32.0}, "dim is 32.0"),
