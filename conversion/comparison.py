@@ -5,8 +5,9 @@ layer, with one layer of each in memory at a time.
 """
 
 import functools
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,12 +145,23 @@ def _check_same_config(a: Source, b: Source) -> None:
     a_fields, b_fields = a.config.to_dict(), b.config.to_dict()
     for name, value in a_fields.items():
         # A format that cannot tie embeddings stores them twice.
-        if name not in ("max_seq_len", "tied_embeddings") and value != b_fields[name]:
+        if name in ("max_seq_len", "tied_embeddings"):
+            continue
+        if not _close(value, b_fields[name]):
             raise ConfigError(
                 f"{a.path} and {b.path} are different models: {name} is {value!r} in "
                 f"one and {b_fields[name]!r} in the other; compare checkpoints of one "
                 "model"
             )
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two values of a configuration are equal in float32, as in GGUF files."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_close(a[name], b[name]) for name in a)
+    if type(a) is float and type(b) is float:
+        return math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)
 
 
 def _leaves(source: Source, *, with_head: bool) -> dict[str, LazyLeaf]:

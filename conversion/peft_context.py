@@ -8,6 +8,7 @@ import pathlib
 
 from llama_jax.checkpoint.json_files import config_errors_in, read_json, write_json
 from llama_jax.config import LlamaConfig
+from llama_jax.model.rope import rope_frequencies
 from llama_jax.types import Path
 
 _FILE = "context.json"
@@ -25,6 +26,8 @@ def with_context_of(
 ) -> LlamaConfig:
     """Return the configuration of a base model with the context of its adapters.
 
+    It is the base model's own if both have the same rotary positions.
+
     Args:
       adapter: folder of the adapters; those that `peft` saved change nothing.
       config: of the base model.
@@ -38,4 +41,7 @@ def with_context_of(
         return config
     with config_errors_in(file):
         changed = LlamaConfig.from_dict(config.to_dict() | read_json(file))
+    same_frequencies = (rope_frequencies(changed) == rope_frequencies(config)).all()
+    if changed.rope_scaling == config.rope_scaling and same_frequencies:
+        return config
     return changed if max_seq_len is None else changed.replace(max_seq_len=max_seq_len)

@@ -1,5 +1,6 @@
 """Loading llama_jax checkpoints and foreign formats."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -271,6 +272,10 @@ def test_adapters_bring_the_rotary_positions_that_they_were_trained_with(
     assert short.model.config == scaled.replace(max_seq_len=8)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert load(tmp_path / "merged").model.config == scaled
+    same = {"max_seq_len": 8, "rope_theta": 1e4, "rope_scaling": None}
+    (tmp_path / "adapter" / "context.json").write_text(json.dumps(same))
+    loaded = load(tmp_path / "base", adapter=tmp_path / "adapter")
+    assert loaded.model.config == TINY
     (tmp_path / "adapter" / "context.json").write_text('{"rope_theta": -1}')
     with pytest.raises(ConfigError, match=r"context.json: .*rope_theta is -1"):
         load(tmp_path / "base", adapter=tmp_path / "adapter")
