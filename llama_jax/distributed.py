@@ -10,7 +10,7 @@ the heartbeat timeout.
 
 import urllib.request
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -215,7 +215,7 @@ def from_host_rows(
         return jax.tree.map(jax.numpy.asarray, rows)
     _, num_shares = share_of_rows(mesh, rules)
 
-    def global_array(leaf: Any) -> jax.Array:
+    def global_array(leaf: np.ndarray) -> jax.Array:
         local = np.asarray(leaf)
         shape = (local.shape[0] * num_shares, *local.shape[1:])
         axes = " ".join(("B", "T")[: local.ndim])
@@ -232,7 +232,7 @@ def to_host(tree: PyTree) -> PyTree:
     of them must call this at the same point of the program.
     """
 
-    def is_local(leaf: Any) -> bool:
+    def is_local(leaf: object) -> bool:
         return not isinstance(leaf, jax.Array) or (
             leaf.is_fully_addressable or leaf.is_fully_replicated
         )

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from llama_jax.params import stack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import weight_shardings
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Mesh, Path
+from llama_jax.types import Mesh, Path, PyTree
 from llama_jax.weights import Kind
 
 _ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
@@ -151,7 +151,7 @@ def read_weights(
     runtime: Runtime,
     mesh: Mesh | None = None,
     quantize: Kind | None = None,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Read the weights of an opened model, in the runtime's dtype and layout.
 
     Args:
@@ -174,7 +174,7 @@ def read_weights(
 
 def read_adapters(
     path: Path, model: Llama | ScalarModel
-) -> tuple[dict[str, Any], Lora]:
+) -> tuple[dict[str, PyTree], Lora]:
     """Read the adapters in a PEFT folder, in float32 and the model's layout and mesh.
 
     Raises:

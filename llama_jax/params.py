@@ -11,7 +11,6 @@ disk are unrolled.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
 from llama_jax.runtime import LayerLayout
-from llama_jax.types import Array, FlatParams, Params
+from llama_jax.types import Array, FlatParams, Params, PyTree
 
 AXES: dict[str, str] = {
     "transformer/embedding": "V D",
@@ -122,7 +121,7 @@ def param_shapes(
     layout: LayerLayout = "unrolled",
     *,
     dtype: DTypeLike = jnp.float32,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """The parameters of a model as a tree of `jax.ShapeDtypeStruct`s."""
     return unflatten(
         {
@@ -137,9 +136,9 @@ def count_params(tree: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def flatten(tree: Params) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, PyTree]:
     """Convert nested dicts to one dict of `"a/b/c"` paths, in the tree's order."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, PyTree] = {}
     for name, branch in tree.items():
         if isinstance(branch, Mapping):
             flat |= {f"{name}/{rest}": leaf for rest, leaf in flatten(branch).items()}
@@ -148,9 +147,9 @@ def flatten(tree: Params) -> dict[str, Any]:
     return flat
 
 
-def unflatten(flat: FlatParams) -> dict[str, Any]:
+def unflatten(flat: FlatParams) -> dict[str, PyTree]:
     """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
         node = tree
@@ -161,8 +160,8 @@ def unflatten(flat: FlatParams) -> dict[str, Any]:
 
 
 def stack_layers(
-    tree: Params, stack: Callable[[list[Any]], Any] = jnp.stack
-) -> dict[str, Any]:
+    tree: Params, stack: Callable[[list[Array]], Array] = jnp.stack
+) -> dict[str, PyTree]:
     """Convert an unrolled tree to the stacked layout, one kind of weight at a time.
 
     Args:
@@ -183,12 +182,12 @@ def stack_layers(
     return unflatten(stacked)
 
 
-def unstack_layers(tree: Params) -> dict[str, Any]:
+def unstack_layers(tree: Params) -> dict[str, PyTree]:
     """Convert a stacked tree to the unrolled layout; the inverse of `stack_layers`."""
     flat = flatten(tree)
     rows = {path: leaf for path, leaf in flat.items() if path.startswith(LAYERS)}
     layers = next(iter(rows.values())).shape[0]
-    unrolled: dict[str, Any] = {}
+    unrolled: dict[str, PyTree] = {}
     for path, leaf in flat.items():
         if path not in rows:
             unrolled[path] = leaf

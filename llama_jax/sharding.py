@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, unflatten
 from llama_jax.runtime import MESH_AXES, AxisRules, MeshAxes, Rules, Runtime
-from llama_jax.types import AnyMesh, Array, Mesh, Params
+from llama_jax.types import AnyMesh, Array, Mesh, Params, PyTree
 from llama_jax.weights import Adapted, Quantized
 
 
@@ -216,7 +215,7 @@ def weight_spec(
 
 def param_shardings(
     config: LlamaConfig, runtime: Runtime, mesh: AnyMesh
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Return the tree of `NamedSharding`s of a model's weights.
 
     Args:
@@ -242,7 +241,7 @@ def weight_shardings(
     config: LlamaConfig,
     runtime: Runtime,
     mesh: Mesh,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Return a tree of weights or adapters with a `NamedSharding` for each array.
 
     Quantized values are split as the weight would be (`param_shardings`), and so are
@@ -261,7 +260,7 @@ def weight_shardings(
     """
     shardings = flatten(param_shardings(config, runtime, mesh))
 
-    def sharding_of(path: str, leaf: Any) -> Any:
+    def sharding_of(path: str, leaf: PyTree) -> PyTree:
         weight, _, name = path.rpartition("/")
         if weight in shardings:  # an adapter's a or b
             *layers, inputs, outputs = shardings[weight].spec

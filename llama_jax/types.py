@@ -9,15 +9,21 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-Params: TypeAlias = Mapping[str, Any]
+Params: TypeAlias = Mapping[str, PyTree]
 """A nested dict whose leaves are arrays, or shapes or lazy leaves of arrays."""
 
-FlatParams: TypeAlias = Mapping[str, Any]
+FlatParams: TypeAlias = Mapping[str, PyTree]
 """The same tree as one dict: `"transformer/layers/0/attention/q_proj"` to leaf."""
 
+JsonObject: TypeAlias = Mapping[str, Any]
+"""An object of a JSON file; its reader checks what the values are."""
+
 Path: TypeAlias = str | os.PathLike[str]
+
+AnyArray: TypeAlias = Array | jax.ShapeDtypeStruct
+"""An array, or the description of one."""
 
 Mesh: TypeAlias = jax.sharding.Mesh
 AnyMesh: TypeAlias = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -28,6 +34,7 @@ Hidden: TypeAlias = Float[Array, "B T D"]
 Logits: TypeAlias = Float[Array, "B V"]
 
 __all__ = [
+    "AnyArray",
     "AnyMesh",
     "Array",
     "Bool",
@@ -35,12 +42,14 @@ __all__ = [
     "Float",
     "Hidden",
     "Int",
+    "JsonObject",
     "Lengths",
     "Logits",
     "Mesh",
     "PRNGKeyArray",
     "Params",
     "Path",
+    "PyTree",
     "Tokens",
     "UInt32",
 ]

@@ -9,13 +9,13 @@ scale. Stacked layers are an axis before them all.
 """
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from llama_jax.types import Array, Float
+from llama_jax.types import Array, Float, PyTree
 
 Kind = Literal["int8", "int4", "nf4"]
 
@@ -43,6 +43,9 @@ NF4_LEVELS = (
 """Numbers of the sixteen codes of four-bit normal floats (arXiv:2305.14314, E)."""
 
 
+_SomeLeaf = TypeVar("_SomeLeaf", bound="_Leaf")
+
+
 class _Leaf:
     """A weight of several arrays with the shape of the weight that it stands for.
 
@@ -59,7 +62,7 @@ class _Leaf:
         """Number of axes of the weight."""
         return len(self.shape)
 
-    def __getitem__(self, layer: Any) -> Any:
+    def __getitem__(self: _SomeLeaf, layer: int | Array) -> _SomeLeaf:
         """One layer of a stacked weight."""
         return jax.tree.map(lambda array: array[layer], self)
 
@@ -75,8 +78,8 @@ class Quantized(_Leaf):
       scales: what they are multiplied by, per output or group of inputs.
     """
 
-    values: Any
-    scales: Any
+    values: PyTree
+    scales: PyTree
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,9 +127,9 @@ class Adapted(_Leaf):
       scaling: of the product of a and b.
     """
 
-    base: Any
-    a: Any
-    b: Any
+    base: PyTree
+    a: PyTree
+    b: PyTree
     scaling: float = dataclasses.field(metadata={"static": True})
 
     @property

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,10 @@ from llama_jax.params import (
 )
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import param_shardings, weight_shardings
-from llama_jax.types import Array, Mesh
+from llama_jax.types import Array, Mesh, PyTree
+from llama_jax.weights import Weight
 
-Quantize = Callable[[str, Array], Any]
+Quantize = Callable[[str, Array], Weight]
 """Maps a path and its weight (or one layer of it) to what is stored instead."""
 
 
@@ -34,7 +34,7 @@ def device_put_leaves(
     runtime: Runtime,
     mesh: Mesh | None = None,
     quantize: Quantize | None = None,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Read the leaves as arrays in the runtime's dtype and layout, sharded on a mesh.
 
     Each leaf is read, cast, put on its devices and quantized before the next is read.
@@ -51,10 +51,10 @@ def device_put_leaves(
       The tree of parameters.
     """
     dtype = jnp.dtype(runtime.weight_dtype)
-    shardings: Mapping[str, Any] = {}
+    shardings: Mapping[str, NamedSharding] = {}
     if mesh is not None:
         shardings = flatten(param_shardings(config, runtime, mesh))
-    flat = {}
+    flat: dict[str, PyTree] = {}
     for path in leaf_paths(config, runtime.layer_layout):
         sharding = shardings.get(path)
         axes = axes_of(path)
@@ -64,7 +64,7 @@ def device_put_leaves(
             continue
         weight = path.removeprefix(LAYERS)
         shape = weight_shape(config, axes)
-        stacked: Any = None
+        stacked: Weight | None = None
         layer_sharding = None
         if sharding is not None:
             layer_spec = PartitionSpec(*sharding.spec[1:])
@@ -72,7 +72,7 @@ def device_put_leaves(
         for layer in range(config.num_layers):
             leaf = leaves[f"{LAYERS}{layer}/{weight}"]
             array = _device_put(leaf, dtype, layer_sharding)
-            one: Any = quantize(path, array) if quantize else array
+            one: Weight = quantize(path, array) if quantize else array
             if stacked is None and isinstance(one, jax.Array):
                 stacked = jnp.zeros(shape, dtype, device=sharding)
             elif stacked is None:
@@ -101,7 +101,7 @@ def _device_put(
     )
 
 
-def _empty_layers(layer: Any, num_layers: int) -> Any:
+def _empty_layers(layer: Weight, num_layers: int) -> Weight:
     """Zeros for all layers of a weight, shaped and sharded as those of one layer."""
 
     def zeros(array: Array) -> Array:

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.checkpoint.atomic_write import write_file
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.file_kinds import check_file
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
+def write_json(file: pathlib.Path, content: JsonObject) -> None:
     """Write an object as an indented JSON file, atomically."""
     write_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

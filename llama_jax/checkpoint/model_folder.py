@@ -10,7 +10,7 @@ A checkpoint is a folder with
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -31,7 +31,7 @@ from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.runtime import DType, Runtime
 from llama_jax.text.settings import TextSettings
 from llama_jax.text.tokenizer import FILE_NAMES, Tokenizer
-from llama_jax.types import Mesh, Params, Path
+from llama_jax.types import Mesh, Params, Path, PyTree
 
 _FORMAT, _VERSION = "llama_jax", 1
 _CONFIG, _PARAMS = "config.json", "params"
@@ -56,7 +56,7 @@ class Loaded(NamedTuple):
     """
 
     model: Llama | ScalarModel
-    params: dict[str, Any]
+    params: dict[str, PyTree]
     tokenizer: Tokenizer
 
     @property
@@ -140,7 +140,7 @@ def load_params(
     *,
     runtime: Runtime,
     mesh: Mesh | None = None,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Load the weights of a checkpoint in the runtime's dtype and layout.
 
     Mapped files are copied to devices leaf by leaf; with a mesh no device holds more

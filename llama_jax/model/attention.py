@@ -8,7 +8,7 @@ results of the parts are joined.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from llama_jax import kernels
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import ring
-from llama_jax.kernels.logsumexp import weight_over_axis
+from llama_jax.kernels.logsumexp import AxisName, weight_over_axis
 from llama_jax.kernels.partial_attention import passes_of
 from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
 from llama_jax.kernels.reference import Pages, Slots
@@ -27,7 +27,7 @@ from llama_jax.model.slots import AXES as SLOTS
 from llama_jax.model.slots import cut_axes, first_slot
 from llama_jax.runtime import Rules, Runtime
 from llama_jax.sharding import activation_spec, axes_size
-from llama_jax.types import Array, Float, Int, Mesh
+from llama_jax.types import Array, Float, Int, Mesh, PyTree
 
 Name = Literal["xla", "mosaic_tpu"]
 
@@ -74,7 +74,9 @@ def attend(
     kv_heads = activation_spec(k.shape, "B K T H", runtime.rules, mesh)[1]
     heads, own_heads = _shared_heads(q, k, heads, kv_heads, mesh)
 
-    def on_device(q: Array, k: Slots, v: Slots, rest: Any) -> Array:
+    def on_device(
+        q: Array, k: Slots, v: Slots, rest: tuple[Array | None, ...]
+    ) -> Array:
         return run(q, own_heads(k), own_heads(v), q_start=rest[0], segment_ids=rest[1])
 
     of_queries = PartitionSpec(rows, None, heads)
@@ -168,13 +170,19 @@ def _of_parts(name: str, runtime: Runtime) -> Name:
 
 
 def _around_the_ring(
-    q: Array, k: Any, v: Any, ids: Any, name: Name, rules: Rules, mesh: Mesh
+    q: Array,
+    k: Slots,
+    v: Slots,
+    ids: Array | None,
+    name: Name,
+    rules: Rules,
+    mesh: Mesh,
 ) -> Array:
     rows, tokens, heads, _ = activation_spec(q.shape, "B T N H", rules, mesh)
     kv_heads = activation_spec(k.shape, "B K T H", rules, mesh)[1]
     heads, own_heads = _shared_heads(q, k, heads, kv_heads, mesh)
 
-    def on_device(q: Array, k: Array, v: Array, ids: Any) -> Array:
+    def on_device(q: Array, k: Array, v: Array, ids: Array | None) -> Array:
         return ring.ring_attention(
             q,
             own_heads(k),
@@ -243,8 +251,8 @@ def _over_cut_slots(
 
 
 def _shared_heads(
-    q: Array, k: Slots, heads: Any, kv_heads: Any, mesh: Mesh
-) -> tuple[Any, Callable[[Slots], Any]]:
+    q: Array, k: Slots, heads: AxisName | None, kv_heads: AxisName | None, mesh: Mesh
+) -> tuple[AxisName | None, Callable[[Slots], PyTree]]:
     """The mesh axes of N, and a function that takes a device's key/value heads.
 
     With fewer key/value heads than parts of N, every device has all and takes one.
@@ -255,7 +263,7 @@ def _shared_heads(
     if parts % count or q.shape[2] % parts:
         return None, lambda x: x
 
-    def take(x: Slots) -> Any:
+    def take(x: Slots) -> PyTree:
         head = jax.lax.axis_index(heads) * count // parts
         return jax.tree.map(
             lambda part: jax.lax.dynamic_slice_in_dim(part, head, 1, 1), x

@@ -10,7 +10,7 @@ cannot be donated.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from llama_jax.model.layer_cache import (
 from llama_jax.model.pages import NO_PAGE
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import activation_spec
-from llama_jax.types import Array, Int, Mesh
+from llama_jax.types import Array, Int, Mesh, PyTree
 
 
 class KVCache(NamedTuple):
@@ -248,10 +248,10 @@ def cache_shardings(
     """
     shape = (batch, config.num_kv_heads, num_slots, config.head_dim)
     entries = activation_spec(shape, slots.AXES, runtime.rules, mesh)
-    part: Any = NamedSharding(mesh, entries)
+    part: PyTree = NamedSharding(mesh, entries)
     if runtime.slot_dtype == "int8":
-        scales: Any = NamedSharding(mesh, PartitionSpec(*entries[:3]))
+        scales: PyTree = NamedSharding(mesh, PartitionSpec(*entries[:3]))
         part = QuantizedSlots(part, scales)
     layer = slots_class(runtime.slot_dtype)(part, part)
-    length: Any = NamedSharding(mesh, PartitionSpec())
+    length: PyTree = NamedSharding(mesh, PartitionSpec())
     return KVCache((layer,) * config.num_layers, length)

@@ -1,11 +1,11 @@
 """Random initialization of a model's weights, on a mesh too."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.params import (
@@ -20,12 +20,12 @@ from llama_jax.params import (
     weight_shape,
 )
 from llama_jax.sharding import param_shardings
-from llama_jax.types import Array, PRNGKeyArray
+from llama_jax.types import Array, PRNGKeyArray, PyTree
 
 
 def init_params(
     model: Llama | ScalarModel, key: PRNGKeyArray | Array
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Initialize random weights, the same in either layout and on any mesh.
 
     Each weight is drawn by a program of its own, so that compile time does not grow
@@ -50,7 +50,7 @@ def init_params(
         key = jax.random.wrap_key_data(key)
     config, runtime = model.config, model.runtime
     dtype = jnp.dtype(runtime.weight_dtype)
-    shardings: dict[str, Any] = {}
+    shardings: dict[str, PyTree] = {}
     if model.mesh is not None:
         shardings = flatten(param_shardings(config, runtime, model.mesh))
     params = {}
@@ -74,7 +74,7 @@ def init_params(
 def _draw_sharded(
     keys: Array,
     shape: tuple[int, ...],
-    dtype: Any,
+    dtype: DTypeLike,
     std: float | None,
     sharding: NamedSharding | None,
 ) -> Array:

@@ -5,6 +5,7 @@ of the rows, which all layers share, is passed in.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from llama_jax.model import pages as paging
 from llama_jax.model import slots
 from llama_jax.model.attention import attend, attend_pages
 from llama_jax.runtime import Runtime
-from llama_jax.types import Array, Float, Int, Mesh
+from llama_jax.types import Array, Float, Int, Mesh, PyTree
 
 
 class CacheRows(NamedTuple):
@@ -88,20 +89,32 @@ class DenseLayerCache(NamedTuple):
     v: Float[Array, "B K S H"]
 
     def append(
-        self, k: Array, v: Array, rows: CacheRows, *, runtime: Runtime, mesh: Any
+        self,
+        k: Array,
+        v: Array,
+        rows: CacheRows,
+        *,
+        runtime: Runtime,
+        mesh: Mesh | None,
     ) -> "DenseLayerCache":
         """See `LayerCache`."""
         new = DenseLayerCache(k.astype(self.k.dtype), v.astype(self.v.dtype))
         return _write(self, new, rows, runtime, mesh)
 
     def attend(
-        self, q: Array, rows: CacheRows, *, runtime: Runtime, mesh: Any
+        self, q: Array, rows: CacheRows, *, runtime: Runtime, mesh: Mesh | None
     ) -> Array:
         """See `LayerCache`."""
         return _attend(self, q, rows, runtime, mesh)
 
     def insert(
-        self, row: Array, prefix: Any, pages: Any, *, runtime: Runtime, mesh: Any
+        self,
+        row: Array,
+        prefix: Any,
+        pages: Array | None,
+        *,
+        runtime: Runtime,
+        mesh: Mesh | None,
     ) -> "DenseLayerCache":
         """See `LayerCache`."""
         return _write_row(self, prefix, row, runtime, mesh)
@@ -118,20 +131,32 @@ class Int8LayerCache(NamedTuple):
     v: QuantizedSlots
 
     def append(
-        self, k: Array, v: Array, rows: CacheRows, *, runtime: Runtime, mesh: Any
+        self,
+        k: Array,
+        v: Array,
+        rows: CacheRows,
+        *,
+        runtime: Runtime,
+        mesh: Mesh | None,
     ) -> "Int8LayerCache":
         """See `LayerCache`."""
         new = Int8LayerCache(quantize_slots(k), quantize_slots(v))
         return _write(self, new, rows, runtime, mesh)
 
     def attend(
-        self, q: Array, rows: CacheRows, *, runtime: Runtime, mesh: Any
+        self, q: Array, rows: CacheRows, *, runtime: Runtime, mesh: Mesh | None
     ) -> Array:
         """See `LayerCache`."""
         return _attend(self, q, rows, runtime, mesh)
 
     def insert(
-        self, row: Array, prefix: Any, pages: Any, *, runtime: Runtime, mesh: Any
+        self,
+        row: Array,
+        prefix: Any,
+        pages: Array | None,
+        *,
+        runtime: Runtime,
+        mesh: Mesh | None,
     ) -> "Int8LayerCache":
         """See `LayerCache`."""
         return _write_row(self, prefix, row, runtime, mesh)
@@ -148,7 +173,13 @@ class PagedLayerCache(NamedTuple):
     v: Pages
 
     def append(
-        self, k: Array, v: Array, rows: CacheRows, *, runtime: Runtime, mesh: Any
+        self,
+        k: Array,
+        v: Array,
+        rows: CacheRows,
+        *,
+        runtime: Runtime,
+        mesh: Mesh | None,
     ) -> "PagedLayerCache":
         """See `LayerCache`."""
         _check_one_device(mesh)
@@ -167,7 +198,7 @@ class PagedLayerCache(NamedTuple):
         )
 
     def attend(
-        self, q: Array, rows: CacheRows, *, runtime: Runtime, mesh: Any
+        self, q: Array, rows: CacheRows, *, runtime: Runtime, mesh: Mesh | None
     ) -> Array:
         """See `LayerCache`."""
         _check_one_device(mesh)
@@ -182,10 +213,17 @@ class PagedLayerCache(NamedTuple):
         )
 
     def insert(
-        self, row: Array, prefix: LayerCache, pages: Any, *, runtime: Runtime, mesh: Any
+        self,
+        row: Array,
+        prefix: LayerCache,
+        pages: Array | None,
+        *,
+        runtime: Runtime,
+        mesh: Mesh | None,
     ) -> "PagedLayerCache":
         """See `LayerCache`."""
         _check_one_device(mesh)
+        assert pages is not None
         written = (
             paging.write_row(part, new, pages)
             for part, new in zip(self, (prefix.k, prefix.v), strict=True)
@@ -205,13 +243,17 @@ class PagedLayerCache(NamedTuple):
 SlotsCache = TypeVar("SlotsCache", DenseLayerCache, Int8LayerCache)
 
 
-def slots_class(dtype: DTypeLike) -> Any:
+def slots_class(dtype: DTypeLike) -> Callable[[PyTree, PyTree], LayerCache]:
     """The class of a layer's cache with slots of this dtype."""
     return Int8LayerCache if jnp.dtype(dtype) == jnp.int8 else DenseLayerCache
 
 
 def _write(
-    layer: SlotsCache, new: SlotsCache, rows: CacheRows, runtime: Runtime, mesh: Any
+    layer: SlotsCache,
+    new: SlotsCache,
+    rows: CacheRows,
+    runtime: Runtime,
+    mesh: Mesh | None,
 ) -> SlotsCache:
     write = functools.partial(
         slots.write, length=rows.length, rules=runtime.rules, mesh=mesh
@@ -220,7 +262,11 @@ def _write(
 
 
 def _write_row(
-    layer: SlotsCache, prefix: SlotsCache, row: Array, runtime: Runtime, mesh: Any
+    layer: SlotsCache,
+    prefix: SlotsCache,
+    row: Array,
+    runtime: Runtime,
+    mesh: Mesh | None,
 ) -> SlotsCache:
     write = functools.partial(slots.write_row, row=row, rules=runtime.rules, mesh=mesh)
     return layer._replace(k=write(layer.k, prefix.k), v=write(layer.v, prefix.v))

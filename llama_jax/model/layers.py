@@ -41,7 +41,7 @@ class Module(nn.Module):
         """
         path, shape = "/".join((*self.path, name)), weight_shape(self.config, axes)
         if self.has_variable("params", name):
-            stored: Any = self.get_variable("params", name)
+            stored: object = self.get_variable("params", name)
             if isinstance(stored, Quantized | Adapted):
                 if stored.shape != shape:
                     raise ConfigError(
@@ -72,7 +72,9 @@ class Module(nn.Module):
             return x
         return x.reshape(-1, x.shape[-1])
 
-    def part(self, module: Any, name: str | None = None, **fields: Any) -> Any:
+    def part(
+        self, module: type["Module"], name: str | None = None, **fields: Any
+    ) -> Any:
         """Create a submodule with the same facts, choices and devices."""
         return module(self.config, self.runtime, self.mesh, name=name, **fields)
 
@@ -181,7 +183,7 @@ class Block(Module):
 class UnrolledLayers(Module):
     """A block for each layer, each with its own arrays."""
 
-    block: Any = Block
+    block: type[Block] = Block
 
     @nn.compact
     def __call__(

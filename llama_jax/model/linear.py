@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +88,7 @@ _CPU_CHUNK = 32
 # Its gradient saves the bits for the backward pass; autodiff would save the whole
 # widened weight.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _quantized(x: Array, w: Quantized, dtype: Any, out_dtype: Any) -> Array:
+def _quantized(x: Array, w: Quantized, dtype: DTypeLike, out_dtype: DTypeLike) -> Array:
     x, w = _ordered(x, w)
     if x.size > _FEW_ROWS * w.shape[0] or not _chunk(w):
         return _forward(x, w).astype(out_dtype)
@@ -98,13 +97,13 @@ def _quantized(x: Array, w: Quantized, dtype: Any, out_dtype: Any) -> Array:
 
 
 def _quantized_forward(
-    x: Array, w: Quantized, dtype: Any, out_dtype: Any
+    x: Array, w: Quantized, dtype: DTypeLike, out_dtype: DTypeLike
 ) -> tuple[Array, Quantized]:
     return _quantized(x, w, dtype, out_dtype), w
 
 
 def _quantized_backward(
-    dtype: Any, out_dtype: Any, w: Quantized, d_out: Array
+    dtype: DTypeLike, out_dtype: DTypeLike, w: Quantized, d_out: Array
 ) -> tuple[Array, None]:
     d_out, w = _ordered(d_out, w)
     if isinstance(w, Int8):
@@ -128,10 +127,10 @@ def _quantized_backward(
 _quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
-def _ordered(x: Array, w: Quantized) -> Any:
+def _ordered(x: Array, w: Quantized) -> tuple[Array, Quantized]:
     """Delay a weight until its rows exist: XLA:CPU would widen all layers' at once."""
 
-    def wait(*both: Any) -> Any:
+    def wait(*both: Array | Quantized) -> tuple[Array | Quantized, ...]:
         return jax.lax.optimization_barrier(both)
 
     return jax.lax.platform_dependent(x, w, cpu=wait, default=lambda *both: both)
@@ -159,7 +158,9 @@ def _forward_in_chunks(x: Array, w: Quantized) -> Float[Array, "*batch O"]:
     if not isinstance(w, Int8):
         scales = w.scales.reshape(chunks.shape[0], -1, outputs)
 
-    def add(total: Array, piece: Any) -> tuple[Array, None]:
+    def add(
+        total: Array, piece: tuple[Array, Array, Array | None]
+    ) -> tuple[Array, None]:
         row, values, scales = piece
         part = dataclasses.replace(w, values=values, scales=scales)
         if scales is None:

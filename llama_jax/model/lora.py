@@ -8,11 +8,11 @@ saved, sharded and optimized like any other tree.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
@@ -29,7 +29,7 @@ from llama_jax.params import (
 )
 from llama_jax.runtime import DType, LayerLayout, Runtime
 from llama_jax.sharding import weight_shardings
-from llama_jax.types import Array, Mesh, Params, PRNGKeyArray
+from llama_jax.types import Array, FlatParams, Mesh, Params, PRNGKeyArray, PyTree
 from llama_jax.weights import Adapted, Quantized, dequantize
 
 
@@ -86,7 +86,7 @@ def lora_shapes(
     *,
     layout: LayerLayout = "stacked",
     dtype: DType = "float32",
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """The tree of adapters as `ShapeDtypeStruct`s."""
     shapes = {}
     for path in leaf_paths(config, layout):
@@ -106,7 +106,7 @@ def init_lora(
     runtime: Runtime | None = None,
     dtype: DType = "float32",
     mesh: Mesh | None = None,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Initialize adapters that change nothing: a uniform within ±1/√I, b zero.
 
     The same in either layout and on any mesh, where they are initialized sharded.
@@ -134,7 +134,7 @@ def init_lora(
         key = jax.random.wrap_key_data(key)
     runtime = runtime or Runtime(layer_layout="stacked")
     shapes = lora_shapes(config, lora, layout=runtime.layer_layout, dtype=dtype)
-    shardings: dict[str, Any] = {}
+    shardings: dict[str, PyTree] = {}
     if mesh is not None:
         shardings = flatten(weight_shardings(shapes, config, runtime, mesh))
     adapters = {}
@@ -157,7 +157,11 @@ def init_lora(
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "bound", "sharding"))
 def _draw(
-    keys: Array, shape: tuple[int, ...], dtype: Any, bound: float, sharding: Any
+    keys: Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    bound: float,
+    sharding: NamedSharding | None,
 ) -> Array:
     """Draw numbers within ±bound, for one key or for several."""
 
@@ -173,7 +177,7 @@ def _draw(
     return jax.lax.with_sharding_constraint(drawn, sharding)
 
 
-def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, Any]:
+def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, PyTree]:
     """Put adapters beside their weights; nothing is computed or copied.
 
     Args:
@@ -200,7 +204,7 @@ def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, Any]:
 
 def merge(
     params: Params, adapters: Params, scaling: float, *, dtype: DType | None = None
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Merge adapters into plain weights: `base + scaling · a b`.
 
     For export: a leaf at a time, summed in float32 and rounded once.
@@ -234,7 +238,7 @@ def merge(
     return unflatten(flat)
 
 
-def _pairs(adapters: Params) -> list[tuple[str, Any, Any]]:
+def _pairs(adapters: Params) -> list[tuple[str, PyTree, PyTree]]:
     """Path, a and b of every adapter."""
     flat = flatten(adapters)
     paths = dict.fromkeys(path.rpartition("/")[0] for path in flat)
@@ -246,7 +250,7 @@ def _pairs(adapters: Params) -> list[tuple[str, Any, Any]]:
     return [(path, flat[f"{path}/a"], flat[f"{path}/b"]) for path in paths]
 
 
-def _base(flat: Mapping[str, Any], path: str, a: Any, b: Any) -> Any:
+def _base(flat: FlatParams, path: str, a: PyTree, b: PyTree) -> PyTree:
     """The weight of an adapter."""
     if path not in flat:
         raise ConfigError(
@@ -266,12 +270,18 @@ def _base(flat: Mapping[str, Any], path: str, a: Any, b: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("scaling", "dtype"))
-def _merged(base: Any, a: Any, b: Any, scaling: float, dtype: Any) -> Array:
+def _merged(
+    base: Array | Quantized,
+    a: Array | None,
+    b: Array | None,
+    scaling: float,
+    dtype: DTypeLike,
+) -> Array:
     if isinstance(base, Quantized):
         exact = dequantize(base, jnp.float32)
     else:
         exact = base.astype(jnp.float32)
-    if a is not None:
+    if a is not None and b is not None:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         product = jnp.matmul(a, b, precision=matmul_precision(jnp.float32))
         exact = exact + scaling * product

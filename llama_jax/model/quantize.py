@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any, cast, get_args
+from typing import TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.params import flatten, param_shapes, unflatten
 from llama_jax.runtime import Runtime
-from llama_jax.types import Array, Float, Params
+from llama_jax.types import Array, FlatParams, Float, JsonObject, Params, PyTree
 from llama_jax.weights import (
     GROUP_SIZE,
     KINDS,
@@ -22,8 +22,12 @@ from llama_jax.weights import (
     Int8,
     Kind,
     Quantized,
+    Weight,
     group_size,
 )
+
+Description: TypeAlias = dict[str, str | int]
+"""The kind of a quantized weight, and its number of inputs."""
 
 PROJECTIONS = (
     "q_proj",
@@ -44,7 +48,7 @@ def quantize_params(
     group: int = GROUP_SIZE,
     which: Collection[str] = PROJECTIONS,
     delete: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Quantize the projections of a tree in either layout; other leaves stay.
 
     Args:
@@ -78,12 +82,12 @@ def quantize_params(
 
 def quantize_leaf(
     path: str,
-    leaf: Any,
+    leaf: Weight,
     kind: Kind,
     *,
     group: int = GROUP_SIZE,
     which: Collection[str] = PROJECTIONS,
-) -> Any:
+) -> Weight:
     """Quantize one leaf of a tree if its path ends with one of `which`.
 
     Other leaves, and those that are quantized already, are returned as they are.
@@ -109,7 +113,7 @@ def quantized_shapes(
     *,
     group: int = GROUP_SIZE,
     which: Collection[str] = PROJECTIONS,
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """The tree of a quantized model as `ShapeDtypeStruct`s."""
     shapes = param_shapes(
         config, runtime.layer_layout, dtype=jnp.dtype(runtime.weight_dtype)
@@ -141,7 +145,7 @@ def check_kind(kind: str) -> None:
 
 def quantize(
     weight: Float[Array, "I O"], kind: Kind, *, group: int = GROUP_SIZE
-) -> Any:
+) -> Quantized:
     """Round one weight to the nearest numbers that its bits can express.
 
     The largest magnitude of each column (eight bits) or of each group of inputs in a
@@ -195,13 +199,13 @@ def _nearest_levels(numbers: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "group"))
-def _quantized(weight: Array, kind: Kind, group: int) -> Any:
+def _quantized(weight: Array, kind: Kind, group: int) -> Quantized:
     """Quantize one weight, or a stack of them a layer at a time."""
     of_layer = functools.partial(quantize, kind=kind, group=group)
     return of_layer(weight) if weight.ndim == 2 else jax.lax.map(of_layer, weight)
 
 
-def describe(params: Params) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def describe(params: Params) -> tuple[dict[str, PyTree], dict[str, Description]]:
     """Split a tree into plain arrays and a JSON description of its quantized weights.
 
     Returns:
@@ -210,8 +214,8 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
       the first half of all inputs in the low bits. And by path the kind and number of
       inputs of each quantized weight. `restore` is the inverse.
     """
-    arrays: dict[str, Any] = {}
-    described: dict[str, dict[str, Any]] = {}
+    arrays: dict[str, PyTree] = {}
+    described: dict[str, Description] = {}
     for path, leaf in flatten(params).items():
         if not isinstance(leaf, Quantized):
             arrays[path] = leaf
@@ -224,8 +228,8 @@ def describe(params: Params) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
 
 
 def restore(
-    arrays: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+    arrays: FlatParams, described: Mapping[str, JsonObject]
+) -> dict[str, PyTree]:
     """Rebuild the tree from what `describe` returned.
 
     Raises:

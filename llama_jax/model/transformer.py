@@ -92,7 +92,7 @@ class Transformer(Module):
         x = self.part(RMSNorm, "final_norm")(x)
         return TransformerOutput(self.constrain(x, "B T D"), after, embedding, order)
 
-    def _remat(self, block: Any) -> Any:
+    def _remat(self, block: type[Block]) -> type[Block]:
         """The block, or one that stores less for the backward pass."""
         if self.runtime.remat == "none":
             return block
@@ -302,7 +302,7 @@ def model_for(
     return (Llama if config.head == "lm" else ScalarModel)(config, runtime, mesh)
 
 
-def apply(model: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
+def apply(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     """Call a model with a plain tree of parameters.
 
     Args:

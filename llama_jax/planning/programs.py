@@ -6,7 +6,7 @@ dtypes and shardings only, so their devices need not be present.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +35,16 @@ from llama_jax.train.losses import trained_loss
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import state_shapes
 from llama_jax.train.step import make_train_step
-from llama_jax.types import Mesh
+from llama_jax.types import Mesh, PyTree
 
-Tree = Any
-"""A pytree of `jax.ShapeDtypeStruct`s."""
+Tree: TypeAlias = PyTree[jax.ShapeDtypeStruct]
 
 
 @runtime_checkable
 class Lowerable(Protocol):
     """A jitted function or a training step."""
 
-    def lower(self, *arguments: Any, **options: Any) -> Any:
+    def lower(self, *arguments: Any, **options: Any) -> Lowered:
         """Trace and lower it for these arguments."""
         ...
 
@@ -64,8 +63,8 @@ class Program(NamedTuple):
     """
 
     function: Lowerable
-    arguments: tuple[Any, ...]
-    options: Mapping[str, Any]
+    arguments: tuple[object, ...]
+    options: Mapping[str, int]
     kinds: Mapping[str, Tree]
     attention: Implementation
     mesh: Mapping[str, int]
@@ -211,7 +210,7 @@ def _program(
     model: Llama,
     mesh: Mesh,
     function: Lowerable,
-    arguments: tuple[Any, ...],
+    arguments: tuple[object, ...],
     kinds: Mapping[str, Tree],
     **options: int,
 ) -> Program:

@@ -1,7 +1,6 @@
 """Reports of a plan: lines of text, and an object for JSON."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from llama_jax.params import count_params, param_shapes
 from llama_jax.planning.compiled import CompiledPlan
@@ -16,7 +15,7 @@ def describe(
     plan: Plan,
     advice: str | None,
     compiled: Sequence[CompiledPlan] = (),
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Describe a plan as an object for JSON; unknown times and rates are null.
 
     Args:
@@ -63,7 +62,7 @@ def describe(
     }
 
 
-def _describe_compiled(compiled: Sequence[CompiledPlan]) -> dict[str, Any]:
+def _describe_compiled(compiled: Sequence[CompiledPlan]) -> dict[str, object]:
     last = compiled[-1]
     return {
         "seconds": last.seconds,

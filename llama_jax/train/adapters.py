@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +107,7 @@ def merged_leaves(
         adapter = {f"{path}/{name}": flat[f"{path}/{name}"] for name in "ab"}
 
         def read() -> np.ndarray:
-            weight: Any = jnp.asarray(leaf.read())
+            weight = jnp.asarray(leaf.read())
             tree = merge(unflatten({path: weight}), unflatten(adapter), lora.scaling)
             return np.asarray(flatten(tree)[path])
 

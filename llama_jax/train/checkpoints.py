@@ -6,15 +6,13 @@ step's number when it is complete; the next run removes one whose process was ki
 
 import math
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
 from llama_jax.errors import CheckpointError
 from llama_jax.train.state import TrainState
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path
 
 _STATE, _FACTS = "state", "run"
 _LOSS = "eval_loss"
@@ -61,7 +59,9 @@ class TrainCheckpoints:
         except Exception as error:  # Orbax and TensorStore raise many types
             raise self._error("cannot be opened", error) from error
 
-    def save(self, state: TrainState, facts: Mapping[str, Any], eval_loss: Any) -> None:
+    def save(
+        self, state: TrainState, facts: JsonObject, eval_loss: float | None
+    ) -> None:
         """Start writing a checkpoint; the state may be donated when this returns.
 
         Args:
@@ -103,7 +103,7 @@ class TrainCheckpoints:
                 losses[int(step)] = loss
         return min(losses, key=lambda step: (losses[step], -step)) if losses else None
 
-    def facts(self, step: int) -> dict[str, Any]:
+    def facts(self, step: int) -> JsonObject:
         """The facts that were saved with the state of a step."""
         args = self._args
         try:
@@ -127,7 +127,7 @@ class TrainCheckpoints:
         """
         default = SingleDeviceSharding(jax.devices()[0])
 
-        def with_sharding(leaf: Any) -> Any:
+        def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             sharding = leaf.sharding or default
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

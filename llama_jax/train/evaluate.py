@@ -1,13 +1,14 @@
 """The mean loss over held-out data, in which each target counts the same."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from llama_jax.distributed import to_host
 from llama_jax.errors import DataError
-from llama_jax.train.losses import Loss
+from llama_jax.train.losses import Loss, LossSums
+from llama_jax.types import PyTree
 
 
 class Evaluation(NamedTuple):
@@ -37,11 +38,11 @@ def make_evaluate(loss: Loss) -> Loss:
 
 def evaluate(
     sums: Loss,
-    params: Any,
-    frozen: Any,
-    batches: Iterable[Any],
+    params: PyTree,
+    frozen: PyTree,
+    batches: Iterable[PyTree],
     *,
-    device_put: Callable[[Any], Any] = lambda batch: batch,
+    device_put: Callable[[PyTree], PyTree] = lambda batch: batch,
 ) -> Evaluation:
     """Compute the mean loss over all batches, weighted by their targets.
 
@@ -55,7 +56,7 @@ def evaluate(
     Raises:
       DataError: no batch has a target.
     """
-    results: list[Any] = []
+    results: list[LossSums] = []
     for batch in batches:
         results.append(sums(params, frozen, device_put(batch)))
         if len(results) > 1:  # the device stays one batch ahead, and no more

@@ -1,8 +1,7 @@
 """`FinetuneConfig`: the settings of supervised fine-tuning and of pretraining."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from llama_jax.config import LlamaConfig
 from llama_jax.data.encode import DATA_FORMATS, OnLong
@@ -15,6 +14,7 @@ from llama_jax.model.lora import Lora
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.runtime import DType, Remat
 from llama_jax.train.run_config import RunConfig
+from llama_jax.types import JsonObject
 from llama_jax.weights import Kind
 
 MethodName = Literal["full", "lora", "qlora"]
@@ -23,9 +23,9 @@ MethodName = Literal["full", "lora", "qlora"]
 # (2.2): 3e-4 and 2000 steps of warm-up. Adapters need ten times the rate of weights
 # (arXiv:2106.09685; 2305.14314, B: 2e-4 and batches of 16), and no decay, which would
 # pull at what they add.
-_FULL: dict[str, Any] = {}
-_SCRATCH: dict[str, Any] = {"learning_rate": 3e-4, "epochs": 1}
-_ADAPTERS: dict[str, Any] = {
+_FULL: dict[str, object] = {}
+_SCRATCH: dict[str, object] = {"learning_rate": 3e-4, "epochs": 1}
+_ADAPTERS: dict[str, object] = {
     "learning_rate": 2e-4,
     "weight_decay": 0.0,
     "batch_size": 16,
@@ -123,7 +123,7 @@ class FinetuneConfig(RunConfig):
                 )
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "FinetuneConfig":
+    def from_settings(cls, settings: JsonObject) -> "FinetuneConfig":
         """Make a configuration; what is absent or None defaults to the papers' values.
 
         Args:

@@ -2,21 +2,20 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 
 from llama_jax.model.transformer import Llama, ScalarModel, model_for
 from llama_jax.params import flatten, unflatten, unstack_layers
-from llama_jax.runtime import Rules
+from llama_jax.runtime import DType, Rules
 from llama_jax.sharding import weight_shardings
-from llama_jax.types import Params
-from llama_jax.weights import Adapted, Quantized
+from llama_jax.types import Params, PyTree
+from llama_jax.weights import Adapted, Quantized, Weight
 
 
 def for_generation(
     model: Llama | ScalarModel, params: Params
-) -> tuple[Llama | ScalarModel, dict[str, Any]]:
+) -> tuple[Llama | ScalarModel, dict[str, PyTree]]:
     """Convert a training model and its parameters for generation, under one jit.
 
     Layers are unstacked, weights cast to the dtype of activations, and sharded by the
@@ -37,7 +36,7 @@ def for_generation(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _convert(model: Llama | ScalarModel, params: Params) -> dict[str, Any]:
+def _convert(model: Llama | ScalarModel, params: Params) -> dict[str, PyTree]:
     unrolled = unflatten(
         {
             path: _cast(leaf, model.runtime.dtype)
@@ -50,7 +49,7 @@ def _convert(model: Llama | ScalarModel, params: Params) -> dict[str, Any]:
     return jax.lax.with_sharding_constraint(unrolled, shardings)
 
 
-def _cast(leaf: Any, dtype: str) -> Any:
+def _cast(leaf: Weight, dtype: DType) -> Weight:
     """A weight in `dtype`; adapters in float32, as `load` holds them."""
     if isinstance(leaf, Adapted):
         a, b = leaf.a.astype("float32"), leaf.b.astype("float32")

@@ -13,13 +13,14 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama_jax.checkpoint.finite import find_non_finite
 from llama_jax.errors import TrainError
 from llama_jax.train.metrics import Record
 from llama_jax.train.pump import Describe, Pump, StepFunction
 from llama_jax.train.state import TrainState
+from llama_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Callbacks:
     """
 
     record: Callable[[Record], None] | None = None
-    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     sample: Callable[[TrainState, Record], None] | None = None
     save: Callable[[TrainState, Record], None] | None = None
     stop: Callable[[], bool] | None = None
@@ -67,12 +68,12 @@ class FitResult(NamedTuple):
 def fit(
     step: StepFunction,
     state: TrainState,
-    frozen: Any,
-    batches: Iterable[Any],
+    frozen: PyTree,
+    batches: Iterable[PyTree],
     callbacks: Callbacks = Callbacks(),
     *,
     steps: int | None = None,
-    device_put: Callable[[Any], Any] = lambda batch: batch,
+    device_put: Callable[[PyTree], PyTree] = lambda batch: batch,
     describe: Describe | None = None,
     learning_rate: Callable[[int], float] | None = None,
     max_skipped: int = 10,
@@ -259,5 +260,5 @@ class _Loop:
         )
 
 
-def _is_due(number: int, callback: Any, every: int | None) -> bool:
+def _is_due(number: int, callback: object, every: int | None) -> bool:
     return callback is not None and bool(every) and number % (every or 1) == 0

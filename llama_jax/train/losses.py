@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from llama_jax.data.batch import Batch
 from llama_jax.model.lora import Lora, adapt
 from llama_jax.model.transformer import Llama, ScalarModel, apply
-from llama_jax.types import Array, Float, Params
+from llama_jax.types import Array, Float, Params, PyTree
 
 
 class LossSums(NamedTuple):
@@ -25,10 +25,10 @@ class LossSums(NamedTuple):
     metrics: Mapping[str, Float[Array, ""]] = {}
 
 
-Loss = Callable[[Any, Any, Any], LossSums]
+Loss = Callable[[PyTree, PyTree, PyTree], LossSums]
 """Maps trained leaves, frozen leaves and a batch to sums."""
 
-ModelLoss = Callable[[Any, Params, Any], LossSums]
+ModelLoss = Callable[[Any, Params, PyTree], LossSums]
 """Maps a model, its parameters and a batch to sums."""
 
 
@@ -83,10 +83,10 @@ def trained_loss(
         themselves, with no frozen leaves.
     """
 
-    def of_weights(params: Params, frozen: Params, batch: Any) -> LossSums:
+    def of_weights(params: Params, frozen: Params, batch: PyTree) -> LossSums:
         return loss(model, params, batch)
 
-    def of_adapters(adapters: Params, frozen: Params, batch: Any) -> LossSums:
+    def of_adapters(adapters: Params, frozen: Params, batch: PyTree) -> LossSums:
         assert lora is not None
         return loss(model, adapt(frozen, adapters, lora.scaling), batch)
 

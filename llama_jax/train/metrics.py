@@ -4,12 +4,11 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from llama_jax.checkpoint.atomic_write import write_file
 from llama_jax.errors import TrainError
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path
 
 Record = dict[str, Any]
 
@@ -20,7 +19,7 @@ FILE_NAME = "metrics.jsonl"
 class Writer(Protocol):
     """Writes records."""
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Write the record of a step."""
 
     def close(self) -> None:
@@ -49,7 +48,7 @@ class MetricsFile:
             end = self._file.tell()
             self._last = (records[-1]["step"], end - len(_line(records[-1]).encode()))
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Append the line of a step; the system has it when this returns."""
         step, offset = self._last
         if record["step"] == step:
@@ -122,7 +121,7 @@ class TensorBoard:
                 event_pb2.Event(step=step + 1, session_log=started, wall_time=0.0)
             )
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Write the numbers of a step."""
         values = [
             self._summary.Summary.Value(tag=name, simple_value=number)
@@ -147,7 +146,7 @@ class WeightsAndBiases:
       settings: of the run.
     """
 
-    def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, folder: Path, settings: JsonObject) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -164,7 +163,7 @@ class WeightsAndBiases:
             config=dict(settings),
         )
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Write the numbers of a step."""
         self._run.log(_numbers(record), step=record["step"])
 
@@ -173,7 +172,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(record: Record) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in record.items()
@@ -181,7 +180,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def _line(record: Record) -> str:
     """A record as a line; NaN and infinity, which JSON lacks, become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -190,6 +189,6 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _sync(file: Any) -> None:
+def _sync(file: TextIO) -> None:
     file.flush()
     os.fsync(file.fileno())

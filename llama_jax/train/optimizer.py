@@ -1,17 +1,19 @@
 """Optimizers and learning-rate schedules: optax, with the Llama 2 paper's settings."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import optax
 import optax.contrib
+from jax.typing import DTypeLike
 
 from llama_jax.errors import ConfigError
+from llama_jax.types import Array, PyTree
 
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
 ScheduleName = Literal["cosine", "linear", "constant"]
-Schedule = Callable[[Any], Any]
+Schedule = Callable[[Array | int], Array | float]
 
 
 def make_schedule(
@@ -73,7 +75,7 @@ def make_optimizer(
     eps: float = 1e-5,
     weight_decay: float = 0.1,
     clip: float | None = 1.0,
-    moment_dtype: Any = None,
+    moment_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Make AdamW with Llama 2's settings (arXiv:2307.09288, 2.2), or another optimizer.
 
@@ -142,17 +144,19 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), optimizer)
 
 
-def decayed(params: Any) -> Any:
+def decayed(params: PyTree) -> PyTree[bool]:
     """A tree of booleans: which leaves have weight decay, all but norms' scales."""
 
-    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
+    def is_decayed(path: tuple[object, ...], _: object) -> bool:
         return getattr(path[-1], "key", None) != "scale"
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def _decaying(
-    rateless: optax.GradientTransformation, learning_rate: Any, weight_decay: float
+    rateless: optax.GradientTransformation,
+    learning_rate: float | Schedule,
+    weight_decay: float,
 ) -> optax.GradientTransformation:
     """Add a learning rate, and weight decay in proportion to it, as AdamW has."""
     return optax.chain(
@@ -163,10 +167,12 @@ def _decaying(
     )
 
 
-def _matrices(params: Any) -> Any:
+def _matrices(params: PyTree) -> PyTree:
     """The matrix axes of a layer's leaf; None for leaves that Muon leaves to AdamW."""
 
-    def axes(path: tuple[Any, ...], leaf: Any) -> Any:
+    def axes(
+        path: tuple[object, ...], leaf: Array
+    ) -> optax.contrib.MuonDimensionNumbers | None:
         names = [getattr(part, "key", None) for part in path]
         if "layers" not in names or names[-1] == "scale":
             return None

@@ -3,7 +3,7 @@
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +13,12 @@ from llama_jax.errors import DataError
 from llama_jax.train.metrics import Record
 from llama_jax.train.state import TrainState
 from llama_jax.train.step import StepMetrics
+from llama_jax.types import PyTree
 
-StepFunction = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
+StepFunction = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, StepMetrics]]
 """Maps state, frozen leaves and a batch to the next state and metrics."""
 
-Describe = Callable[[Any], Mapping[str, Any]]
+Describe = Callable[[PyTree], Mapping[str, float]]
 """Maps a batch that was just read to numbers for its step's record."""
 
 
@@ -25,8 +26,8 @@ class _Dispatched(NamedTuple):
     """A step whose metrics have not been read yet."""
 
     step: int
-    batch: Any
-    facts: Mapping[str, Any]
+    batch: PyTree
+    facts: Mapping[str, float]
     data_seconds: float
     metrics: StepMetrics
 
@@ -62,9 +63,9 @@ class Pump:
         self,
         step: StepFunction,
         state: TrainState,
-        frozen: Any,
+        frozen: PyTree,
         *,
-        device_put: Callable[[Any], Any] = lambda batch: batch,
+        device_put: Callable[[PyTree], PyTree] = lambda batch: batch,
         describe: Describe | None = None,
         learning_rate: Callable[[int], float] | None = None,
         skipped: int = 0,
@@ -77,7 +78,7 @@ class Pump:
         self._clock = time.perf_counter()
         self._dispatched: _Dispatched | None = None
 
-    def dispatch(self, batch: Any, *, data_seconds: float = 0.0) -> Record | None:
+    def dispatch(self, batch: PyTree, *, data_seconds: float = 0.0) -> Record | None:
         """Start the next step.
 
         Args:
@@ -145,7 +146,7 @@ class Pump:
         return seconds
 
 
-def count_tokens(batch: Any) -> int:
+def count_tokens(batch: PyTree) -> int:
     """Count the tokens of this process's rows: those in a segment, or all."""
     segments = getattr(batch, "segment_ids", None)
     if segments is None:
@@ -153,7 +154,7 @@ def count_tokens(batch: Any) -> int:
     return int(np.count_nonzero(segments))
 
 
-def save_batch(path: pathlib.Path, batch: Any) -> None:
+def save_batch(path: pathlib.Path, batch: PyTree) -> None:
     """Save the arrays of a batch by name, as one .npz."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     arrays = {

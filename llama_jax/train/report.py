@@ -9,7 +9,6 @@ import html
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 
@@ -17,7 +16,7 @@ from llama_jax.train.metrics import FILE_NAME, Record, read_metrics
 from llama_jax.types import Path
 
 Points = list[tuple[float, float]]
-Table = Sequence[Sequence[Any]]
+Table = Sequence[Sequence[object]]
 
 _PICTURE = "loss.png"
 _TABLE_ROWS = 10
@@ -25,9 +24,9 @@ _TABLE_ROWS = 10
 
 def write_report(
     folder: Path,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     *,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     samples: Sequence[Record] = (),
 ) -> list[pathlib.Path]:
     """Write report.md, report.html and, if matplotlib is installed, loss.png.
@@ -113,7 +112,7 @@ def summary(records: Sequence[Record]) -> dict[str, str]:
 def loss_table(records: Sequence[Record]) -> Table:
     """Rows of step, mean training loss since the row above, and last held-out loss."""
     trained, held_out = training_losses(records), held_out_losses(records)
-    rows: list[Sequence[Any]] = [("step", "training loss", "held-out loss")]
+    rows: list[Sequence[object]] = [("step", "training loss", "held-out loss")]
     if held_out and held_out[0][0] == 0:
         rows.append((0, "", f"{held_out[0][1]:.4f}"))
     size = max(-(-len(trained) // _TABLE_ROWS), 1)
@@ -221,7 +220,7 @@ def _page(
     return "\n".join(parts) + "\n</html>\n"
 
 
-def _changed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(settings: Mapping[str, object]) -> dict[str, object]:
     """The settings that are given, named as flags are."""
     return {
         name.replace("_", "-"): value
@@ -230,9 +229,9 @@ def _changed(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return _text(value).replace("|", "\\|").replace("\n", " ")

@@ -10,7 +10,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import optax
 
@@ -39,7 +39,7 @@ from llama_jax.train.run_folder import (
 from llama_jax.train.state import TrainState, init_state, state_shapes
 from llama_jax.train.step import make_train_step
 from llama_jax.train.stopping import Stop
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path, PyTree
 
 
 @runtime_checkable
@@ -50,13 +50,13 @@ class BatchSource(Protocol):
     arrays [B, T] or [B], this process's rows.
     """
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[PyTree]:
         """Iterate from the current position."""
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> JsonObject:
         """The position after the last batch that was read, for JSON."""
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Go to a position."""
 
 
@@ -91,7 +91,7 @@ def run(
     describe: Describe | None = None,
     reporter: Reporter | None = None,
     stop: Stop | None = None,
-    signals: Callable[[Stop], contextlib.AbstractContextManager[Any]] | None = None,
+    signals: Callable[[Stop], contextlib.AbstractContextManager[object]] | None = None,
     flops_per_step: float = 0.0,
     peak_flops: float = 0.0,
     report_facts: Callable[[], Mapping[str, str]] = dict,
@@ -209,7 +209,7 @@ class _Session:
     def run(
         self,
         stop: Stop,
-        signals: Callable[[Stop], contextlib.AbstractContextManager[Any]] | None,
+        signals: Callable[[Stop], contextlib.AbstractContextManager[object]] | None,
         describe: Describe | None,
         report_facts: Callable[[], Mapping[str, str]],
     ) -> RunResult:
@@ -217,7 +217,7 @@ class _Session:
         method, checkpoints = self.method, self.checkpoints
         shapes = state_shapes(method.shapes, self.optimizer, method.model.mesh)
         first = checkpoints.latest()
-        facts: Mapping[str, Any] = {}
+        facts: JsonObject = {}
         if first is None:
             state = init_state(method.init(), self.optimizer)
         else:
@@ -301,7 +301,7 @@ class _Session:
             folder=self.folder,
         )
 
-    def device_put(self, batch: Any) -> Any:
+    def device_put(self, batch: PyTree) -> PyTree:
         model = self.method.model
         return from_host_rows(batch, model.mesh, model.runtime.rules)
 

@@ -18,6 +18,7 @@ from llama_jax.train.optimizer import (
     make_optimizer,
     make_schedule,
 )
+from llama_jax.types import JsonObject
 
 _Config = TypeVar("_Config", bound="RunConfig")
 
@@ -162,7 +163,7 @@ class RunConfig:
             final=self.final,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields by name, for JSON."""
         return {
             field.name: _json(getattr(self, field.name))
@@ -170,7 +171,7 @@ class RunConfig:
         }
 
     @classmethod
-    def from_dict(cls: type[_Config], settings: Mapping[str, Any]) -> _Config:
+    def from_dict(cls: type[_Config], settings: JsonObject) -> _Config:
         """The inverse of `to_dict`; null is a default, and other keys are ignored."""
         names = {field.name for field in dataclasses.fields(cls)}
         fields: dict[str, Any] = {
@@ -182,8 +183,8 @@ class RunConfig:
 
     @classmethod
     def resumed(
-        cls, saved: Mapping[str, Any], changes: Mapping[str, Any]
-    ) -> dict[str, Any]:
+        cls, saved: JsonObject, changes: Mapping[str, object]
+    ) -> dict[str, object]:
         """The settings of a resumed run: those saved, with changes.
 
         Args:
@@ -203,7 +204,7 @@ class RunConfig:
             settings[field.name] = value
         return settings
 
-    def check_resumes(self, saved: Mapping[str, Any]) -> None:
+    def check_resumes(self, saved: JsonObject) -> None:
         """Raise a `TrainError` if the run with these saved settings is another one."""
         before = type(self).from_dict(saved)
         for field in dataclasses.fields(self):
@@ -211,7 +212,7 @@ class RunConfig:
             self._check_change(name, getattr(self, name), getattr(before, name))
 
     @classmethod
-    def _check_change(cls, name: str, value: Any, before: Any) -> None:
+    def _check_change(cls, name: str, value: object, before: object) -> None:
         if value != before and name not in cls.MAY_CHANGE:
             raise TrainError(
                 f"{name}: is {_text(value)}, but the run was started with "
@@ -220,11 +221,11 @@ class RunConfig:
             )
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return "nothing" if value is None else str(value)

@@ -2,8 +2,8 @@
 
 import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.config import LlamaConfig
@@ -13,10 +13,12 @@ from llama_jax.train import metrics
 from llama_jax.train.metrics import MetricsFile, Record
 from llama_jax.train.reporter import Sample
 from llama_jax.train.run_config import RunConfig
+from llama_jax.types import JsonObject
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.jsonl"
 _VERSION = 1
+_Writer = TypeVar("_Writer", bound=metrics.Writer)
 
 
 class SavedRun(NamedTuple):
@@ -29,9 +31,9 @@ class SavedRun(NamedTuple):
       fingerprint: of the initial weights; None if they were random.
     """
 
-    settings: Mapping[str, Any]
+    settings: JsonObject
     steps: int
-    model: Mapping[str, Any]
+    model: JsonObject
     fingerprint: str | None
 
 
@@ -118,7 +120,7 @@ class RunWriters(contextlib.ExitStack):
             settings = config.to_dict()
             self._add(metrics.WeightsAndBiases(config.wandb, folder, settings))
 
-    def _add(self, writer: Any) -> Any:
+    def _add(self, writer: _Writer) -> _Writer:
         self._writers.append(writer)
         self.callback(writer.close)
         return writer

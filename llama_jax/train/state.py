@@ -1,13 +1,13 @@
 """`TrainState`: trained leaves, the optimizer's state, and the number of steps."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.types import Array, Int, Mesh
+from llama_jax.types import AnyArray, AnyMesh, Array, Int, Mesh, PyTree
 
 
 class TrainState(NamedTuple):
@@ -25,11 +25,11 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    params: Any
-    opt_state: Any
+    params: PyTree
+    opt_state: optax.OptState
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """Make the state before the first step; moments are initialized sharded.
 
     Args:
@@ -57,7 +57,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def state_shapes(
-    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
     """Describe the state as `jax.ShapeDtypeStruct`s, without memory.
 
@@ -66,7 +66,7 @@ def state_shapes(
       optimizer: the optimizer.
       mesh: devices.
     """
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    step: PyTree = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
     if mesh is None:
         return TrainState(step, params, opt_state)
@@ -84,11 +84,11 @@ def state_shapes(
 
 def opt_state_shardings(
     optimizer: optax.GradientTransformation,
-    opt_state: Any,
-    params: Any,
-    shardings: Any,
-    mesh: Any,
-) -> Any:
+    opt_state: optax.OptState,
+    params: PyTree,
+    shardings: PyTree[NamedSharding],
+    mesh: AnyMesh,
+) -> PyTree[NamedSharding]:
     """Shardings of an optimizer's state: arrays shaped like a weight are sharded as it.
 
     Others (counts, Adafactor's rows and columns) are replicated.
@@ -102,7 +102,9 @@ def opt_state_shardings(
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def sharding_of(moment: Any, weight: Any, sharding: Any) -> Any:
+    def sharding_of(
+        moment: AnyArray, weight: AnyArray, sharding: NamedSharding
+    ) -> NamedSharding:
         return sharding if moment.shape == weight.shape else replicated
 
     return optax.tree_utils.tree_map_params(

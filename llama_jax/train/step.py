@@ -6,7 +6,7 @@ so that many small parts equal the large batch up to rounding.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from jax.sharding import NamedSharding
 from llama_jax.errors import ConfigError
 from llama_jax.train.losses import Loss, LossSums
 from llama_jax.train.state import TrainState
-from llama_jax.types import Array, Bool, Float
+from llama_jax.types import Array, Bool, Float, PyTree
+
+Sums: TypeAlias = tuple[LossSums, PyTree]
+"""Sums of the loss and their gradient."""
 
 
 class StepMetrics(NamedTuple):
@@ -46,17 +49,19 @@ class Step:
 
     def __init__(self, step: Callable[..., tuple[TrainState, StepMetrics]]) -> None:
         self._step = step
-        self._jitted: dict[Any, Any] = {}
+        self._jitted: dict[PyTree, Any] = {}
 
     def __call__(
-        self, state: TrainState, frozen: Any, batch: Any
+        self, state: TrainState, frozen: PyTree, batch: PyTree
     ) -> tuple[TrainState, StepMetrics]:
         """Take the step."""
         result: tuple[TrainState, StepMetrics]
         result = self._jit_for(state)(state, frozen, batch)
         return result
 
-    def lower(self, state: Any, frozen: Any, batch: Any) -> jax.stages.Lowered:
+    def lower(
+        self, state: TrainState, frozen: PyTree, batch: PyTree
+    ) -> jax.stages.Lowered:
         """Lower the step for arrays or their shapes."""
         lowered: jax.stages.Lowered = self._jit_for(state).lower(state, frozen, batch)
         return lowered
@@ -66,7 +71,7 @@ class Step:
         """The number of compiled programs."""
         return sum(jitted._cache_size() for jitted in self._jitted.values())
 
-    def _jit_for(self, state: Any) -> Any:
+    def _jit_for(self, state: TrainState) -> Any:
         leaves, structure = jax.tree.flatten(state)
         shardings = tuple(_named_sharding(leaf) for leaf in leaves)
         if (shardings, structure) not in self._jitted:
@@ -77,7 +82,7 @@ class Step:
         return self._jitted[shardings, structure]
 
 
-def _named_sharding(leaf: Any) -> NamedSharding | None:
+def _named_sharding(leaf: object) -> NamedSharding | None:
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
 
@@ -112,8 +117,8 @@ def _step(
     optimizer: optax.GradientTransformation,
     accumulate: int,
     state: TrainState,
-    frozen: Any,
-    batch: Any,
+    frozen: PyTree,
+    batch: PyTree,
 ) -> tuple[TrainState, StepMetrics]:
     sums, grads = _sums_and_gradients(loss, accumulate, state.params, frozen, batch)
     # A batch without targets gives 0 / 0, and is skipped below.
@@ -139,11 +144,11 @@ def _step(
 
 
 def _sums_and_gradients(
-    loss: Loss, parts: int, params: Any, frozen: Any, batch: Any
-) -> tuple[LossSums, Any]:
+    loss: Loss, parts: int, params: PyTree, frozen: PyTree, batch: PyTree
+) -> tuple[LossSums, PyTree]:
     """The sums of the loss, and the gradient of their total."""
 
-    def total(params: Any, batch: Any) -> tuple[Array, LossSums]:
+    def total(params: PyTree, batch: PyTree) -> tuple[Array, LossSums]:
         sums = loss(params, frozen, batch)
         return sums.total, sums
 
@@ -152,7 +157,7 @@ def _sums_and_gradients(
         grads, sums = gradient(params, batch)
         return sums, grads
 
-    def add(so_far: Any, part: Any) -> tuple[Any, None]:
+    def add(so_far: Sums, part: PyTree) -> tuple[Sums, None]:
         grads, sums = gradient(params, part)
         return jax.tree.map(jnp.add, so_far, (sums, grads)), None
 

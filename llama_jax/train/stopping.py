@@ -1,7 +1,7 @@
 """`Stop`: ends a run early, after the same step in all processes."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,5 +59,5 @@ def _all_devices() -> Mesh:
 
 
 @functools.cache
-def _max(mesh: Mesh) -> Any:
+def _max(mesh: Mesh) -> Callable[[Array], Array]:
     return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
