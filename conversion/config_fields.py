@@ -12,13 +12,13 @@ SIZE_LIMIT = 1 << 31
 """No size of a model reaches this; keeps arithmetic on damaged files small."""
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """Return a value for a message, shortened to about 60 characters."""
     text = repr(value[:3] if isinstance(value, (list, np.ndarray)) else value)
     return text if len(text) < 60 else f"{text[:60]}…"
 
 
-def positive_integer(name: str, value: Any) -> int:
+def positive_integer(name: str, value: object) -> int:
     """Return the value of a size.
 
     Raises:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.config_fields import (
@@ -17,6 +15,7 @@ from llama_jax.conversion.config_fields import (
 )
 from llama_jax.errors import ConfigError
 from llama_jax.model.presets import PRESETS
+from llama_jax.types import JsonObject
 
 _INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "vocab_size")
 _NUMBERS = ("norm_eps", "ffn_dim_multiplier", "rope_theta")
@@ -39,7 +38,7 @@ _IDENTIFYING = (
 
 
 def config_from_params(
-    fields: Mapping[str, Any], vocab_size: int, max_seq_len: int
+    fields: JsonObject, vocab_size: int, max_seq_len: int
 ) -> LlamaConfig:
     """Return the configuration in a `params.json`.
 
@@ -88,7 +87,7 @@ def config_from_params(
     )
 
 
-def params_from_config(config: LlamaConfig) -> dict[str, Any]:
+def params_from_config(config: LlamaConfig) -> dict[str, float]:
     """Return a `params.json`; the inverse of `config_from_params`.
 
     Raises:

@@ -49,7 +49,7 @@ def read_pickle(
     stream: io.BytesIO,
     path: pathlib.Path,
     storages: dict[str, "Storage"] | None = None,
-) -> Any:
+) -> object:
     """Return what a pickle describes: for a state dict, `TensorView`s by name.
 
     Args:
@@ -77,10 +77,10 @@ class _Unpickler:
     def __init__(self, path: pathlib.Path, storages: dict[str, Storage]) -> None:
         self.path, self.storages = path, storages
 
-    def load(self, stream: io.BytesIO) -> Any:
+    def load(self, stream: io.BytesIO) -> object:
         """Interpret opcodes until STOP."""
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
         opcode = None
         try:
             for opcode, arg, _ in pickletools.genops(stream):
@@ -161,18 +161,18 @@ class _Unpickler:
                     "contains; it may be malicious, get the file from another source"
                 )
 
-    def _since_mark(self) -> list[Any]:
+    def _since_mark(self) -> list[object]:
         items = []
         while not isinstance(item := self.stack.pop(), _Mark):
             items.append(item)
         return items[::-1]
 
-    def _extend(self, items: list[Any]) -> None:
+    def _extend(self, items: list[object]) -> None:
         if not isinstance(self.stack[-1], list):
             raise ValueError("items of an object that is not a list")
         self.stack[-1].extend(items)
 
-    def _set_items(self, items: list[Any]) -> None:
+    def _set_items(self, items: list[object]) -> None:
         if len(items) % 2 or not isinstance(self.stack[-1], dict):
             raise ValueError("items of an object that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -204,7 +204,7 @@ class _Unpickler:
             raise ValueError(f"storage {key!r} has two descriptions")
         return storage
 
-    def _call(self, function: Any, arguments: Any) -> Any:
+    def _call(self, function: object, arguments: object) -> object:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise ValueError("a call of an object that is not a function")
         if function == _ORDERED_DICT and arguments == ():

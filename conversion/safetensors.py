@@ -105,7 +105,7 @@ def write_safetensors(
       written: called with the name of each tensor that is written.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
         tensor = tensors[name]
@@ -125,7 +125,7 @@ def write_safetensors(
                 written(name)
 
 
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a name occurs twice")

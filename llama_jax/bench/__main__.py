@@ -30,7 +30,7 @@ from llama_jax.model.presets import parse_model
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Mesh
+from llama_jax.types import JsonObject, Mesh
 
 Report = DecodeReport | PrefillReport | TrainReport | DataReport | ConversionReport
 
@@ -38,7 +38,7 @@ Report = DecodeReport | PrefillReport | TrainReport | DataReport | ConversionRep
 class Result(NamedTuple):
     """A benchmark's settings by name, its report, and the rows of its table."""
 
-    settings: Mapping[str, Any]
+    settings: JsonObject
     report: Report
     rows: Mapping[str, str]
 

@@ -8,7 +8,7 @@ executes are arrays; the others are shapes.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.errors import ConfigError
 from llama_jax.model.presets import PRESETS
-from llama_jax.types import Array
+from llama_jax.types import Array, PyTree
 
 Kind = Literal["flash", "backward", "decode"]
 KINDS: tuple[Kind, ...] = ("flash", "backward", "decode")
@@ -69,7 +69,7 @@ class Work(NamedTuple):
         per_slot = self.heads.h + 4 if self.int8 else 2 * self.heads.h
         return 2 * self.rows * self.heads.k * self.length * per_slot
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The work as an object for JSON."""
         return {**self._asdict(), "heads": self.heads._asdict()}
 
@@ -77,7 +77,7 @@ class Work(NamedTuple):
 class Call(NamedTuple):
     """A function and its arguments, or their shapes."""
 
-    function: Callable[..., Any]
+    function: Callable[..., PyTree]
     arguments: Sequence[Argument]
 
 
@@ -137,10 +137,10 @@ def causal_shapes(work: Work) -> list[jax.ShapeDtypeStruct]:
     return [q, kv, kv, q] if work.kind == "backward" else [q, kv, kv]
 
 
-def with_gradient(work: Work, attend: Callable[..., Array]) -> Callable[..., Any]:
+def with_gradient(work: Work, attend: Callable[..., Array]) -> Callable[..., PyTree]:
     """The function, or for the backward pass the function that gives its gradients."""
 
-    def gradients(q: Array, k: Array, v: Array, d_out: Array) -> Any:
+    def gradients(q: Array, k: Array, v: Array, d_out: Array) -> tuple[Array, ...]:
         return jax.vjp(attend, q, k, v)[1](d_out)
 
     return gradients if work.kind == "backward" else attend

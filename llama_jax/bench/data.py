@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from llama_jax.data.batch import Example, assemble, pack
 from llama_jax.data.encode import Encoder
@@ -17,6 +17,8 @@ from llama_jax.data.stream import Packing
 from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Path
+
+_Result = TypeVar("_Result")
 
 _DOCUMENTS = 400
 _VOCABULARY = 2000
@@ -144,7 +146,7 @@ def _stages(
     }
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(work: Callable[[], _Result]) -> tuple[_Result, float]:
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start

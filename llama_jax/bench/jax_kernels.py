@@ -15,7 +15,7 @@ from llama_jax.bench.attention_work import (
     page_table,
     with_gradient,
 )
-from llama_jax.types import Array
+from llama_jax.types import Array, PyTree
 
 # The fastest of the sweep below on v5e and v6e, in bundles.
 _SPLASH = {"v5e": (512, 1024, 512), "v6e": (1024, 1024, 512)}
@@ -143,8 +143,8 @@ def _paged(work: Work, slots: int) -> Callable[[], Call]:
         pool = jax.ShapeDtypeStruct((k, count, work.page, h), dtype)
         scales = jax.ShapeDtypeStruct((*pool.shape[:3], 1), jnp.float32)
 
-        def attend(q: Array, lengths: Array, table: Array, *pools: Any) -> Array:
-            k_and_v: Any = pools
+        def attend(q: Array, lengths: Array, table: Array, *pools: Array) -> Array:
+            k_and_v: PyTree = pools
             if work.int8:
                 tensor = quantization_utils.QuantizedTensor
                 k_and_v = tensor(*pools[:2]), tensor(*pools[2:])

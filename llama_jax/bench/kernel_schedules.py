@@ -120,7 +120,7 @@ def _operands_of(
 
 def compare(
     chip: str, shape: str, work: Work, *, sweep: bool
-) -> Iterator[tuple[dict[str, Any], str]]:
+) -> Iterator[tuple[dict[str, object], str]]:
     """Compare all kernels for one work on one chip; yields objects and lines.
 
     The last line has no object: the ratio of our best kernel to jax's.

@@ -3,7 +3,7 @@
 import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,13 @@ from llama_jax.bench.machine import (
 )
 from llama_jax.model.presets import PRESETS
 from llama_jax.runtime import DType
-from llama_jax.types import Array
+from llama_jax.types import Array, JsonObject, PyTree
+
+TimedCall: TypeAlias = Callable[[], PyTree]
+"""A call without arguments, which returns arrays."""
 
 
-def measure_times(
-    works: Sequence[tuple[str, Work]], repeats: int = 8
-) -> dict[str, Any]:
+def measure_times(works: Sequence[tuple[str, Work]], repeats: int = 8) -> JsonObject:
     """Time every implementation on every work, and measure the machine's rates.
 
     If an implementation raises an error, it is reported as refused.
@@ -81,9 +82,9 @@ def _fraction(
 
 def _implementations(
     work: Work, dtype: DType
-) -> list[tuple[str, Callable[[], Callable[[], Any]]]]:
+) -> list[tuple[str, Callable[[], TimedCall]]]:
     """The name of each implementation, and what prepares a call; ours first."""
-    implementations: list[tuple[str, Callable[[], Callable[[], Any]]]] = []
+    implementations: list[tuple[str, Callable[[], TimedCall]]] = []
     for name in typing.get_args(kernels.Implementation):
         if name != "auto":
             attend = functools.partial(kernels.attention, implementation=name)
@@ -105,9 +106,7 @@ def _chip() -> str:
     return "v6e" if "v6" in kind else "v5e"
 
 
-def _prepare(
-    work: Work, dtype: DType, attend: Callable[..., Array]
-) -> Callable[[], Any]:
+def _prepare(work: Work, dtype: DType, attend: Callable[..., Array]) -> TimedCall:
     n, _, h = work.heads
     shapes = [jax.ShapeDtypeStruct(x.shape, dtype) for x in causal_shapes(work)]
     if work.kind == "decode":
@@ -121,13 +120,11 @@ def _prepare(
     return _call(with_gradient(work, transposed), shapes)
 
 
-def _prepare_call(build: Callable[[], Call]) -> Callable[[], Any]:
+def _prepare_call(build: Callable[[], Call]) -> TimedCall:
     return _call(*build())
 
 
-def _call(
-    function: Callable[..., Any], arguments: Sequence[Argument]
-) -> Callable[[], Any]:
+def _call(function: Callable[..., PyTree], arguments: Sequence[Argument]) -> TimedCall:
     keys = jax.random.split(jax.random.key(0), len(arguments))
     arrays = [
         jax.random.normal(key, x.shape, x.dtype)
@@ -150,11 +147,11 @@ def _cudnn(q: Array, k: Array, v: Array, *, q_start: Array | None) -> Array:
     )
 
 
-def time_lines(times: dict[str, Any]) -> Iterator[str]:
+def time_lines(times: JsonObject) -> Iterator[str]:
     """The table: times, speedup over XLA, and fraction of the device's rate."""
     yield f"matrix product {times['matmul_gflops']:,.0f} GFLOP/s ({times['dtype']})"
     yield f"copy {times['copy_gb_per_s']:,.0f} GB/s"
-    xla: dict[tuple[Any, ...], float] = {}
+    xla: dict[tuple[object, ...], float] = {}
     for row in times["rows"]:
         work = (row["kind"], row["shape"], row["length"], row["rows"])
         label = "{} {}, length {}, {} rows".format(*work) + f": {row['name']:<30}"

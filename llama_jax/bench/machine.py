@@ -8,7 +8,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from llama_jax.config import LlamaConfig
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.runtime import DType
-from llama_jax.types import Array
+from llama_jax.types import Array, PyTree
 
 _GIB = 1 << 30
 _RUN_SECONDS = 0.1
@@ -70,7 +69,7 @@ def describe_machine() -> Machine:
 
 
 def time_calls(
-    run: Callable[[], Any], *, repeats: int = 8, warmup: int = 2
+    run: Callable[[], PyTree], *, repeats: int = 8, warmup: int = 2
 ) -> list[float]:
     """Measure the seconds of `repeats` calls, after others that compile and warm up.
 

@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 
 from llama_jax.bench.attention_work import (
     Call,
@@ -21,7 +21,7 @@ from llama_jax.kernels.tpu.decode import decode_attention
 from llama_jax.kernels.tpu.flash import Blocks, flash_attention
 from llama_jax.kernels.tpu.flash_tiles import Tiles
 from llama_jax.kernels.tpu.paged import paged_attention
-from llama_jax.types import Array
+from llama_jax.types import Array, PyTree
 
 _SWEEP = (
     (512, 512),
@@ -83,13 +83,15 @@ def _queries(work: Work) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((work.rows, 1, heads.n, heads.h), jnp.bfloat16)
 
 
-def _slots(work: Work, rows: int, slots: int) -> tuple[list[Any], Any]:
+def _slots(
+    work: Work, rows: int, slots: int
+) -> tuple[list[jax.ShapeDtypeStruct], PyTreeDef]:
     """Keys and values of a cache or of pages: flat shapes, and their tree structure."""
     shape = (rows, work.heads.k, slots, work.heads.h)
-    keys: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    keys: PyTree = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     if work.int8:
-        values: Any = jax.ShapeDtypeStruct(shape, jnp.int8)
-        scales: Any = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+        values: PyTree = jax.ShapeDtypeStruct(shape, jnp.int8)
+        scales: PyTree = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
         keys = QuantizedSlots(values, scales)
     return jax.tree.flatten((keys, keys))
 

@@ -6,7 +6,6 @@ Registers are unsigned 32-bit numbers; predicates are 0 or 1.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 MASK = 0xFFFFFFFF
 _ALLOCATION_WORDS = 1 << 20
@@ -169,7 +168,7 @@ def _compare(outcome: bool | Unknown) -> Value:
     return outcome if isinstance(outcome, Unknown) else int(outcome)
 
 
-HELPERS: Mapping[str, Any] = {
+HELPERS: Mapping[str, object] = {
     "UNKNOWN": UNKNOWN,
     "bool_and": _and,
     "bool_or": _or,

@@ -7,11 +7,15 @@ and whatever depends on known values alone is evaluated.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.extend import core
+
+from llama_jax.types import PyTree
+
+Atom: TypeAlias = core.Var | core.Literal
 
 Known = np.ndarray | jax.Array | None
 """A value, or None if only its shape is known."""
@@ -21,7 +25,8 @@ KernelScalars = tuple[str, list[np.ndarray]]
 
 
 def scalar_operands(
-    function: Callable[..., Any], arguments: Sequence[np.ndarray | jax.ShapeDtypeStruct]
+    function: Callable[..., PyTree],
+    arguments: Sequence[np.ndarray | jax.ShapeDtypeStruct],
 ) -> Iterator[KernelScalars]:
     """Evaluate the scalar operands of every Pallas kernel, in the order of the calls.
 
@@ -41,14 +46,14 @@ def scalar_operands(
 
 
 def _evaluate(
-    closed: Any, arguments: Sequence[Known], kernels: list[KernelScalars]
+    closed: core.ClosedJaxpr, arguments: Sequence[Known], kernels: list[KernelScalars]
 ) -> list[Known]:
     """Evaluate what is known of the results, and append kernels to `kernels`."""
     jaxpr = closed.jaxpr
-    values: dict[Any, Known] = dict(zip(jaxpr.invars, arguments, strict=True))
+    values: dict[Atom, Known] = dict(zip(jaxpr.invars, arguments, strict=True))
     values |= dict(zip(jaxpr.constvars, closed.consts, strict=True))
 
-    def read(atom: Any) -> Known:
+    def read(atom: Atom) -> Known:
         return np.asarray(atom.val) if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
@@ -67,7 +72,9 @@ def _evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _compute(jaxpr: Any, equation: Any, values: dict[Any, Known]) -> list[Any]:
+def _compute(
+    jaxpr: core.Jaxpr, equation: core.JaxprEqn, values: dict[Atom, Known]
+) -> list[Known]:
     """Compute one equation whose operands are known."""
     names = [atom for atom in equation.invars if not isinstance(atom, core.Literal)]
     names = list(dict.fromkeys(names))
@@ -78,7 +85,7 @@ def _compute(jaxpr: Any, equation: Any, values: dict[Any, Known]) -> list[Any]:
     return list(run(*(values[name] for name in names)))
 
 
-def _called(equation: Any) -> Any:
+def _called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The function that an equation calls once, such as `jit` or a custom gradient."""
     name = equation.primitive.name
     if not re.fullmatch(r"p?jit|\w*_?call|checkpoint|remat2?|custom_lin", name):
@@ -92,7 +99,7 @@ def _called(equation: Any) -> Any:
     return None
 
 
-def _scalars(equation: Any, operands: Sequence[Known]) -> KernelScalars:
+def _scalars(equation: core.JaxprEqn, operands: Sequence[Known]) -> KernelScalars:
     grid = equation.params["grid_mapping"]
     name = equation.params["jaxpr"].debug_info.func_src_info.split(" at ")[0]
     if grid.num_dynamic_grid_bounds:

@@ -18,7 +18,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from jax.sharding import SingleDeviceSharding
 
 from llama_jax.bench.schedule_dump import Schedule, read_schedules
 from llama_jax.planning.target_devices import abstract_device, tpu_devices
+from llama_jax.types import PyTree
 
 _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
 _VALUE = re.compile(
@@ -114,7 +114,7 @@ def _dump_folder() -> str:
 
 
 def compile_schedules(
-    function: Callable[..., Any],
+    function: Callable[..., PyTree],
     arguments: Sequence[np.ndarray | jax.ShapeDtypeStruct],
     chip: str,
 ) -> list[Schedule]:

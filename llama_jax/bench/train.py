@@ -4,8 +4,9 @@ import dataclasses
 import importlib
 import statistics
 import time
+import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +240,7 @@ def _seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -51,9 +51,11 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf * 0, tree)
 
 
-def check_equal(found: Any, wanted: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+def check_equal(actual: Any, wanted: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for one, other in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True
+    ):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
 
@@ -88,9 +90,11 @@ def test_a_state_is_restored_onto_another_mesh(
     with TrainCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {}, None)
         checkpoints.wait()
-        found = checkpoints.restore(5, shapes)
-    check_equal(found, jax.device_get(state))
-    for one, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True):
+        restored = checkpoints.restore(5, shapes)
+    check_equal(restored, jax.device_get(state))
+    for one, wanted in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(other), strict=True
+    ):
         assert one.sharding.is_equivalent_to(wanted.sharding, one.ndim)
 
 

@@ -54,16 +54,18 @@ def train(count: int, calls: Callbacks | None = None, **options: Any) -> Any:
 
 
 def test_every_step_is_recorded_once_with_its_numbers() -> None:
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     fitted = train(
-        7, Callbacks(record=found.append), learning_rate=lambda update: 10.0 + update
+        7, Callbacks(record=records.append), learning_rate=lambda update: 10.0 + update
     )
-    assert [record["step"] for record in found] == list(range(1, 8))
-    assert [record["learning_rate"] for record in found] == [10.0 + n for n in range(7)]
-    assert found[-1]["loss"] < found[0]["loss"]
+    assert [record["step"] for record in records] == list(range(1, 8))
+    assert [record["learning_rate"] for record in records] == [
+        10.0 + n for n in range(7)
+    ]
+    assert records[-1]["loss"] < records[0]["loss"]
     assert int(fitted.state.step) == 7
     assert not fitted.stopped
-    for record in found:
+    for record in records:
         assert record["targets"] == record["tokens"] == 4
         assert record["tokens_per_second"] == pytest.approx(4 / record["seconds"])
         assert record["data_seconds"] >= 0
@@ -72,7 +74,7 @@ def test_every_step_is_recorded_once_with_its_numbers() -> None:
         assert record["skipped"] is False
     # A batch is waited for while the step before it runs, in that one's seconds.
     waited, took = (
-        sum(record[name] for record in found) for name in ("data_seconds", "seconds")
+        sum(record[name] for record in records) for name in ("data_seconds", "seconds")
     )
     assert waited <= took
 
@@ -161,17 +163,17 @@ def test_a_better_evaluation_is_saved_at_once() -> None:
 def test_a_step_that_is_not_finite_updates_nothing_and_saves_its_batch(
     tmp_path: pathlib.Path,
 ) -> None:
-    found: list[dict[str, Any]] = []
-    calls = Callbacks(record=found.append)
+    records: list[dict[str, Any]] = []
+    calls = Callbacks(record=records.append)
     fitted = train(
         4, calls, broken=(2,), folder=tmp_path, learning_rate=lambda update: update
     )
-    assert [record["skipped"] for record in found] == [False, True, False, False]
-    assert [record["skipped_steps"] for record in found] == [0, 1, 1, 1]
-    assert [record["learning_rate"] for record in found] == [0, 1, 1, 2]
-    assert math.isnan(found[1]["loss"])
-    with np.load(tmp_path / "skipped-000002.npz") as kept:
-        assert np.isnan(kept["wanted"]).sum() == 1
+    assert [record["skipped"] for record in records] == [False, True, False, False]
+    assert [record["skipped_steps"] for record in records] == [0, 1, 1, 1]
+    assert [record["learning_rate"] for record in records] == [0, 1, 1, 2]
+    assert math.isnan(records[1]["loss"])
+    with np.load(tmp_path / "skipped-000002.npz") as saved:
+        assert np.isnan(saved["wanted"]).sum() == 1
     good = [batch for n, batch in enumerate(batches(4), start=1) if n != 2]
     without = fit(STEP, start(), {}, good)
     assert float(fitted.state.params["x"]) == float(without.state.params["x"])
@@ -199,17 +201,17 @@ def test_a_batch_without_a_target_ends_the_run() -> None:
 
 def test_a_requested_stop_saves_and_returns() -> None:
     saved: list[int] = []
-    found: list[int] = []
-    asked = iter([False, False, True])
+    steps: list[int] = []
+    answers = iter([False, False, True])
     calls = Callbacks(
-        record=lambda record: found.append(record["step"]),
+        record=lambda record: steps.append(record["step"]),
         save=lambda _, record: saved.append(record["step"]),
-        stop=lambda: next(asked),
+        stop=lambda: next(answers),
     )
     fitted = train(9, calls)
     assert fitted.stopped
     assert saved == [3]
-    assert found == [1, 2, 3]
+    assert steps == [1, 2, 3]
 
 
 def test_fit_continues_from_the_step_of_its_state() -> None:
@@ -217,9 +219,9 @@ def test_fit_continues_from_the_step_of_its_state() -> None:
     half = train(8, steps=5)
     assert int(half.state.step) == 5
     rest = list(batches(8))[5:]
-    found = fit(STEP, half.state, {}, rest)
-    assert float(found.state.params["x"]) == float(whole.state.params["x"])
-    assert int(found.state.step) == 8
+    resumed = fit(STEP, half.state, {}, rest)
+    assert float(resumed.state.params["x"]) == float(whole.state.params["x"])
+    assert int(resumed.state.step) == 8
 
 
 def test_fit_without_batches_does_nothing() -> None:
@@ -233,9 +235,9 @@ def test_an_evaluation_weighs_every_target_the_same() -> None:
         {"wanted": np.asarray([9.0, 3.0]), "weights": np.asarray([0.0, 1.0])},
     ]
     sums = make_evaluate(squares)
-    found = evaluate(sums, {"x": jnp.zeros(())}, {}, held_out)
-    assert found.loss == pytest.approx((1 + 4 + 9) / 3)
-    assert found.targets == 3
+    evaluation = evaluate(sums, {"x": jnp.zeros(())}, {}, held_out)
+    assert evaluation.loss == pytest.approx((1 + 4 + 9) / 3)
+    assert evaluation.targets == 3
     with pytest.raises(DataError, match="no target"):
         evaluate(sums, {"x": jnp.zeros(())}, {}, [])
 

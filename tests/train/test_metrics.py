@@ -83,9 +83,9 @@ def test_a_file_of_any_bytes_can_be_continued(
     file.write_bytes(good + b"\n" + data)
     with MetricsFile(file, step=step) as metrics:
         metrics.write(record(step + 1))
-    found = steps(file)
-    assert found == sorted(set(found))
-    assert found[-1] == step + 1
+    numbers = steps(file)
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == step + 1
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,9 @@ def test_tensorboard_reads_the_events(tmp_path: pathlib.Path) -> None:
         for step in range(first + 1, 5):
             board.write(record(step, loss=float(10 * first + step), time=float(step)))
         board.close()
-    found = loading.EventAccumulator(str(tmp_path))
-    found.Reload()
-    scalars = [(one.step, one.value) for one in found.Scalars("loss")]
+    events = loading.EventAccumulator(str(tmp_path))
+    events.Reload()
+    scalars = [(one.step, one.value) for one in events.Scalars("loss")]
     assert scalars == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
 
 
@@ -143,11 +143,11 @@ RECORDS = [
 def test_a_summary_has_the_numbers() -> None:
     first = [RECORDS[0] | {"eval_loss_before": 9.0}, *RECORDS[1:]]
     assert held_out_losses(first)[:2] == [(0, 9.0), (2, 2.0)]
-    found = summary(first)
-    assert found["steps"] == "6"
-    assert found["tokens"] == "60"
-    assert found["of which waiting for data"] == "25.00%"
-    assert found["best held-out loss"].startswith("0.6667 after step 6")
+    results = summary(first)
+    assert results["steps"] == "6"
+    assert results["tokens"] == "60"
+    assert results["of which waiting for data"] == "25.00%"
+    assert results["best held-out loss"].startswith("0.6667 after step 6")
     assert summary([]) == {"steps": "none"}
 
 

@@ -84,9 +84,9 @@ def first_step(
     config: LlamaConfig, runtime: Runtime, batch: Batch, accumulate: int = 1
 ) -> tuple[TrainState, StepMetrics]:
     state = init_state(in_layout(random_params(config), runtime), SHOWN)
-    found: tuple[TrainState, StepMetrics]
-    found = shown_step(config, runtime, accumulate)(state, {}, batch)
-    return found
+    result: tuple[TrainState, StepMetrics]
+    result = shown_step(config, runtime, accumulate)(state, {}, batch)
+    return result
 
 
 RATE = 3e-3
@@ -116,14 +116,14 @@ def judged(
     )
 
 
-def check_gradient(found: Any, wanted: Any, runtime: Runtime | None = None) -> None:
+def check_gradient(actual: Any, wanted: Any, runtime: Runtime | None = None) -> None:
     if runtime is not None and runtime.layer_layout == "stacked":
-        found = unstack_layers(found)
-    found, wanted = flatten(found), flatten(wanted)
-    assert found.keys() == wanted.keys()
+        actual = unstack_layers(actual)
+    actual, wanted = flatten(actual), flatten(wanted)
+    assert actual.keys() == wanted.keys()
     for path, leaf in wanted.items():
         exact = np.asarray(leaf, np.float64)
-        difference = np.linalg.norm(np.asarray(found[path], np.float64) - exact)
+        difference = np.linalg.norm(np.asarray(actual[path], np.float64) - exact)
         assert difference <= TRAIN_GRADIENT * np.linalg.norm(exact), path
 
 
@@ -286,10 +286,10 @@ def test_gradients_are_clipped_by_their_global_norm(
 
 
 def moments_of(opt_state: Any) -> Any:
-    (found,) = (
+    (moments,) = (
         s for s in jax.tree.leaves(opt_state, is_leaf=has_moments) if has_moments(s)
     )
-    return found
+    return moments
 
 
 def has_moments(state: Any) -> bool:
@@ -308,14 +308,14 @@ def test_decay_pulls_all_but_norms_by_the_learning_rate(
     with_it, without = (
         make_optimizer(0.5, name=name, weight_decay=decay) for decay in (0.125, 0.0)
     )
-    found, wanted = (
+    decaying, plain = (
         flatten(one.update(gradient, one.init(params), params)[0])
         for one in (with_it, without)
     )
     for path, weight in flatten(params).items():
         pull = 0.0 if path.endswith("scale") else -0.5 * 0.125 * np.asarray(weight)
         np.testing.assert_allclose(
-            np.asarray(found[path]) - np.asarray(wanted[path]), pull, atol=1e-6
+            np.asarray(decaying[path]) - np.asarray(plain[path]), pull, atol=1e-6
         )
     marked = flatten(decayed(params))
     assert {path for path, on in marked.items() if not on} == {
@@ -562,8 +562,8 @@ def test_a_step_compiles_once_and_donates_its_state(
         state, metrics = step(state, {}, batch)
         assert not metrics.skipped
         assert all(leaf.is_deleted() for leaf in old)
-        for leaf, place in zip(jax.tree.leaves(state), where, strict=True):
-            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        for leaf, sharding in zip(jax.tree.leaves(state), where, strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     assert step.num_programs == 1  # as all uses had such a batch
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), shapes
@@ -647,5 +647,5 @@ def test_only_adapters_are_trained(kind: Any) -> None:
     assert set(flatten(state.params)) == paths
     for path, leaf in flatten(state.params).items():
         assert not np.array_equal(leaf, old[path]), path
-    held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
-    assert held == 2 * count
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * count

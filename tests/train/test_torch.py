@@ -57,10 +57,10 @@ def their_loss(model: Any, batch: Batch) -> Any:
 
 
 def their_model(folder: pathlib.Path) -> Any:
-    found = transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
     )
-    return found.train()
+    return model.train()
 
 
 def our_tree(folder: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def our_gradient(
     return float(metrics.loss), unstack_layers(state.opt_state.trace)
 
 
-def check_gradients(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    ours, theirs = flatten(found), flatten(wanted)
+def check_gradients(actual: dict[str, Any], wanted: dict[str, Any]) -> None:
+    ours, theirs = flatten(actual), flatten(wanted)
     assert ours.keys() == theirs.keys()
     for path, leaf in theirs.items():
         exact = np.asarray(leaf, np.float64)
@@ -176,7 +176,7 @@ def test_losses_agree_with_those_of_pytorch_for_a_hundred_steps(
         eps=1e-5,
         weight_decay=0.1,
     )
-    found, wanted = [], []
+    losses, wanted = [], []
     for number in range(STEPS):
         batch = batches[number % len(batches)]
         for group in peer.param_groups:
@@ -188,6 +188,6 @@ def test_losses_agree_with_those_of_pytorch_for_a_hundred_steps(
         peer.step()
         state, metrics = step(state, {}, jax.tree.map(jnp.asarray, batch))
         wanted.append(float(loss.detach()))
-        found.append(float(metrics.loss))
+        losses.append(float(metrics.loss))
     assert wanted[-1] < 0.9 * wanted[0]
-    np.testing.assert_allclose(found, wanted, rtol=TRAIN_HUNDRED_STEPS)
+    np.testing.assert_allclose(losses, wanted, rtol=TRAIN_HUNDRED_STEPS)
