@@ -12,8 +12,8 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +25,14 @@ from llama_jax.params import flatten, unflatten
 
 _MAX_SIZE = 1 << 40  # no axis is longer
 _DTYPES = dict(zip(("<f4", "<f2", "bfloat16"), DTYPES, strict=True))
+
+
+@runtime_checkable
+class _Write(Protocol):
+    """The future of an unfinished write."""
+
+    def result(self) -> object:
+        """Wait for it."""
 
 
 def open_leaves(folder: pathlib.Path) -> dict[str, LazyLeaf]:
@@ -86,14 +94,14 @@ def write_leaves(
     total = sum(leaf.nbytes for leaf in leaves.values())
     # One fsync at the end instead of one after every leaf.
     unsynced = tensorstore.Context({"file_io_sync": False})
-    pending: list[Any] = []  # futures of unfinished writes
+    pending: list[_Write] = []
 
     class LazyHandler(ocp.type_handlers.NumpyHandler):
         """Orbax's handler of NumPy arrays, which reads each before writing it."""
 
         async def serialize(
-            self, values: Any, infos: Any, args: Any = None
-        ) -> list[Any]:
+            self, values: Sequence[LazyLeaf], infos: Any, args: Any = None
+        ) -> list[_Write]:
             done = 0
             try:
                 for value, info, arg in zip(values, infos, args, strict=True):
@@ -168,18 +176,18 @@ def _quiet_orbax() -> Iterator[None]:
 class _Uncopied(np.ndarray):
     """An array that Orbax writes without copying it first: nothing changes it."""
 
-    def __deepcopy__(self, memo: Any) -> "_Uncopied":
+    def __deepcopy__(self, memo: object) -> "_Uncopied":
         return self
 
 
-async def _finish(pending: list[Any], leave: int = 0) -> None:
+async def _finish(pending: list[_Write], leave: int = 0) -> None:
     """Wait until at most `leave` writes are unfinished."""
     while len(pending) > leave:
         await asyncio.to_thread(pending[0].result)
         del pending[0]
 
 
-def _drain(pending: list[Any]) -> None:
+def _drain(pending: list[_Write]) -> None:
     """Wait for all writes and ignore their errors, after a failure."""
     while pending:
         with contextlib.suppress(Exception):
