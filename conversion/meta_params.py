@@ -101,7 +101,7 @@ def params_from_config(config: LlamaConfig) -> dict[str, float]:
         {"rope_scaling": scaling if scaled else None, "head_dim": head_dim},
         "Meta",
     )
-    fields: dict[str, Any] = {
+    fields: dict[str, float] = {
         "dim": config.embed_dim,
         "n_layers": config.num_layers,
         "n_heads": config.num_heads,

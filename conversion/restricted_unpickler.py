@@ -49,7 +49,7 @@ def read_pickle(
     stream: io.BytesIO,
     path: pathlib.Path,
     storages: dict[str, "Storage"] | None = None,
-) -> object:
+) -> Any:
     """Return what a pickle describes: for a state dict, `TensorView`s by name.
 
     Args:
