@@ -36,8 +36,8 @@ def why_no_checkpoint(
             f"{_base_of(path)}: --checkpoint BASE --adapter {path} (adapter=), or join "
             "the two with `python -m llama_jax.finetune merge`"
         )
-    if (path / _RUN).is_file():
-        return _why_run(path)
+    if run := _run_of(path):
+        return _why_run(run)
     if inner := list(_inner_checkpoints(path, is_checkpoint)):
         return f"is not a checkpoint, but contains one; name {_choices(inner)}"
     if broken := [file.name for file in sorted(path.iterdir()) if _is_broken(file)]:
@@ -63,8 +63,8 @@ def why_no_adapter(path: pathlib.Path) -> str:
         return "does not exist; name the folder of an adapter"
     if path.is_file():
         return f"is a file; name the folder of the adapter, {path.parent}"
-    if (path / _RUN).is_file():
-        return _why_run(path)
+    if run := _run_of(path):
+        return _why_run(run)
     if inner := list(_inner_checkpoints(path, _is_adapter)):
         return f"is not an adapter, but contains one; name {_choices(inner)}"
     if any(path.glob("adapter_model.*")):
@@ -103,18 +103,24 @@ def _base_of(adapter: pathlib.Path) -> str:
     return f" ({name})" if isinstance(name, str) and name.isprintable() else ""
 
 
+def _run_of(path: pathlib.Path) -> pathlib.Path | None:
+    """Return the training run that a folder is, or is a training checkpoint of."""
+    folders = (path, path.parent, path.parent.parent)
+    return next((folder for folder in folders if (folder / _RUN).is_file()), None)
+
+
 def _why_run(run: pathlib.Path) -> str:
     results = [run / name for name in _RESULTS if (run / name).is_dir()]
     if not results:
         return (
-            "is the folder of a training run that has no result yet; resume it with "
+            "belongs to a training run that has no result yet; resume it with "
             f"`python -m llama_jax.finetune --resume --output {run}`"
         )
     adapters = [path for path in results if _is_adapter(path)]
     if adapters:
         flags = "--checkpoint BASE --adapter "
-        return f"is the folder of a training run; give {flags}{_choices(adapters)}"
-    return f"is the folder of a training run; give --checkpoint {_choices(results)}"
+        return f"belongs to a training run; give {flags}{_choices(adapters)}"
+    return f"belongs to a training run; give --checkpoint {_choices(results)}"
 
 
 def _inner_checkpoints(

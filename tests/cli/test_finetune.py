@@ -28,6 +28,7 @@ from llama_jax.model.presets import preset
 from llama_jax.model.transformer import apply
 from llama_jax.params import count_params, flatten
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train import loop
 from llama_jax.train.finetune_config import FinetuneConfig
 from llama_jax.train.metrics import read_metrics
 from llama_jax.weights import Adapted
@@ -347,7 +348,7 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(
 
 
 def test_skipped_batches_are_saved_and_end_the_run(
-    data: str, tmp_path: pathlib.Path, capsys: Any
+    data: str, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:
     params = random_params(TALKING)
     token = tiny_tokenizer().encode("cats", bos=False, eos=False)[-1]
@@ -358,6 +359,13 @@ def test_skipped_batches_are_saved_and_end_the_run(
     output = tmp_path / "run"
     flags = ("--checkpoint", str(tmp_path / "base"), "--data", texts, *SMALL)
     flags += ("--output", str(output), "--epochs", "3", "--batch-size", "1")
+    status, _, err = run(capsys, *flags, "--output", f"{output}-of-weights")
+    assert status == 2
+    assert "error: step" in err
+    assert "because transformer/embedding has numbers that are NaN" in err
+    assert not pathlib.Path(f"{output}-of-weights", "model").exists()
+    # From here on as if all weights were numbers.
+    monkeypatch.setattr(loop, "find_non_finite", lambda params: None)
     status, _, err = run(capsys, *flags, "--max-skipped", "2")
     assert status == 2
     assert "3 steps had a loss or a gradient that was not finite" in err

@@ -564,6 +564,9 @@ def test_a_run_given_as_a_checkpoint_or_adapter_names_its_results(
     shutil.rmtree(run / "best")
     copy("ours").rename(run / "model")
     refused(run, f"training run; give --checkpoint {run}/model$")
+    (run / "checkpoints" / "2").mkdir(parents=True)
+    for path in (run / "checkpoints", run / "checkpoints" / "2"):
+        refused(path, f"training run; give --checkpoint {run}/model$")
     with pytest.raises(CheckpointError, match=f"give --checkpoint {run}/model$"):
         read_peft(run, CONFIG)
 

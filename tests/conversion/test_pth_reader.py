@@ -369,3 +369,30 @@ def test_the_pickles_of_these_tests_load_in_python_too() -> None:
     storage, offset, shape, strides = actual["a.weight"].arguments[:4]
     assert storage == ("storage", "FloatStorage", "0", "cpu", 12)
     assert (offset, shape, strides) == (0, (3, 4), (4, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_pytorch_saves_is_read(tmp_path: pathlib.Path, zipped: bool) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    linear = torch.nn.Linear(5, 3)
+    shared = torch.arange(20.0).reshape(4, 5)
+    tensors = {
+        "half": shared.half(),
+        "bfloat16": shared.bfloat16(),
+        "whole": shared,
+        "transposed part": shared[1:3].T,
+        **linear.state_dict(),
+        "parameter": linear.weight,
+    }
+    file = tmp_path / "x.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    actual = read_pth(file)
+    assert actual.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert actual[name].dtype.name == str(expected.dtype).removeprefix("torch.")
+        numbers = expected.detach().float().numpy()
+        np.testing.assert_array_equal(actual[name].astype(np.float32), numbers)
+    torch.save(linear, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"torch\.nn.*not executed"):
+        read_pth(file)
