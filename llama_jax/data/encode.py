@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -127,10 +128,11 @@ class Encoder:
     out. An Alpaca record is a dialog of one turn; a format without a place for its
     input appends it to the instruction as a paragraph.
 
-    In the format `text`, a document is learnt whole, from beginning to end of sequence,
-    in windows of `length` if it is longer: every token but the first is a target once.
-    Of a prompt with a response, the response is learnt. `infilling` is text with
-    Code Llama's transform of the documents that fit into one window.
+    In the format `text`, a document is learnt whole, from the begin of sequence (if the
+    model's prompts have one) to its end, in windows of `length` if it is longer: every
+    token but the first is a target once. Of a prompt with a response, the response is
+    learnt. `infilling` is text with Code Llama's transform of the documents that fit
+    into one window.
 
     Attributes:
       tokenizer: of the model.
@@ -178,8 +180,12 @@ class Encoder:
 
     def settings(self) -> dict[str, Any]:
         """What the examples depend on, for JSON."""
+        rules = self.tokenizer.settings.to_dict()
+        contents = self.tokenizer.contents
+        if rules:
+            contents += json.dumps(rules, sort_keys=True).encode()
         return {
-            "tokenizer": hashlib.sha256(self.tokenizer.contents).hexdigest()[:16],
+            "tokenizer": hashlib.sha256(contents).hexdigest()[:16],
             "format": self.format,
             "sequence length": self.length,
             "on_long": self.on_long,
@@ -220,10 +226,9 @@ class Encoder:
             raise DataError("has no answer to learn from", reason="empty")
         if isinstance(content, Pair) and self.format == "text":
             response = self.tokenizer.encode_infilling(content.response)
-            return self._answers([
-                Span(self.tokenizer.encode(content.prompt, bos=True, eos=False), False),
-                Span([*response, self.tokenizer.eos_id], True),
-            ])  # fmt: skip
+            prompt = self._begin(content.prompt, ends=False)
+            ends = Span([*response, *self._end], True)
+            return self._answers([Span(prompt, False), ends])
         if self.format in TEXT_FORMATS:
             raise DataError(
                 f"is an instruction or a dialog, not plain {self.format}; give "
@@ -242,9 +247,18 @@ class Encoder:
                 if len(ids) <= self.length + 1:
                     return ids
         if record.begins:
-            return self.tokenizer.encode(text, bos=True, eos=record.ends)
+            return self._begin(text, ends=record.ends)
         ids = self.tokenizer.encode_infilling(text)
-        return [*ids, self.tokenizer.eos_id] if record.ends else ids
+        return [*ids, *self._end] if record.ends else ids
+
+    def _begin(self, text: str, *, ends: bool) -> list[int]:
+        """Encode the beginning of a text, with begin of sequence as in inference."""
+        bos = self.tokenizer.settings.add_bos
+        return self.tokenizer.encode(text, bos=bos, eos=ends)
+
+    @property
+    def _end(self) -> list[int]:
+        return self.tokenizer.encode("", bos=False, eos=True)
 
     def _windows(self, ids: list[int]) -> list[Example]:
         """Examples of up to T slots; the last id of one is the first of the next."""

@@ -116,9 +116,9 @@ def text_request(
 
     Args:
       tokenizer: the model's tokenizer.
-      text: not empty; the beginning-of-sequence token is added.
-      **settings: fields of `Request`. `stop_ids` default to the end of sequence and
-        its beginning, which separates texts in some models (llama2.c's).
+      text: not empty; the begin of sequence is added, unless the model's prompts have
+        none.
+      **settings: fields of `Request`. `stop_ids` default to `text_stop_ids`.
 
     Raises:
       PromptError: the text is empty, or a setting is out of range.
@@ -133,7 +133,7 @@ def text_request(
         raise PromptError(f"prompt: must be a string, got {text!r}")
     if not text:
         raise PromptError("prompt: is empty; write at least one character")
-    settings.setdefault("stop_ids", (tokenizer.eos_id, tokenizer.bos_id))
+    settings.setdefault("stop_ids", text_stop_ids(tokenizer))
     return Request(completion_prompt(tokenizer, text), **settings)
 
 
@@ -151,8 +151,8 @@ def chat_request(
       dialog: messages with `role` and `content`; the last is the user's.
       format: prompt format or its name; defaults to that of Meta's chat models with
         this tokenizer.
-      **settings: fields of `Request`. `stop_ids` default to the format's; the format's
-        stop strings are added to `stop`.
+      **settings: fields of `Request`. `stop_ids` default to the format's and the
+        tokenizer's `end_ids`; the format's stop strings are added to `stop`.
 
     Raises:
       UnsafePromptError: a message contains special tags of the format.
@@ -189,7 +189,7 @@ def infill_request(
       suffix: text after it.
       suffix_first: show the model the suffix before the prefix.
       **settings: fields of `Request`, without `echo`. `stop_ids` default to the
-        end-of-middle token and the end of sequence.
+        end-of-middle token and the tokenizer's `end_ids`.
 
     Raises:
       PromptError: not an infilling model, or a setting is out of range.
@@ -209,7 +209,16 @@ def infill_request(
     return Request(ids, after_marker=True, **settings)
 
 
+def text_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids that end a text: `end_ids`, and the begin of the next sequence.
+
+    It separates texts in some models (llama2.c's).
+    """
+    bos = (tokenizer.bos_id,) if tokenizer.bos_id >= 0 else ()
+    return (*tokenizer.end_ids, *bos)
+
+
 def infilling_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Token ids that end the text of a gap."""
-    pieces, eos = tokenizer.infilling, tokenizer.eos_id
-    return (eos,) if pieces is None else (pieces.end, eos)
+    pieces, ends = tokenizer.infilling, tokenizer.end_ids
+    return ends if pieces is None else (pieces.end, *ends)

@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llama_jax.errors import TokenizerError
@@ -21,7 +22,7 @@ from llama_jax.text.byte_level_json import (
     merges_of_ranks,
     steps,
 )
-from llama_jax.text.settings import AddedToken, added_token
+from llama_jax.text.settings import AddedToken, PrefixSpace, added_token
 
 # Meta's Llama 3 code adds this pre-tokenization pattern, and 256 special tokens after
 # the pieces, to what is in its file.
@@ -67,6 +68,8 @@ class ByteLevel:
     """
 
     unk_id = -1
+    prefix_space: PrefixSpace = "never"
+    tokens: Mapping[int, AddedToken] = MappingProxyType({})
 
     def __init__(
         self,
@@ -99,6 +102,10 @@ class ByteLevel:
                 f"{len(known)}; download it again"
             )
         self.holes = tuple(sorted(set(range(self.vocab_size)) - known))
+
+    def normalize(self, text: str) -> str:
+        """The text in which normalized added tokens are searched: as it is."""
+        return text
 
     def encode(self, text: str, *, inner: bool) -> list[int]:
         """Encode a text; `inner` changes nothing."""

@@ -43,8 +43,8 @@ class PromptFormat:
       name: its key in `FORMATS`.
       write: yields the spans of a valid dialog.
       tags: special text that messages must not contain.
-      stop_tokens: pieces or added tokens that end an answer. Those that the tokenizer
-        lacks are ignored; without any, the end of sequence ends an answer.
+      stop_tokens: pieces or added tokens that end an answer, as the tokenizer's
+        `end_ids` do. Those that the tokenizer lacks are ignored.
       stop_strings: text that ends an answer, for models that write their end of turn
         as text. Good answers must never contain it.
       system: whether a system message is allowed.
@@ -102,7 +102,8 @@ class PromptFormat:
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer."""
         ids = [tokenizer.piece_id(token) for token in self.stop_tokens]
-        return tuple(id for id in ids if id is not None) or (tokenizer.eos_id,)
+        ends = (*(id for id in ids if id is not None), *tokenizer.end_ids)
+        return tuple(dict.fromkeys(ends))
 
     def check(self, dialog: Dialog, *, allow_tags: bool = False) -> None:
         """Raise the errors that `spans` would raise, without encoding."""

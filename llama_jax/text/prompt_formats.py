@@ -255,7 +255,7 @@ def default_format(tokenizer: Tokenizer) -> PromptFormat:
 
 
 def completion_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Encode a text to be continued.
+    """Encode a text to be continued, with the begin of sequence if the model has one.
 
     >>> import llama_jax
     >>> tokenizer = llama_jax.load().tokenizer
@@ -263,7 +263,8 @@ def completion_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     >>> ids[0] == tokenizer.bos_id, tokenizer.decode(ids)
     (True, 'Once upon a time')
     """
-    return tokenizer.encode(text, bos=True, eos=False)
+    settings = tokenizer.settings
+    return tokenizer.encode(text, bos=settings.add_bos, eos=settings.add_eos)
 
 
 def infilling_prompt(
@@ -303,4 +304,5 @@ def infilling_prompt(
         body = [*after, pieces.middle, *before]
     else:
         body = [*before, *after, pieces.middle]
-    return [tokenizer.bos_id, pieces.prefix, *body]
+    begin = tokenizer.encode("", bos=tokenizer.settings.add_bos, eos=False)
+    return [*begin, pieces.prefix, *body]

@@ -1,10 +1,12 @@
 """SentencePiece models: Llama 1 and 2, Code Llama, and their descendants."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import sentencepiece
 
 from llama_jax.errors import TokenizerError
+from llama_jax.text.sentencepiece_proto import adjust_model, user_defined_ids
+from llama_jax.text.settings import AddedToken, PrefixSpace
 
 _SPACE = "▁"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -19,24 +21,44 @@ class SentencePieces:
     Args:
       model_proto: the model, serialized.
       file_name: of the tokenizer in a checkpoint.
+      prefix_space: replaces the model's rule.
+      control: ids of pieces that become control pieces.
+
+    Attributes:
+      prefix_space: where a space is added. A model by itself adds it to the beginning
+        of a text. It is also added after special tokens, of which a model knows
+        nothing, as `transformers` and llama.cpp do; but not after pieces that the
+        model matches in text.
+      tokens: control and user-defined pieces, and the unknown one, as added tokens.
 
     Raises:
       TokenizerError: the model is damaged, or lacks required pieces.
     """
 
     holes: tuple[int, ...] = ()
+    prefix_space: PrefixSpace
 
-    def __init__(self, model_proto: bytes, file_name: str = "tokenizer.model") -> None:
-        sp = sentencepiece.SentencePieceProcessor()
-        try:
-            if not model_proto:  # SentencePiece loads it as a model without pieces
-                raise RuntimeError("it is empty")
-            sp.LoadFromSerializedProto(model_proto)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TokenizerError(
-                "tokenizer: not a SentencePiece model, or a damaged one; download it "
-                "again"
-            ) from error
+    def __init__(
+        self,
+        model_proto: bytes,
+        file_name: str = "tokenizer.model",
+        *,
+        prefix_space: PrefixSpace | None = None,
+        control: Collection[int] = (),
+    ) -> None:
+        sp = _load(model_proto)
+        control = {
+            id
+            for id in control
+            if 0 <= id < sp.vocab_size()
+            and not (sp.is_control(id) or sp.is_unknown(id))
+        }
+        if prefix_space is not None or control:
+            prefix = None if prefix_space is None else prefix_space != "never"
+            model_proto = adjust_model(
+                model_proto, add_dummy_prefix=prefix, control=control
+            )
+            sp = _load(model_proto)
         self.sp = sp
         self.model_proto = bytes(model_proto)
         self.file_name = file_name
@@ -55,6 +77,24 @@ class SentencePieces:
         self._marker: list[int] = sp.encode(_MARKER)
         self._marker_chars = len(sp.decode(self._marker))
         self._inner_texts: dict[int, str] = {}
+        words = user_defined_ids(model_proto)
+        self.tokens: Mapping[int, AddedToken] = {
+            id: AddedToken(self.piece(id), special=id not in words)
+            for id in range(self.vocab_size)
+            if sp.is_control(id) or sp.is_unknown(id) or id in words
+        }
+        if prefix_space is not None:
+            self.prefix_space = prefix_space
+        elif sp.normalize("x") == "x":
+            self.prefix_space = "never"
+        else:
+            self.prefix_space = "first" if words else "always"
+
+    def normalize(self, text: str) -> str:
+        """The text in which normalized added tokens are searched."""
+        if self.prefix_space.endswith("_once"):
+            return text
+        return _SPACE * (self.prefix_space == "always") + text.replace(" ", _SPACE)
 
     def encode(self, text: str, *, inner: bool) -> list[int]:
         """Encode a text; `inner` omits the leading space."""
@@ -94,6 +134,19 @@ class SentencePieces:
             text = self.decode([id], inner=True)
             self._inner_texts[id] = text
         return text
+
+
+def _load(model_proto: bytes) -> sentencepiece.SentencePieceProcessor:
+    sp = sentencepiece.SentencePieceProcessor()
+    try:
+        if not model_proto:  # SentencePiece loads it as a model without pieces
+            raise RuntimeError("it is empty")
+        sp.LoadFromSerializedProto(model_proto)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise TokenizerError(
+            "tokenizer: not a SentencePiece model, or a damaged one; download it again"
+        ) from error
+    return sp
 
 
 class PieceStream:

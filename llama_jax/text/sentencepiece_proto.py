@@ -5,16 +5,13 @@ The protobuf code is our own because SentencePiece's generated module registers
 can register only one.
 """
 
+import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
-
-from llama_jax.errors import TokenizerError
-from llama_jax.text.settings import AddedToken, added_token
 
 # Field numbers and kinds are those of SentencePiece's sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_MAX_EQUAL_SCORES = 64  # Code Llama has 23 pieces of equal score, Llama 2 has 16
 
 
 class Piece(NamedTuple):
@@ -70,112 +67,38 @@ def pieces_of_model(model_proto: bytes) -> list[Piece]:
     return pieces
 
 
-def from_json(spec: Mapping[str, Any]) -> tuple[bytes, dict[int, AddedToken]]:
-    """Convert the `tokenizer.json` of a Llama 1 or 2 to a SentencePiece model.
+def user_defined_ids(model_proto: bytes) -> set[int]:
+    """The ids of pieces that a `tokenizer.model` finds anywhere in text."""
+    # The kind is the last field of a piece. Reading all pieces takes 0.1 s.
+    if not re.search(rb"\x18\x04(\n|\x12|\Z)", model_proto):
+        return set()
+    pieces = enumerate(pieces_of_model(model_proto))
+    return {id for id, piece in pieces if piece.kind == USER_DEFINED}
 
-    Its merges are in the order of the pieces' scores. They are checked to be exactly
-    those that the scores imply, so that both tokenizers encode text alike.
+
+def adjust_model(
+    model_proto: bytes, *, add_dummy_prefix: bool | None, control: Container[int]
+) -> bytes:
+    """Change a `tokenizer.model`, of which all else remains.
 
     Args:
-      spec: the parsed file.
-
-    Returns:
-      The model, and the added tokens beyond its pieces.
-
-    Raises:
-      TokenizerError: the file is damaged, or is not equivalent to such a model.
+      model_proto: a valid model.
+      add_dummy_prefix: whether a space is added to the beginning of a text; None
+        keeps the model's own.
+      control: ids of pieces that text never encodes to.
     """
-    try:
-        pieces = len(spec["model"]["vocab"])
-        added = {int(t["id"]): added_token(t) for t in spec["added_tokens"]}
-        return _from_json(spec), {i: t for i, t in added.items() if i >= pieces}
-    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
-        raise TokenizerError(
-            f"tokenizer: a tokenizer.json with byte fallback that is damaged or not "
-            f"like Llama's ({error}); use its tokenizer.model, if there is one"
-        ) from error
-
-
-def _from_json(spec: Mapping[str, Any]) -> bytes:
-    model = spec["model"]
-    spaces = (spec.get("normalizer"), spec.get("pre_tokenizer"))
-    if not (_prepends(spaces[0]) and spaces[1] is None) and not (
-        spaces[0] is None and _is_metaspace(spaces[1])
-    ):
-        raise ValueError("its handling of spaces differs")
-    for key in ("dropout", "ignore_merges", "continuing_subword_prefix",
-                "end_of_word_suffix"):  # fmt: skip
-        if model.get(key):
-            raise ValueError(f"its model has {key} {model[key]!r}")
-    vocab: dict[str, int] = model["vocab"]
-    texts = sorted(vocab, key=vocab.__getitem__)
-    if [vocab[text] for text in texts] != list(range(len(texts))):
-        raise ValueError("an id has no piece, or two")
-    control = {t["content"] for t in spec["added_tokens"] if t["special"]}
-    control |= {"<s>", "</s>"}
-    kinds = dict.fromkeys(texts, NORMAL) | dict.fromkeys(control, CONTROL)
-    kinds |= {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
-    required = {"<s>", "</s>", *(text for text in kinds if kinds[text] != CONTROL)}
-    if missing := required - vocab.keys():
-        raise ValueError(f"it has no piece {min(missing)}")
-    scores = _scores(model["merges"], kinds)
-    return model_of_pieces(
-        [Piece(text, scores.get(text, 0.0), kinds[text]) for text in texts],
-        unk_id=vocab["<unk>"],
-        bos_id=vocab["<s>"],
-        eos_id=vocab["</s>"],
-    )
-
-
-def _scores(merges: list[Any], kinds: Mapping[str, int]) -> dict[str, float]:
-    """The score of each merged piece: lower for later merges."""
-    normal = {text for text, kind in kinds.items() if kind == NORMAL}
-    ranks: dict[str, list[int]] = {}
-    pairs = set()
-    for rank, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if kinds[left + right] == NORMAL:  # text never encodes to a special token
-            ranks.setdefault(left + right, []).append(rank)
-            pairs.add((left, right))
-    implied = {
-        (text[:cut], text[cut:])
-        for text in normal
-        for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal
-    }
-    if pairs != implied:
-        raise ValueError(
-            f"its merges lack {len(implied - pairs)} pairs that form a piece, "
-            f"and have {len(pairs - implied)} others"
-        )
-    scores: dict[str, float] = {}
-    first, last, equal = 0, -1, 0
-    for text, of_text in ranks.items():
-        # The merges of pieces with equal scores, such as Llama's runs of spaces, are
-        # interleaved.
-        if of_text[0] > last:
-            first, equal = of_text[0], 0
-        last, equal = max(last, of_text[-1]), equal + 1
-        if equal > _MAX_EQUAL_SCORES:
-            raise ValueError("its merges are not in the order of scores")
-        scores[text] = -float(first)
-    return scores
-
-
-def _prepends(normalizer: Any) -> bool:
-    """Whether a normalizer prepends `▁` to a text and replaces spaces with it."""
-    return normalizer is not None and normalizer.get("normalizers") == [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ]
-
-
-def _is_metaspace(step: Any) -> bool:
-    """Whether a pre-tokenizer does the same, as in newer files."""
-    step = dict(step or {})
-    if step.pop("prepend_scheme", None) not in ("first", "always"):
-        return False
-    return step == {"type": "Metaspace", "replacement": "▁", "split": False}
+    pieces: list[bytes] = []
+    others: list[bytes] = []
+    for field, content in _fields(model_proto):
+        if field != 1:
+            others.append(_field(field, content))
+            continue
+        # Of a field that is set twice, the last value counts.
+        kind = _number(3, CONTROL) if len(pieces) in control else b""
+        pieces.append(_field(1, content + kind))
+    if add_dummy_prefix is not None:
+        others.append(_field(3, _number(3, add_dummy_prefix)))
+    return b"".join((*pieces, *others))
 
 
 def _encoded(piece: Piece) -> bytes:

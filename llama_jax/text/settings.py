@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from llama_jax.errors import TokenizerError
 
-PrefixSpace = Literal["always", "first", "never"]
+PrefixSpace = Literal["always", "first", "never", "always_once", "first_once"]
 
 
 class AddedToken(NamedTuple):
@@ -55,8 +55,9 @@ class TextSettings:
       add_bos: a prompt begins with the begin of sequence.
       add_eos: a prompt ends with the end of sequence.
       prefix_space: where SentencePiece adds a space: at the beginning of a text and
-        after special tokens ("always"), only at the beginning ("first"), or not at all.
-        None is what the tokenizer's file says.
+        after added tokens ("always"), only at the beginning ("first"), or not at all
+        ("never"); with "_once", not before text that begins with a space. None is what
+        the tokenizer's file says.
       chat_templates: Jinja templates by name; "default" is that of a plain chat.
       sampling: defaults of `Sampling`'s fields.
 

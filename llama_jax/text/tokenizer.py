@@ -1,17 +1,16 @@
 """Tokenizers: text to token ids and back, whole or while a model generates."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from llama_jax.errors import TokenizerError
 from llama_jax.file_kinds import check_file
-from llama_jax.text import byte_level_bpe, sentencepiece_proto
-from llama_jax.text.byte_level_json import steps
+from llama_jax.text.added_words import AddedWords
+from llama_jax.text.codec import TextStream, open_codec
 from llama_jax.text.sentencepiece_codec import SentencePieces
 from llama_jax.text.settings import AddedToken, TextSettings
 
@@ -28,53 +27,6 @@ class InfillingIds(NamedTuple):
     suffix: int
     middle: int
     end: int
-
-
-@runtime_checkable
-class TextStream(Protocol):
-    """Ids in, text out; see `StreamDecoder`."""
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Append ids and return the text that they complete."""
-
-    def flush(self) -> str:
-        """Return the remaining text."""
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """One kind of tokenizer file; attributes and methods are those of `Tokenizer`.
-
-    `inner` means that a text continues another text. `holes` are unused ids below
-    `vocab_size`. Ids are in range, except those of a stream: larger ones decode to
-    their name in `added`, or to nothing.
-    """
-
-    file_name: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    unk_id: int
-    pad_id: int
-    holes: tuple[int, ...]
-
-    def encode(self, text: str, *, inner: bool) -> list[int]:
-        """Encode a text."""
-
-    def decode(self, ids: list[int], *, inner: bool) -> str:
-        """Decode ids."""
-
-    def stream(self, added: Mapping[int, str], *, inner: bool) -> TextStream:
-        """Create a streaming decoder."""
-
-    def piece(self, id: int) -> str:
-        """The text of a piece."""
-
-    def piece_id(self, piece: str) -> int | None:
-        """The id of a piece."""
-
-    def can_encode(self, id: int) -> bool:
-        """Whether encoding some text can produce this id."""
 
 
 class Tokenizer:
@@ -98,6 +50,7 @@ class Tokenizer:
       unk_id, pad_id: unknown text and padding, -1 if absent.
       end_ids: ids that end an answer; the end of sequence is one.
       added_tokens: names of ids from `vocab_size` on.
+      special_texts: names that `encode_marked` reads as special tokens.
       infilling: ids of the infilling pieces, None without them.
       step_id: end of a message (Code Llama 70B Instruct), None without it.
 
@@ -115,7 +68,7 @@ class Tokenizer:
     def __init__(
         self, contents: bytes, *, settings: TextSettings = _NO_SETTINGS
     ) -> None:
-        codec, added = _open(contents)
+        codec, added, prefix_space = open_codec(contents, settings)
         self._codec = codec
         self.contents = bytes(contents)
         self.file_name = codec.file_name
@@ -138,8 +91,19 @@ class Tokenizer:
                     + ("negative" if id < 0 else repr(known))
                     + "; give it another id"
                 )
-        added = {**added, **settings.added_tokens}
+        added = {
+            id: token
+            for id, token in {**added, **settings.added_tokens}.items()
+            if not self._codec_reads(id, token)
+        }
+        if settings.prefix_space == prefix_space:
+            settings = dataclasses.replace(settings, prefix_space=None)
         self.settings = dataclasses.replace(settings, added_tokens=added)
+        special = {i: t for i, t in {**codec.tokens, **added}.items() if t.special}
+        words = {id: token for id, token in added.items() if not token.special}
+        self.special_texts = tuple(token.text for token in special.values())
+        self._words = AddedWords(codec, words)
+        self._marks = AddedWords(codec, special | words)
         self.added_tokens: Mapping[int, str] = MappingProxyType(
             {id: token.text for id, token in added.items() if id >= self.vocab_size}
         )
@@ -208,7 +172,8 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
         """Encode a text.
 
-        Names of special tokens in the text are encoded as text.
+        Names of special tokens in the text are encoded as text; other added tokens are
+        one id.
 
         Args:
           text: any valid Unicode.
@@ -218,9 +183,24 @@ class Tokenizer:
         Raises:
           TokenizerError: the text has half of a surrogate pair.
         """
-        ids = self._encode(text, inner=False)
+        ids = self._words.encode(_checked(text), inner=False)
         begin, end = bos and self.bos_id >= 0, eos and self.eos_id >= 0
         return [self.bos_id] * begin + ids + [self.eos_id] * end
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Encode a text in which the names of special tokens are those tokens.
+
+        The ids are those of `transformers` with `add_special_tokens=False`. For text
+        that was made by a template, never for a user's.
+
+        Raises:
+          TokenizerError: the text has half of a surrogate pair.
+
+        >>> import llama_jax
+        >>> llama_jax.load().tokenizer.encode_marked("<s>Once</s>")
+        [1, 432, 2]
+        """
+        return self._marks.encode(_checked(text), inner=False)
 
     def encode_infilling(self, text: str) -> list[int]:
         """Encode a text without the leading space that SentencePiece adds.
@@ -228,17 +208,7 @@ class Tokenizer:
         Raises:
           TokenizerError: the text has half of a surrogate pair.
         """
-        return self._encode(text, inner=True)
-
-    def _encode(self, text: str, *, inner: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"tokenizer: character {error.start} of the text is half of a "
-                "surrogate pair, which UTF-8 cannot encode; remove it"
-            ) from error
-        return self._codec.encode(text, inner=inner)
+        return self._words.encode(_checked(text), inner=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids as SentencePiece or tiktoken does.
@@ -299,6 +269,13 @@ class Tokenizer:
         Raises:
           TokenizerError: the model lacks such an id.
         """
+        for id, token in self.settings.added_tokens.items():
+            if id >= max(vocab_size, self.vocab_size) and not token.special:
+                raise TokenizerError(
+                    f"tokenizer: its added word {token.text!r} has id {id}, which a "
+                    f"model with vocab_size {vocab_size} lacks; is this another "
+                    "model's tokenizer?"
+                )
         for id in range(max(0, vocab_size), self.vocab_size):
             if self._codec.can_encode(id) or id in (self.bos_id, self.eos_id):
                 raise TokenizerError(
@@ -312,6 +289,12 @@ class Tokenizer:
         holes = tuple(id for id in self._codec.holes if id < vocab_size)
         extra = range(self.vocab_size, vocab_size)
         return holes + tuple(id for id in extra if id not in self.added_tokens)
+
+    def _codec_reads(self, id: int, token: AddedToken) -> bool:
+        """Whether a token is to the codec what it is as an added token."""
+        # Space is added after an added token, but not after a user-defined piece.
+        same = token.special or self._codec.prefix_space in ("first", "never")
+        return same and self._codec.tokens.get(id) == token
 
     def open_stream(self, *, inner: bool) -> TextStream:
         """Create the part of a `StreamDecoder` that depends on the kind of file."""
@@ -351,31 +334,13 @@ class StreamDecoder:
         return self._stream.flush()
 
 
-def _open(contents: bytes) -> tuple[Codec, dict[int, AddedToken]]:
-    """The codec for the contents of a file, and tokens beyond its pieces."""
-    if byte_level_bpe.is_ranks(contents):
-        return byte_level_bpe.from_ranks(contents)
-    if contents[:1] != b"{":
-        return SentencePieces(contents), {}
+def _checked(text: str) -> str:
+    """The text, if it is valid Unicode."""
     try:
-        spec = json.loads(contents)
-    except (ValueError, RecursionError) as error:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"tokenizer: is not JSON ({error}); download it again"
+            f"tokenizer: character {error.start} of the text is half of a surrogate "
+            "pair, which UTF-8 cannot encode; remove it"
         ) from error
-    model = spec.get("model")
-    if not isinstance(model, dict) or "vocab" not in model:
-        raise TokenizerError(
-            "tokenizer: is JSON without a vocabulary; use the tokenizer.json next to it"
-        )
-    decoders = {str(step.get("type")) for step in steps(spec, "decoder")}
-    if model.get("type", "BPE") == "BPE" and "ByteLevel" in decoders:
-        return byte_level_bpe.from_json(spec)
-    if model.get("type", "BPE") == "BPE" and model.get("byte_fallback"):
-        proto, names = sentencepiece_proto.from_json(spec)
-        return SentencePieces(proto, "tokenizer.json"), names
-    raise TokenizerError(
-        f"tokenizer: a tokenizer.json with model {model.get('type')} and decoder "
-        f"{', '.join(sorted(decoders)) or None} is not supported; use one with "
-        "byte-level BPE or BPE with byte fallback, or its tokenizer.model"
-    )
+    return text

@@ -10,6 +10,7 @@ from llama_jax.generation.request import (
     chat_request,
     infilling_stop_ids,
     text_request,
+    text_stop_ids,
 )
 from llama_jax.generation.sampling import Sampling
 from llama_jax.text.tokenizer import Tokenizer
@@ -29,9 +30,9 @@ def sample_requests(
     """
     greedy = Sampling(temperature=0)
     if format in TEXT_FORMATS:
-        stop_ids = (tokenizer.eos_id, tokenizer.bos_id)
+        stop_ids = text_stop_ids(tokenizer)
         if format == "infilling":
-            stop_ids = infilling_stop_ids(tokenizer)  # type: ignore[assignment]
+            stop_ids = infilling_stop_ids(tokenizer)
         return [
             text_request(
                 tokenizer,

@@ -425,7 +425,7 @@ def test_each_format_has_the_stop_ids_of_its_models(
     llama2_tokenizer: Tokenizer, codellama_step: Tokenizer
 ) -> None:
     for name, format in FORMATS.items():
-        expected = 32015 if name == "codellama-70b-instruct" else 2
-        assert format.stop_ids(codellama_step) == (expected,)
+        expected = (32015, 2) if name == "codellama-70b-instruct" else (2,)
+        assert format.stop_ids(codellama_step) == expected
     with pytest.raises(PromptError, match="no piece <step>"):
         FORMATS["codellama-70b-instruct"].encode(llama2_tokenizer, SHORT)
