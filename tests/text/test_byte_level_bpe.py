@@ -281,18 +281,19 @@ def test_a_trained_json_encodes_as_tokenizers_does(
 ) -> None:
     ours, theirs = both(json.dumps(trained))
     ids = ours.encode(text, bos=False, eos=False)
-    assert ids == theirs.encode(text, add_special_tokens=False).ids
-    assert max(ids, default=0) < 400
+    # There is no token 411; tokenizers numbers the next by its position in the file.
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert ids == [412 if id == 411 else id for id in expected]
     assert ours.decode(ids) == streamed(ours, ids, cuts) == text
 
 
 @functools.cache
 def both(text: str) -> tuple[Tokenizer, Any]:
-    """A tokenizer.json opened by us, and by tokenizers without added tokens."""
+    """A tokenizer.json opened by us, and by tokenizers without special tokens."""
     import tokenizers
 
-    plain = json.loads(text) | {"added_tokens": []}
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    theirs = tokenizers.Tokenizer.from_str(text)
+    theirs.encode_special_tokens = True
     return Tokenizer(text.encode()), theirs
 
 
