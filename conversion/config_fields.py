@@ -85,10 +85,10 @@ def require_values(
       required: the only values that the format implies, by field of `LlamaConfig`.
       format_name: for the message.
     """
+    fields = config.to_dict()
     for name, value in required.items():
         if getattr(config, name) != value:
             raise ConfigError(
-                f"the {format_name} format cannot store {name} "
-                f"{getattr(config, name)!r} (it implies {value!r}); choose another "
-                "target format"
+                f"the {format_name} format cannot store {name} {fields[name]!r} (it "
+                f"implies {value!r}); choose another target format"
             )

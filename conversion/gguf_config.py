@@ -42,10 +42,19 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "split.count": (0, 1),
     "llama.expert_count": (0,),
     "llama.attention.causal": (True,),
+    # 0 is none
+    "llama.logit_scale": (1.0, 0.0),
+    "llama.embedding_scale": (1.0, 0.0),
+    "llama.residual_scale": (1.0, 0.0),
     **FIXED_SCALING,
 }
 # Keys that do not change what the model computes.
-_INERT = {"llama.tensor_data_layout", "llama.expert_used_count"}
+_INERT = {
+    "llama.tensor_data_layout", "llama.pooling_type",
+    # of experts, which there are none of
+    "llama.expert_used_count", "llama.expert_feed_forward_length",
+    "llama.expert_gating_func", "llama.expert_weights_norm",
+}  # fmt: skip
 _KNOWN = {
     *_INTEGERS, *_HEAD_DIMS, *_FIXED, *_INERT, _EPS, _THETA, _KV_HEADS, _VOCAB_SIZE,
     *SCALING_KEYS,

@@ -40,6 +40,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
 }
 # Fields that do not change what the model computes.
 _INERT = {
@@ -58,13 +61,14 @@ _INERT = {
     # dropout, of training
     "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop",
     "embd_pdrop", "attn_pdrop", "classifier_dropout", "neftune_noise_alpha",
+    "attention_probs_dropout_prob",
     # heads for other tasks
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
     "task_specific_params",
     # the tokenizer's
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "tokenizer_class", "tokenizer_model_max_length",
-    "tokenizer_padding_side", "prefix",
+    "tokenizer_padding_side", "model_max_length", "prefix",
     # how to sample
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample",
     "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
@@ -73,7 +77,17 @@ _INERT = {
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "forced_bos_token_id",
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-    "suppress_tokens", "begin_suppress_tokens",
+    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "stop_strings",
+    "max_time", "renormalize_logits", "penalty_alpha", "guidance_scale",
+    "cache_implementation",
+    "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
+    "assistant_ensemble_weight", "assistant_lookbehind", "cache_config",
+    "compile_config", "constraints", "continuous_batching_config", "disable_compile",
+    "dola_layers", "encoder_repetition_penalty", "force_words_ids", "is_assistant",
+    "low_memory", "max_cache_len", "max_matching_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "output_logits", "prefill_chunk_size",
+    "prompt_lookup_num_tokens", "return_legacy_cache", "speculation_type",
+    "target_lookbehind", "token_healing", "top_h", "use_mtp", "watermarking_config",
 }  # fmt: skip
 
 

@@ -6,13 +6,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.foreign import every_kind, tiny_tokenizer, write_llama2c_tokenizer
+from support.foreign import (
+    TINY,
+    every_kind,
+    tiny_tokenizer,
+    write_llama2c_tokenizer,
+)
 from support.models import random_params
 
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion import convert, open_source
-from llama_jax.conversion.huggingface_config import config_to_hugging_face
+from llama_jax.conversion.huggingface_config import (
+    config_from_hugging_face,
+    config_to_hugging_face,
+)
 from llama_jax.loading import load
 from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
@@ -86,6 +94,21 @@ def test_a_trained_model_gives_the_same_logits_and_token_ids(
     for text in texts:
         if "<unk>" not in text:  # which is a special token to transformers, text to us
             assert theirs(text)["input_ids"] == ours.encode(text, bos=True, eos=False)
+
+
+def test_fields_of_transformers_that_change_no_logits_are_known() -> None:
+    fields = config_to_hugging_face(TINY, "float32", {})
+    names = set(transformers.LlamaConfig().to_dict())  # those of generation too in 4.x
+    newer = getattr(
+        transformers.GenerationConfig, "_get_default_generation_params", dict
+    )
+    names |= set(newer())
+    structure = {
+        "add_cross_attention", "cross_attention_hidden_size", "is_encoder_decoder",
+        "pruned_heads", "rope_parameters", "tie_encoder_decoder",
+    }  # fmt: skip
+    for name in sorted(names - structure - fields.keys()):
+        assert config_from_hugging_face(fields | {name: 1}) == TINY
 
 
 @every_kind
