@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.source import Source
@@ -74,6 +75,7 @@ class Comparison(NamedTuple):
         return not self.differing
 
 
+@checked(ConfigError)
 def compare(a: Source, b: Source, progress: Progress | None = None) -> Comparison:
     """Compare two opened checkpoints of the same model.
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.atomic_write import new_file, new_folder
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.checksums import verify_checksums
 from llama_jax.conversion.formats import (
-    check_format,
     check_target,
     format_of_target,
     open_source,
@@ -33,7 +33,6 @@ from llama_jax.params import count_params
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Path
 
-_DTYPES: tuple[GGUFDtype, ...] = ("float32", "bfloat16", "float16", "q8_0")
 _DEFAULT_DTYPES: Mapping[FormatName, GGUFDtype] = {
     "gguf": "float16",
     "llama2c": "float32",
@@ -89,6 +88,7 @@ class ConversionResult(NamedTuple):
     peak_host_bytes: int | None
 
 
+@checked(ConfigError)
 def convert(
     src: Path,
     dst: Path,
@@ -168,6 +168,7 @@ def convert(
     )
 
 
+@checked(ConfigError)
 def prepare_conversion(
     src: Path,
     dst: Path,
@@ -191,11 +192,7 @@ def prepare_conversion(
     (192, 192)
     """
     target = target_format or format_of_target(dst)
-    check_format(target)
     check_target(dst, target)
-    if dtype is not None and dtype not in _DTYPES:
-        choices = ", ".join(_DTYPES)
-        raise ConfigError(f"dtype is {dtype!r}; choose from {choices}")
     if dtype == "q8_0" and target != "gguf":
         raise ConfigError("dtype is 'q8_0', which only GGUF has; use --to gguf")
     source = open_source(src, format=source_format, max_seq_len=max_seq_len)

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.model_folder import is_checkpoint
 from llama_jax.conversion.gguf import is_gguf, read_gguf
 from llama_jax.conversion.huggingface import is_hugging_face, read_hugging_face
@@ -12,7 +13,7 @@ from llama_jax.conversion.meta import is_meta, read_meta
 from llama_jax.conversion.orbax import read_orbax
 from llama_jax.conversion.other_folders import why_no_checkpoint
 from llama_jax.conversion.source import Source
-from llama_jax.conversion.tensor_tables import TABLES, FormatName
+from llama_jax.conversion.tensor_tables import FormatName
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.types import Path
 
@@ -34,6 +35,7 @@ _SUFFIXES: dict[str, FormatName] = {".gguf": "gguf", ".bin": "llama2c"}
 _FILES = (*_SUFFIXES, ".safetensors", ".pth", ".pt", ".ckpt", ".model", ".json")
 
 
+@checked(ConfigError)
 def open_source(
     path: Path, *, format: FormatName | None = None, max_seq_len: int | None = None
 ) -> Source:
@@ -62,8 +64,6 @@ def open_source(
     path = pathlib.Path(path)
     if max_seq_len is not None and max_seq_len < 1:
         raise ConfigError(f"max_seq_len is {max_seq_len}; it must be positive")
-    if format is not None:
-        check_format(format)
     if not path.exists():
         raise CheckpointError(
             f"{path}: there is no such file or folder; name a checkpoint"
@@ -77,13 +77,6 @@ def open_source(
 def is_known(path: pathlib.Path) -> bool:
     """Return whether a path looks like a checkpoint of any format."""
     return any(reader.recognizes(path) for reader in _READERS.values())
-
-
-def check_format(name: str) -> None:
-    """Raise a `ConfigError` if there is no format of this name."""
-    if name not in TABLES:
-        choices = ", ".join(TABLES)
-        raise ConfigError(f"the format {name!r} is unknown; choose from {choices}")
 
 
 def format_of_target(path: Path) -> FormatName:

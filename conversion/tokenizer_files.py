@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.conversion.tokenizer_json import make_tokenizer_json
@@ -38,6 +39,7 @@ def find_tokenizer(path: pathlib.Path) -> tuple[Tokenizer, pathlib.Path]:
     )
 
 
+@checked(TokenizerError)
 def open_tokenizer(file: Path) -> Tokenizer:
     """Open a `tokenizer.model`, `tokenizer.json` or `tokenizer.bin` (llama2.c).
 

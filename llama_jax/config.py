@@ -112,6 +112,7 @@ class RopeScaling:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "RopeScaling":
         """The inverse of `to_dict`; a missing or unknown field is an error."""
+        _check_names("config: rope_scaling", fields)
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names[:2] if name not in fields]:
             raise ConfigError(
@@ -225,7 +226,7 @@ class LlamaConfig:
 
         Except `head`, which the first versions did not write: it defaults to "lm".
         """
-        fields = {"head": "lm"} | fields
+        fields = {"head": "lm"} | _check_names("config", fields)
         names = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(names - fields.keys()):
             raise ConfigError(f"config: missing {', '.join(missing)}; add it")
@@ -258,3 +259,14 @@ def _check_positive(value: Any, *, integer: bool) -> tuple[str, bool]:
     number = isinstance(value, kinds) and not isinstance(value, bool)
     allowed = "a positive integer" if integer else "a positive number"
     return allowed, number and 0 < value < math.inf
+
+
+def _check_names(what: str, fields: Any) -> dict[str, Any]:
+    """The fields; raises a `ConfigError` if they are no dict by name."""
+    if not isinstance(fields, dict) or not all(
+        isinstance(name, str) for name in fields
+    ):
+        raise ConfigError(
+            f"{what}: is {fields!r:.60}; it must be a dict of fields by name"
+        )
+    return fields

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.device_put import device_put_leaves
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.checkpoint.model_folder import (
@@ -18,7 +19,7 @@ from llama_jax.checkpoint.model_folder import (
     read_tokenizer,
 )
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, TokenizerError
+from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
 from llama_jax.model.lora import Lora, adapt
 from llama_jax.model.quantize import check_kind, quantize_leaf
 from llama_jax.model.transformer import Llama, ScalarModel, model_for
@@ -46,6 +47,7 @@ class Opened(NamedTuple):
     leaves: Mapping[str, LazyLeaf]
 
 
+@checked(ConfigError)
 def load(
     path: Path | None = None,
     *,
@@ -103,6 +105,7 @@ def load(
     return Loaded(model, params, opened.tokenizer)
 
 
+@checked(ConfigError)
 def open_model(
     path: Path | None = None,
     *,

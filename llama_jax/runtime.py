@@ -1,8 +1,9 @@
 """`Runtime`: choices of a run, all with defaults; `LlamaConfig` has a model's facts."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
+from llama_jax.arguments import checked
 from llama_jax.errors import ConfigError
 from llama_jax.kernels import Implementation
 
@@ -17,6 +18,7 @@ AxisRules = tuple[tuple[str, MeshAxes], ...]
 MESH_AXES: MeshAxes = ("data", "fsdp", "sequence", "tensor")
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Mesh axes that split each axis letter, for weights and for activations.
@@ -63,6 +65,7 @@ TRAINING_RULES = Rules(
 many tokens, while decoding would gather them for each token."""
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
     """Choices for running a model.
@@ -93,22 +96,6 @@ class Runtime:
     layer_layout: LayerLayout = "unrolled"
     remat: Remat = "none"
     rules: Rules = Rules()
-
-    def __post_init__(self) -> None:
-        dtypes = ("float32", "bfloat16", "float16")
-        for name, value, allowed in (
-            ("dtype", self.dtype, dtypes),
-            ("param_dtype", self.param_dtype, (*dtypes, None)),
-            ("cache_dtype", self.cache_dtype, (*get_args(CacheDType), None)),
-            ("attention", self.attention, get_args(Implementation)),
-            ("layer_layout", self.layer_layout, ("unrolled", "stacked")),
-            ("remat", self.remat, ("none", "block", "dots")),
-        ):
-            if value not in allowed:
-                choices = ", ".join(str(choice) for choice in allowed)
-                raise ConfigError(
-                    f"runtime: {name} is {value!r}; choose from {choices}"
-                )
 
     @property
     def weight_dtype(self) -> DType:

@@ -27,6 +27,7 @@ from llama_jax.generation.request import (
     Request,
     Settings,
     chat_request,
+    default_sampling,
     infill_request,
     text_request,
 )
@@ -40,6 +41,16 @@ from llama_jax.text.prompt_formats import (
 from llama_jax.text.tokenizer import Tokenizer
 
 STORY = "Once upon a time"
+SAMPLING_FLAGS = {
+    "temperature": "0 takes the likeliest token",
+    "top_p": "keep the likeliest tokens up to this probability mass",
+    "top_k": "keep this many of the likeliest tokens; 0 keeps all",
+    "min_p": "keep tokens this likely, relative to the likeliest",
+    "repetition_penalty": "above 1 avoids tokens of the prompt and completion",
+    "presence_penalty": "above 0 avoids tokens of the completion",
+    "frequency_penalty": "the same, for each time they occur",
+}
+"""Fields of `Sampling` that are flags, and their help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,18 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     several = start_processes(args)
     clock = Clock()
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        seed=broadcast_from_main(secrets.randbits(32))
-        if args.seed is None
-        else args.seed,
-    )
+    if args.seed is None:
+        args.seed = broadcast_from_main(secrets.randbits(32))
+    given = {name: vars(args)[name] for name in (*SAMPLING_FLAGS, "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    Sampling(**given)  # bad values are refused before the model is loaded
     if several and (args.prompt_file == "-" or not can_begin(args)):
         raise PromptError(
             "several processes have no common standard input; give --prompt or the "
@@ -69,12 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompt = STORY
     loaded = cli.load_model(args)
     clock.loaded()
-    if is_dialog(args) and args.checkpoint is None:
-        print(
-            "the bundled model writes stories and is no chat model; for answers give "
-            "a chat model with --checkpoint",
-            file=sys.stderr,
-        )
+    sampling = default_sampling(loaded.tokenizer, **given)
+    own = loaded.tokenizer.settings.sampling
+    if taken := [f"{name} {own[name]}" for name in own if name not in given]:
+        print(f"sampling of the checkpoint: {', '.join(taken)}", file=sys.stderr)
     settings: Settings = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": sampling,
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         talk(loaded, args, settings)
         return 0
     request = make_request(loaded.tokenizer, args, prompt or "", settings)
+    if is_dialog(args):
+        check_chat_model(args)
     deltas = clock.watch(stream(loaded, [request]))
     before, after = args.infill or ("", "")
     if args.json:
@@ -183,28 +187,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="STR",
         help="end a completion before this text; may be repeated",
     )
-    group = parser.add_argument_group("sampling")
-    for flag, kind_of, default, text in (
-        ("--temperature", float, 0.6, "0 takes the likeliest token"),
-        (
-            "--top-p",
-            float,
-            0.9,
-            "keep the likeliest tokens up to this probability mass",
-        ),
-        ("--top-k", int, 0, "keep this many of the likeliest tokens; 0 keeps all"),
-        ("--min-p", float, 0.0, "keep tokens this likely, relative to the likeliest"),
-        (
-            "--repetition-penalty",
-            float,
-            1.0,
-            "above 1 avoids tokens of the prompt and completion",
-        ),
-        ("--presence-penalty", float, 0.0, "above 0 avoids tokens of the completion"),
-        ("--frequency-penalty", float, 0.0, "the same, for each time they occur"),
-    ):
+    group = parser.add_argument_group(
+        "sampling", "The checkpoint's own settings, where it has them, come first."
+    )
+    ours = Sampling()
+    for name, text in SAMPLING_FLAGS.items():
+        default = getattr(ours, name)
         group.add_argument(
-            flag, type=kind_of, default=default, help=f"{text} (default: {default})"
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            metavar="X" if isinstance(default, float) else "N",
+            help=f"{text} (default: {default})",
         )
     group.add_argument(
         "--seed",
@@ -278,13 +271,23 @@ def dialog(system: str | None, message: str) -> list[Message]:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+def check_chat_model(args: argparse.Namespace) -> None:
+    """Say so if the model is the bundled one, which cannot chat."""
+    if args.checkpoint is None:
+        print(
+            "the bundled model writes stories and is no chat model; for answers give "
+            "a chat model with --checkpoint",
+            file=sys.stderr,
+        )
+
+
 def talk(loaded: Loaded, args: argparse.Namespace, settings: Settings) -> None:
     """Hold a conversation."""
     tokenizer = loaded.tokenizer
     style = get_format(args.format) if args.format else default_format(tokenizer)
     settings["num_samples"] = 1
-    seed = settings["sampling"].seed
-    print(f"seed {seed}, format {style.name}", file=sys.stderr)
+    check_chat_model(args)
+    print(f"seed {args.seed}, format {style.name}", file=sys.stderr)
     Conversation(
         lambda dialog: chat_request(tokenizer, dialog, format=style, **settings),
         lambda request: stream(loaded, [request]),

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.arguments import checked
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import MeshError
 from llama_jax.params import axes_of, axis_sizes, flatten, leaf_paths, unflatten
@@ -17,6 +18,7 @@ from llama_jax.types import AnyMesh, Array, Mesh, Params, PyTree
 from llama_jax.weights import Adapted, Quantized
 
 
+@checked(MeshError)
 def parse_mesh(text: str) -> dict[str, int]:
     """Parse sizes by mesh axis; -1 takes the remaining devices.
 
@@ -58,6 +60,7 @@ def _check_one_remainder(mesh: str, sizes: Mapping[str, int]) -> None:
         raise MeshError(f"mesh {mesh}: two axes are -1; give all but one a size")
 
 
+@checked(MeshError)
 def make_mesh(
     sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:

@@ -17,7 +17,7 @@ import llama_jax
 # from its own layer and from lower ones.
 LAYERS = (
     ("_version", "kernels"),
-    ("errors", "config", "runtime", "types", "file_kinds"),
+    ("errors", "arguments", "config", "runtime", "types", "file_kinds"),
     ("params", "weights"),
     ("sharding", "distributed"),
     ("model", "text"),

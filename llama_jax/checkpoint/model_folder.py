@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.atomic_write import new_folder
 from llama_jax.checkpoint.device_put import device_put_leaves
 from llama_jax.checkpoint.gather_to_main import gathered_to_main
@@ -26,7 +27,7 @@ from llama_jax.checkpoint.lazy_leaf import (
 )
 from llama_jax.checkpoint.orbax_io import open_leaves, write_leaves
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, TokenizerError
+from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
 from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.runtime import DType, Runtime
 from llama_jax.text.settings import TextSettings
@@ -71,6 +72,7 @@ class Loaded(NamedTuple):
         return self.model
 
 
+@checked(ConfigError)
 def save_params(
     path: Path,
     params: Params,

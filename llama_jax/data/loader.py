@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama_jax.arguments import checked
 from llama_jax.data.batch import Batch, assemble, check_targets
 from llama_jax.data.encode import (
     EncodeFunction,
@@ -91,6 +92,7 @@ class Loader:
     'Once upon a time there was a'
     """
 
+    @checked(DataError)
     def __init__(
         self,
         files: Sequence[Path],

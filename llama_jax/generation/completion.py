@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Unpack
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.errors import PromptError, UnsafePromptError
 from llama_jax.generation.generate import Completion, generate
@@ -20,6 +21,7 @@ from llama_jax.generation.request import (
 from llama_jax.text.prompt_formats import UNSAFE_ANSWER, Dialog, PromptFormat
 
 
+@checked(PromptError)
 def text_completion(
     loaded: Loaded, prompts: Sequence[str], **settings: Unpack[Settings]
 ) -> list[Completion]:
@@ -45,13 +47,13 @@ def text_completion(
     >>> story.text
     ', there was'
     """
-    _check_list("prompts", prompts)
     tokenizer = loaded.tokenizer
     return generate(
         loaded, [text_request(tokenizer, text, **settings) for text in prompts]
     )
 
 
+@checked(PromptError)
 def chat_completion(
     loaded: Loaded,
     dialogs: Sequence[Dialog],
@@ -83,7 +85,6 @@ def chat_completion(
     >>> answer.finish_reason
     'unsafe'
     """
-    _check_list("dialogs", dialogs)
     requests: list[Request | None] = []
     for dialog in dialogs:
         try:
@@ -104,6 +105,7 @@ def chat_completion(
     ]
 
 
+@checked(PromptError)
 def text_infilling(
     loaded: Loaded,
     prefixes: Sequence[str],
@@ -133,8 +135,6 @@ def text_infilling(
     Traceback (most recent call last):
     llama_jax.errors.PromptError: prefixes and suffixes: must be as many, got 1 and 0
     """
-    _check_list("prefixes", prefixes)
-    _check_list("suffixes", suffixes)
     if len(prefixes) != len(suffixes):
         raise PromptError(
             "prefixes and suffixes: must be as many, got "
@@ -155,8 +155,3 @@ def text_infilling(
         dataclasses.replace(middle, full_text=prefix + middle.text + suffix)
         for middle, (prefix, suffix) in zip(middles, around, strict=True)
     ]
-
-
-def _check_list(name: str, texts: Sequence[object]) -> None:
-    if isinstance(texts, str):
-        raise PromptError(f"{name}: must be a list, got the string {texts!r}")

@@ -9,11 +9,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llama_jax.arguments import checked
+from llama_jax.errors import ConfigError
 from llama_jax.model.cache import KVCache, NewCache
 from llama_jax.model.transformer import Llama, apply
 from llama_jax.types import Array, Float, Int, Lengths, Logits, Params, Tokens
 
 
+@checked(ConfigError)
 @functools.partial(jax.jit, static_argnames=("model", "num_slots"))
 def prefill(
     model: Llama, params: Params, tokens: Tokens, lengths: Lengths, num_slots: int
@@ -76,6 +79,7 @@ def extend(
     return logits, cache
 
 
+@checked(ConfigError)
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def decode_step(
     model: Llama, params: Params, cache: KVCache, tokens: Lengths

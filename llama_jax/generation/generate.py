@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.finite import find_non_finite
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.config import LlamaConfig
@@ -79,6 +80,7 @@ class Completion:
     full_text: str | None = None
 
 
+@checked(PromptError)
 def generate(
     loaded: Loaded,
     requests: Sequence[Request],
@@ -117,7 +119,7 @@ def generate(
     (', there was', 'length')
     """
     prompts = [
-        tuple(request.prompt_ids)
+        tuple(map(int, request.prompt_ids))
         for request in requests
         for _ in range(request.num_samples)
     ]
@@ -143,6 +145,7 @@ def _joined(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
     )
 
 
+@checked(PromptError)
 def stream(
     loaded: Loaded,
     requests: Sequence[Request],
@@ -204,7 +207,7 @@ def check_request(request: Request, config: LlamaConfig, name: str = "request") 
 
 def check_token_ids(request: Request, config: LlamaConfig, name: str) -> None:
     """Raise a `PromptError` if the prompt has ids that the model lacks."""
-    ids = request.prompt_ids
+    ids = [int(id) for id in request.prompt_ids]
     if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise PromptError(f"{name}: a token id is outside 0 … {config.vocab_size - 1}")
 
@@ -238,7 +241,7 @@ class _Row:
         self, request: Request, sample: int, index: int, loaded: Loaded
     ) -> None:
         self.request, self.index, self.sample = request, index, sample
-        self.prompt = tuple(request.prompt_ids)
+        self.prompt = tuple(map(int, request.prompt_ids))
         self.finished = False
         self._left = token_limit(request, loaded.model.config)
         self._decoder = StreamDecoder(

@@ -6,9 +6,12 @@ a `Request`; only the makers below turn text into prompt ids and stop ids.
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypeAlias, TypedDict, Unpack
 
+import numpy as np
+
+from llama_jax.arguments import checked
 from llama_jax.errors import PromptError
 from llama_jax.generation.sampling import Sampling
 from llama_jax.text.prompt_formats import (
@@ -20,8 +23,13 @@ from llama_jax.text.prompt_formats import (
     infilling_prompt,
 )
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.types import Int
+
+TokenIds: TypeAlias = Sequence[SupportsIndex] | Int[np.ndarray, " T"]
+"""Token ids as integers of any type; a `Request` stores a tuple of `int`."""
 
 
+@checked(PromptError)
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt and how to continue it.
@@ -46,10 +54,10 @@ class Request:
     (1, 5, 9)
     """
 
-    prompt_ids: Sequence[int]
+    prompt_ids: TokenIds
     max_new_tokens: int | None = None
     sampling: Sampling = Sampling()  # noqa: RUF009  (it is frozen)
-    stop_ids: Sequence[int] = ()
+    stop_ids: TokenIds = ()
     stop: Sequence[str] = ()
     num_samples: int = 1
     logprobs: int | None = None
@@ -58,43 +66,18 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "stop_ids"):
-            object.__setattr__(self, name, _ids(name, getattr(self, name)))
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
+            ids = tuple(map(operator.index, getattr(self, name)))
+            object.__setattr__(self, name, ids)
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if "" in self.stop:
+            raise PromptError("stop: has an empty string; remove it")
         if not self.prompt_ids:
             raise PromptError("prompt_ids: is empty; give at least one token id")
         for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("logprobs", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise PromptError(f"{name}: must be at least {least}, got {value}")
-        if not isinstance(self.sampling, Sampling):
-            raise PromptError(
-                f"sampling: must be one Sampling, got {self.sampling!r}; give each "
-                "request its own"
-            )
-
-
-def _ids(name: str, ids: Iterable[int]) -> tuple[int, ...]:
-    if isinstance(ids, str):
-        raise PromptError(
-            f"{name}: must be a list of token ids, got the string {ids!r}; "
-            "text_request encodes a text"
-        )
-    try:
-        return tuple(map(operator.index, ids))
-    except TypeError as error:
-        raise PromptError(
-            f"{name}: must be a list of token ids, got {ids!r} ({error})"
-        ) from error
-
-
-def _stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(stop, str) or not all(
-        isinstance(text, str) and text for text in stop
-    ):
-        raise PromptError(
-            f"stop: must be a list of strings, none of them empty, got {stop!r}"
-        )
-    return tuple(stop)
+            if (value := getattr(self, name)) is not None:
+                if value < least:
+                    raise PromptError(f"{name}: must be at least {least}, got {value}")
+                object.__setattr__(self, name, int(value))
 
 
 class Settings(TypedDict, total=False):
@@ -102,13 +85,37 @@ class Settings(TypedDict, total=False):
 
     max_new_tokens: int | None
     sampling: Sampling
-    stop_ids: Sequence[int]
+    stop_ids: TokenIds
     stop: Sequence[str]
     num_samples: int
     logprobs: int | None
     echo: bool
 
 
+def default_sampling(tokenizer: Tokenizer, **given: Any) -> Sampling:
+    """Return the sampling settings of a checkpoint, and ours where it has none.
+
+    Args:
+      tokenizer: of the checkpoint.
+      **given: fields of `Sampling` that take precedence.
+
+    Raises:
+      PromptError: the checkpoint's settings are unknown or out of range.
+    """
+    defaults = tokenizer.settings.sampling
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    if unknown := sorted(defaults.keys() - fields):
+        raise PromptError(
+            f"sampling: the checkpoint sets {', '.join(unknown)}, which llama_jax does "
+            "not have; convert the model again"
+        )
+    try:
+        return Sampling(**{**defaults, **given})
+    except PromptError as error:
+        raise PromptError(f"{error}; the checkpoint sets {dict(defaults)}") from error
+
+
+@checked(PromptError)
 def text_request(
     tokenizer: Tokenizer, text: str, **settings: Unpack[Settings]
 ) -> Request:
@@ -118,7 +125,8 @@ def text_request(
       tokenizer: the model's tokenizer.
       text: not empty; the begin of sequence is added, unless the model's prompts have
         none.
-      **settings: fields of `Request`. `stop_ids` default to `text_stop_ids`.
+      **settings: fields of `Request`. `sampling` defaults to `default_sampling`,
+        `stop_ids` to `text_stop_ids`.
 
     Raises:
       PromptError: the text is empty, or a setting is out of range.
@@ -129,14 +137,14 @@ def text_request(
     >>> tokenizer.decode(request.prompt_ids)
     'Once upon a time'
     """
-    if not isinstance(text, str):
-        raise PromptError(f"prompt: must be a string, got {text!r}")
     if not text:
         raise PromptError("prompt: is empty; write at least one character")
+    settings.setdefault("sampling", default_sampling(tokenizer))
     settings.setdefault("stop_ids", text_stop_ids(tokenizer))
     return Request(completion_prompt(tokenizer, text), **settings)
 
 
+@checked(PromptError)
 def chat_request(
     tokenizer: Tokenizer,
     dialog: Dialog,
@@ -151,8 +159,9 @@ def chat_request(
       dialog: messages with `role` and `content`; the last is the user's.
       format: prompt format or its name; defaults to that of Meta's chat models with
         this tokenizer.
-      **settings: fields of `Request`. `stop_ids` default to the format's and the
-        tokenizer's `end_ids`; the format's stop strings are added to `stop`.
+      **settings: fields of `Request`. `sampling` defaults to `default_sampling`,
+        `stop_ids` to the format's and the tokenizer's `end_ids`; the format's stop
+        strings are added to `stop`.
 
     Raises:
       UnsafePromptError: a message contains special tags of the format.
@@ -164,15 +173,15 @@ def chat_request(
     >>> tokenizer.decode(chat_request(tokenizer, dialog).prompt_ids)
     '[INST] Tell me a story. [/INST]'
     """
-    if isinstance(dialog, str | Mapping):
-        raise PromptError(f"dialog: must be a list of messages, got {dialog!r}")
     style = get_format(format) if isinstance(format, str) else format
     style = style or default_format(tokenizer)
+    settings.setdefault("sampling", default_sampling(tokenizer))
     settings.setdefault("stop_ids", style.stop_ids(tokenizer))
-    settings["stop"] = (*style.stop_strings, *_stop_strings(settings.get("stop", ())))
+    settings["stop"] = (*style.stop_strings, *settings.get("stop", ()))
     return Request(style.encode(tokenizer, dialog), **settings)
 
 
+@checked(PromptError)
 def infill_request(
     tokenizer: Tokenizer,
     prefix: str,
@@ -188,8 +197,9 @@ def infill_request(
       prefix: text before the gap.
       suffix: text after it.
       suffix_first: show the model the suffix before the prefix.
-      **settings: fields of `Request`, without `echo`. `stop_ids` default to the
-        end-of-middle token and the tokenizer's `end_ids`.
+      **settings: fields of `Request`, without `echo`. `sampling` defaults to
+        `default_sampling`, `stop_ids` to the end-of-middle token and the tokenizer's
+        `end_ids`.
 
     Raises:
       PromptError: not an infilling model, or a setting is out of range.
@@ -204,6 +214,7 @@ def infill_request(
             "echo: must be False for infilling; the prompt has prefix and suffix in "
             "the model's order"
         )
+    settings.setdefault("sampling", default_sampling(tokenizer))
     settings.setdefault("stop_ids", infilling_stop_ids(tokenizer))
     ids = infilling_prompt(tokenizer, prefix, suffix, suffix_first=suffix_first)
     return Request(ids, after_marker=True, **settings)

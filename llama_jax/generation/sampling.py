@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import checked
 from llama_jax.errors import PromptError
 from llama_jax.types import Array, Bool, Float, Int, Lengths, Logits, UInt32
 
 
+@checked(PromptError)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the tokens of a completion are drawn; the defaults are Meta's.

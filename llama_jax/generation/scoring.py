@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.distributed import to_host
 from llama_jax.errors import PromptError
@@ -40,6 +41,7 @@ class Score(NamedTuple):
     greedy: Bool[np.ndarray, " T"]
 
 
+@checked(PromptError)
 def score(
     loaded: Loaded, requests: Sequence[Request], *, batch_size: int = 8
 ) -> list[Score]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import DTypeLike
 
+from llama_jax.arguments import checked
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.kernels.quantized_slots import QuantizedSlots
@@ -98,6 +99,7 @@ class NewCache:
         return slots_class(dtype)(first_slots(k), first_slots(v))
 
 
+@checked(ConfigError)
 def init_cache(
     config: LlamaConfig, batch: int, num_slots: int, dtype: DTypeLike
 ) -> KVCache:
@@ -128,6 +130,7 @@ def init_cache(
     )
 
 
+@checked(ConfigError)
 def init_paged_cache(
     config: LlamaConfig,
     batch: int,

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from llama_jax.arguments import checked
+from llama_jax.errors import ConfigError
 from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.params import (
     AXES,
@@ -23,6 +25,7 @@ from llama_jax.sharding import param_shardings
 from llama_jax.types import Array, PRNGKeyArray, PyTree
 
 
+@checked(ConfigError)
 def init_params(
     model: Llama | ScalarModel, key: PRNGKeyArray | Array
 ) -> dict[str, PyTree]:

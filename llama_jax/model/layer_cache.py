@@ -245,7 +245,13 @@ SlotsCache = TypeVar("SlotsCache", DenseLayerCache, Int8LayerCache)
 
 def slots_class(dtype: DTypeLike) -> Callable[[PyTree, PyTree], LayerCache]:
     """The class of a layer's cache with slots of this dtype."""
-    return Int8LayerCache if jnp.dtype(dtype) == jnp.int8 else DenseLayerCache
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(
+            f"cache: dtype is {dtype!r}; name one, such as 'bfloat16' or 'int8'"
+        ) from error
+    return Int8LayerCache if dtype == jnp.int8 else DenseLayerCache
 
 
 def _write(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from llama_jax.arguments import checked
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.kernels.precision import matmul_precision
@@ -33,6 +34,7 @@ from llama_jax.types import Array, FlatParams, Mesh, Params, PRNGKeyArray, PyTre
 from llama_jax.weights import Adapted, Quantized, dequantize
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
     """Rank, scale and targets of adapters.
@@ -53,7 +55,7 @@ class Lora:
     targets: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
+        if self.rank < 1:
             raise ConfigError(
                 f"lora: rank must be a positive integer, got {self.rank!r}; try 8 or 16"
             )
@@ -98,6 +100,7 @@ def lora_shapes(
     return unflatten(shapes)
 
 
+@checked(ConfigError)
 def init_lora(
     config: LlamaConfig,
     key: PRNGKeyArray | Array,
@@ -177,6 +180,7 @@ def _draw(
     return jax.lax.with_sharding_constraint(drawn, sharding)
 
 
+@checked(ConfigError)
 def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, PyTree]:
     """Put adapters beside their weights; nothing is computed or copied.
 
@@ -202,6 +206,7 @@ def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, PyTree]
     return unflatten(flat)
 
 
+@checked(ConfigError)
 def merge(
     params: Params, adapters: Params, scaling: float, *, dtype: DType | None = None
 ) -> dict[str, PyTree]:

@@ -4,6 +4,7 @@ import difflib
 import re
 from typing import Any
 
+from llama_jax.arguments import checked
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 
@@ -62,6 +63,7 @@ A checkpoint has its own configuration, which may differ.
 """
 
 
+@checked(ConfigError)
 def preset(name: str) -> LlamaConfig:
     """Return the configuration of a published model.
 

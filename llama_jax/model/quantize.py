@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import checked
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.params import flatten, param_shapes, unflatten
@@ -41,6 +42,7 @@ PROJECTIONS = (
 """A layer's seven projections, which can be quantized and adapted."""
 
 
+@checked(ConfigError)
 def quantize_params(
     params: Params,
     kind: Kind,

@@ -6,8 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
-from llama_jax.config import LlamaConfig
+from llama_jax.arguments import checked
+from llama_jax.config import Head, LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.model.attention import in_order, ring_order
@@ -115,6 +117,16 @@ class _Model(Module):
     def _head(self, out: TransformerOutput) -> Array:
         raise NotImplementedError
 
+    def _check(self, head: Head) -> None:
+        """Raise a `ConfigError` for other facts or choices than the model needs."""
+        name = type(self).__name__
+        for field, kind in (("config", LlamaConfig), ("runtime", Runtime)):
+            if not isinstance(value := getattr(self, field), kind):
+                raise ConfigError(
+                    f"{name}: {field} must be a {kind.__name__}, got {value!r:.60}"
+                )
+        self.config.check_head(head, name)
+
     def _in_order(self, x: Array, axes: str) -> Array:
         return in_order(x, axes, self.runtime.rules, self.mesh)
 
@@ -139,7 +151,7 @@ class Llama(_Model):
     """
 
     def __post_init__(self) -> None:
-        self.config.check_head("lm", "Llama")
+        self._check("lm")
         super().__post_init__()
 
     def __call__(
@@ -254,7 +266,7 @@ class ScalarModel(_Model):
     """
 
     def __post_init__(self) -> None:
-        self.config.check_head("scalar", "ScalarModel")
+        self._check("scalar")
         super().__post_init__()
 
     def __call__(
@@ -302,6 +314,7 @@ def model_for(
     return (Llama if config.head == "lm" else ScalarModel)(config, runtime, mesh)
 
 
+@checked(ConfigError)
 def apply(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     """Call a model with a plain tree of parameters.
 
@@ -318,4 +331,8 @@ def apply(model: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
     >>> losses.shape
     (1, 3)
     """
-    return model.apply({"params": params}, *args, **kwargs)
+    try:
+        return model.apply({"params": params}, *args, **kwargs)
+    except FlaxError as error:
+        reason = str(error).partition(" (https")[0]
+        raise ConfigError(f"apply: params are not of this model: {reason}") from error

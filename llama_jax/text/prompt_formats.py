@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
+from llama_jax.arguments import checked
 from llama_jax.errors import PromptError
 from llama_jax.text.dialogs import Dialog, Message, PromptFormat, Span, pairs
 from llama_jax.text.tokenizer import Tokenizer
@@ -220,6 +221,7 @@ FORMATS: dict[str, PromptFormat] = {format.name: format for format in _FORMATS}
 """The prompt formats by name. WizardLM 13B and 70B use Vicuna's, 7B its own."""
 
 
+@checked(PromptError)
 def get_format(name: str) -> PromptFormat:
     """Return a prompt format by name.
 
@@ -254,6 +256,7 @@ def default_format(tokenizer: Tokenizer) -> PromptFormat:
     return FORMATS["llama2-chat"]
 
 
+@checked(PromptError)
 def completion_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Encode a text to be continued, with the begin of sequence if the model has one.
 
@@ -267,6 +270,7 @@ def completion_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, bos=settings.add_bos, eos=settings.add_eos)
 
 
+@checked(PromptError)
 def infilling_prompt(
     tokenizer: Tokenizer, prefix: str, suffix: str, *, suffix_first: bool = False
 ) -> list[int]:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.peft import read_peft, write_peft
 from llama_jax.conversion.peft_context import with_context_of
 from llama_jax.distributed import barrier, is_main, to_host
+from llama_jax.errors import ConfigError
 from llama_jax.loading import open_model
 from llama_jax.model.lora import Lora, merge
 from llama_jax.params import flatten, unflatten
@@ -19,6 +21,7 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Params, Path
 
 
+@checked(ConfigError)
 def save_adapters(
     path: Path,
     adapters: Params,
@@ -53,6 +56,7 @@ def save_adapters(
     barrier("the adapters are saved")
 
 
+@checked(ConfigError)
 def merge_checkpoint(
     base: Path | None,
     adapter: Path,

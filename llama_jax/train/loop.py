@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.finite import find_non_finite
 from llama_jax.errors import TrainError
 from llama_jax.train.metrics import Record
@@ -23,6 +24,7 @@ from llama_jax.train.state import TrainState
 from llama_jax.types import PyTree
 
 
+@checked(TrainError)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Callbacks:
     """Optional callbacks of `fit` and their step intervals.
@@ -65,6 +67,7 @@ class FitResult(NamedTuple):
     best: float
 
 
+@checked(TrainError)
 def fit(
     step: StepFunction,
     state: TrainState,

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from llama_jax.arguments import checked
 from llama_jax.data.batch import Batch
+from llama_jax.errors import TrainError
 from llama_jax.model.lora import Lora, adapt
 from llama_jax.model.transformer import Llama, ScalarModel, apply
 from llama_jax.types import Array, Float, Params, PyTree
@@ -32,6 +34,7 @@ ModelLoss = Callable[[Any, Params, PyTree], LossSums]
 """Maps a model, its parameters and a batch to sums."""
 
 
+@checked(TrainError)
 def next_token_loss(model: Llama, params: Params, batch: Batch) -> LossSums:
     """Compute the cross-entropy of the targets (nats), weighted by the loss mask.
 

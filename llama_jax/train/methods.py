@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.arguments import checked
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.checkpoint.model_folder import Loaded, save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
+from llama_jax.errors import TrainError
 from llama_jax.loading import Opened, read_weights
 from llama_jax.model.init import init_params
 from llama_jax.model.lora import Lora, adapt, init_lora, lora_shapes
@@ -103,6 +105,7 @@ class Method:
         save_adapters(path, trained, config, self.lora, base_model=self.base_model)
 
 
+@checked(TrainError)
 def train_weights(
     config: LlamaConfig,
     runtime: Runtime,
@@ -152,6 +155,7 @@ def train_weights(
     )
 
 
+@checked(TrainError)
 def train_adapters(
     opened: Opened,
     runtime: Runtime,

@@ -8,7 +8,8 @@ import optax
 import optax.contrib
 from jax.typing import DTypeLike
 
-from llama_jax.errors import ConfigError
+from llama_jax.arguments import checked
+from llama_jax.errors import ConfigError, TrainError
 from llama_jax.types import Array, PyTree
 
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
@@ -16,6 +17,7 @@ ScheduleName = Literal["cosine", "linear", "constant"]
 Schedule = Callable[[Array | int], Array | float]
 
 
+@checked(TrainError)
 def make_schedule(
     name: ScheduleName,
     peak: float,
@@ -66,6 +68,7 @@ def make_schedule(
     return optax.join_schedules([rise, decay], [warmup])
 
 
+@checked(TrainError)
 def make_optimizer(
     learning_rate: float | Schedule,
     *,

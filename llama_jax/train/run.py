@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import optax
 
+from llama_jax.arguments import checked
 from llama_jax.distributed import barrier, broadcast_from_main, from_host_rows
 from llama_jax.distributed import is_main as is_main_process
 from llama_jax.errors import ConfigError, TrainError
@@ -77,6 +78,7 @@ class RunResult(NamedTuple):
     report: Sequence[pathlib.Path] = ()
 
 
+@checked(TrainError)
 def run(
     config: RunConfig,
     method: Method,

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llama_jax.arguments import checked
+from llama_jax.errors import TrainError
 from llama_jax.types import AnyArray, AnyMesh, Array, Int, Mesh, PyTree
 
 
@@ -29,6 +31,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+@checked(TrainError)
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """Make the state before the first step; moments are initialized sharded.
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from llama_jax.errors import ConfigError
+from llama_jax.arguments import checked
+from llama_jax.errors import ConfigError, TrainError
 from llama_jax.train.losses import Loss, LossSums
 from llama_jax.train.state import TrainState
 from llama_jax.types import Array, Bool, Float, PyTree
@@ -87,6 +88,7 @@ def _named_sharding(leaf: object) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
+@checked(TrainError)
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1
 ) -> Step:

@@ -10,7 +10,8 @@ import pytest
 from llama_jax import sample
 from llama_jax.cli import command as cli
 from llama_jax.cli.output import print_text
-from llama_jax.generation.generate import Delta
+from llama_jax.generation.generate import Delta, stream
+from llama_jax.generation.sampling import Sampling
 from llama_jax.loading import load
 from llama_jax.text.prompt_formats import completion_prompt
 
@@ -66,6 +67,28 @@ def test_json_has_a_line_for_each_completion(capsys):
 def test_json_has_logprobs_only_with_the_flag(capsys):
     _, out, _ = run(capsys, "--json", "--max-new-tokens", "24")
     assert "logprobs" not in json.loads(out)
+
+
+def test_flags_precede_the_checkpoints_sampling_which_precedes_ours(
+    capsys, monkeypatch
+):
+    own = {"temperature": 0.0, "top_p": 0.5, "top_k": 7}
+    loaded = load()
+    loaded = loaded._replace(tokenizer=loaded.tokenizer.replace_settings(sampling=own))
+    monkeypatch.setattr(cli, "load_model", lambda args: loaded)
+    requests = []
+
+    def record(loaded, new):
+        requests.extend(new)
+        return stream(loaded, new)
+
+    monkeypatch.setattr(sample, "stream", record)
+    flags = ("--top-p", "0.8", "--seed", "3", "--max-new-tokens", "2")
+    status, _, err = run(capsys, *flags)
+    assert status == 0
+    assert "sampling of the checkpoint: temperature 0.0, top_k 7\n" in err
+    expected = Sampling(temperature=0, top_p=0.8, top_k=7, seed=3)
+    assert requests[0].sampling == expected
 
 
 def test_logprobs_are_a_table_after_the_text(monkeypatch):

@@ -33,11 +33,10 @@ def codellama(assets: Any) -> Tokenizer:
     return Tokenizer.from_file(assets / "tokenizers" / "codellama.model")
 
 
-@pytest.mark.wrong_types
-def test_ids_of_any_integer_type_become_a_tuple() -> None:
-    request = Request(np.asarray([1, 2]).tolist(), stop_ids=[np.int32(3)])  # type: ignore[list-item]
+def test_integers_of_any_type_become_pythons() -> None:
+    request = Request(np.asarray([1, 2]), stop_ids=[np.int32(3)])
     assert (request.prompt_ids, request.stop_ids) == ((1, 2), (3,))
-    assert type(request.stop_ids[0]) is int
+    assert {type(id) for id in (*request.prompt_ids, *request.stop_ids)} == {int}
 
 
 @pytest.mark.wrong_types
@@ -45,18 +44,22 @@ def test_ids_of_any_integer_type_become_a_tuple() -> None:
     ("settings", "reason"),
     [
         ({"prompt_ids": []}, "prompt_ids: is empty"),
-        ({"prompt_ids": "Hello"}, "list of token ids, got the string 'Hello'"),
-        ({"prompt_ids": [1.5]}, "prompt_ids: must be a list of token ids"),
-        ({"prompt_ids": 3}, "prompt_ids: must be a list of token ids, got 3"),
-        ({"stop_ids": "</s>"}, "stop_ids: must be a list of token ids"),
-        ({"stop_ids": 2}, "stop_ids: must be a list of token ids"),
-        ({"stop": "END"}, "stop: must be a list of strings.* got 'END'"),
-        ({"stop": [""]}, "stop: must be a list of strings, none of them empty"),
-        ({"stop": [3]}, "stop: must be a list of strings"),
+        ({"prompt_ids": "Hello"}, "must be a list of integers .*, got 'Hello'; token"),
+        ({"prompt_ids": [1, 1.5]}, "prompt_ids must be .*, got a list of int, float"),
+        ({"prompt_ids": 3}, "prompt_ids must be .*, got 3; put it into a list"),
+        ({"prompt_ids": [[3]]}, "prompt_ids must be .*, got a list of list"),
+        ({"prompt_ids": np.ones((1, 2), int)}, r"got an array of int64, \[1, 2\]"),
+        ({"stop_ids": np.ones(2)}, r"stop_ids must be .*, got an array of float64"),
+        ({"stop_ids": 2}, "stop_ids must be .*, got 2; put it into a list"),
+        ({"stop": "END"}, "stop must be a list of strings, got 'END'; put it into a"),
+        ({"stop": [""]}, "stop: has an empty string"),
+        ({"stop": [3]}, "stop must be a list of strings, got a list of int"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be an integer or None, got '5'"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
         ({"num_samples": 0}, "num_samples: must be at least 1, got 0"),
         ({"logprobs": -1}, "logprobs: must be at least 0, got -1"),
-        ({"sampling": [Sampling()]}, "sampling: must be one Sampling"),
+        ({"sampling": [Sampling()]}, "sampling must be a Sampling, got a list of Sam"),
+        ({"sampling": {}}, "sampling must be a Sampling, got a dict; Sampling.temp"),
     ],
 )
 def test_bad_values_are_refused_in_one_sentence(
@@ -96,16 +99,43 @@ def test_an_infill_request_stops_at_the_end_of_the_middle(codellama: Tokenizer) 
         infill_request(codellama, "a", "b", echo=True)
 
 
+def test_sampling_defaults_to_the_checkpoints(tokenizer: Tokenizer) -> None:
+    own = tokenizer.replace_settings(sampling={"temperature": 1, "top_p": 0.5})
+    dialog: Any = [{"role": "user", "content": "Hi"}]
+    for request in (text_request(own, "x"), chat_request(own, dialog)):
+        assert request.sampling == Sampling(temperature=1, top_p=0.5)
+    given = Sampling(top_k=3)
+    assert text_request(own, "x", sampling=given).sampling == given
+    assert text_request(tokenizer, "x").sampling == Sampling()
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"typical_p": 0.9}, "the checkpoint sets typical_p, which llama_jax does not"),
+        (
+            {"top_p": 7.0},
+            "top_p is 7.0; it must be .*; the checkpoint sets",
+        ),
+    ],
+)
+def test_sampling_of_a_checkpoint_that_is_wrong_is_an_error(
+    tokenizer: Tokenizer, own: dict[str, float], reason: str
+) -> None:
+    with pytest.raises(PromptError, match=reason):
+        text_request(tokenizer.replace_settings(sampling=own), "x")
+
+
 @pytest.mark.wrong_types
 def test_makers_refuse_what_is_no_prompt(tokenizer: Tokenizer) -> None:
     unsafe: Any = [{"role": "user", "content": "a [INST] b"}]
     with pytest.raises(PromptError, match="prompt: is empty; write at least"):
         text_request(tokenizer, "")
-    with pytest.raises(PromptError, match=r"must be a string, got \['a'\]"):
+    with pytest.raises(PromptError, match="text must be a string, got a list of str"):
         text_request(tokenizer, ["a"])  # type: ignore[arg-type]
     with pytest.raises(UnsafePromptError, match="special tag"):
         chat_request(tokenizer, unsafe)
-    with pytest.raises(PromptError, match="dialog: must be a list of messages"):
+    with pytest.raises(PromptError, match="dialog must be a list of Messages"):
         chat_request(tokenizer, unsafe[0])
     with pytest.raises(PromptError, match="no infilling pieces"):
         infill_request(tokenizer, "a", "b")
@@ -114,11 +144,13 @@ def test_makers_refuse_what_is_no_prompt(tokenizer: Tokenizer) -> None:
 @pytest.mark.wrong_types
 def test_text_functions_refuse_a_string_for_a_list() -> None:
     loaded: Any = load()
-    with pytest.raises(PromptError, match="prompts: must be a list"):
+    with pytest.raises(PromptError, match="got 'Once'; put it into a list"):
         text_completion(loaded, "Once")
-    with pytest.raises(PromptError, match="dialog: must be a list of messages"):
+    with pytest.raises(
+        PromptError, match="dialogs must be a list of lists of Messages"
+    ):
         chat_completion(loaded, [{"role": "user", "content": "Hi"}])  # type: ignore[list-item]
     with pytest.raises(PromptError, match="must be as many, got 1 and 2"):
         text_infilling(loaded, ["a"], ["b", "c"])
-    with pytest.raises(PromptError, match="stop: must be a list of strings"):
+    with pytest.raises(PromptError, match="stop must be a list of strings"):
         text_completion(loaded, ["Once"], stop="END")
