@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from llama_jax.checkpoint.lazy_leaf import Progress
 from llama_jax.cli import command as cli
-from llama_jax.cli.version import add_version_argument
+from llama_jax.cli.parser import ArgumentParser, Rule, Rules, excludes, needs
 from llama_jax.conversion.comparison import Comparison, compare
 from llama_jax.conversion.converter import convert, prepare_conversion
 from llama_jax.conversion.formats import open_source
@@ -65,15 +65,14 @@ def _convert(options: argparse.Namespace, progress: Progress) -> int:
         "tokenizer": options.tokenizer,
         "dtype": options.dtype,
         "max_seq_len": options.max_seq_len,
+        "max_host_bytes": options.max_host_bytes,
     }
     src, dst = options.src, options.dst
     if options.dry_run:
         prepared = prepare_conversion(src, dst, **settings)
         _print(describe_conversion(prepared, dst, all_layers=options.all))
         return 0
-    result = convert(
-        src, dst, max_host_bytes=options.max_host_bytes, progress=progress, **settings
-    )
+    result = convert(src, dst, progress=progress, **settings)
     _print(describe_result(result, dst))
     if not options.verify:
         return 0
@@ -107,10 +106,9 @@ def _print_comparison(comparison: Comparison) -> int:
     return 0 if comparison.same else 1
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def _parser(command: str) -> ArgumentParser:
     build = {"convert": _convert_parser, "verify": _verify_parser}
     parser = build.get(command, _inspect_parser)()
-    add_version_argument(parser)
     parser.add_argument(
         "--max-seq-len",
         type=int,
@@ -121,8 +119,18 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _convert_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+RULES: Rules = {
+    "--all": needs("--dry-run"),
+    "--ranks": Rule(
+        lambda args: args.target_format == "meta", "without --to meta", "with --to meta"
+    ),
+    "--verify": excludes("--dry-run"),
+}
+"""When flags of a conversion have an effect."""
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog=_PROGRAM,
         usage=f"""
   {_PROGRAM} [options] SRC DST     convert a checkpoint
@@ -149,7 +157,7 @@ examples:
   {_PROGRAM} my-model my-model-hf --to hf --dtype bfloat16 --verify
   {_PROGRAM} my-model my-model.gguf --dtype q8_0
   {_PROGRAM} my-model my-model-meta --to meta --ranks 2 --dry-run""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        rules=RULES,
     )
     parser.add_argument(
         "src", metavar="SRC", help="folder or file, of any of the formats"
@@ -201,7 +209,7 @@ examples:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="with --dry-run: print all layers, not only the first",
+        help="print all layers, not only the first",
     )
     parser.add_argument(
         "--max-host-bytes",
@@ -213,8 +221,8 @@ examples:
     return parser
 
 
-def _verify_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _verify_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog=f"{_PROGRAM} verify",
         description="Compare two checkpoints of any formats: every weight bit for bit, "
         "then the logits of both models on fixed prompts, layer by layer.",
@@ -226,8 +234,8 @@ def _verify_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _inspect_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog=f"{_PROGRAM} inspect",
         description="Print format, configuration, number of parameters, dtypes and "
         "tensors of a checkpoint. Reads no weights.",

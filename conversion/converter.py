@@ -147,13 +147,8 @@ def convert(
         tokenizer=tokenizer,
         dtype=dtype,
         max_seq_len=max_seq_len,
+        max_host_bytes=max_host_bytes,
     )
-    if max_host_bytes is not None and (prepared.host_bytes or 0) > max_host_bytes:
-        raise CheckpointError(
-            f"{src}: the conversion may need {prepared.host_bytes:,} bytes of host "
-            f"memory, more than the limit of {max_host_bytes:,}; raise the limit, or "
-            "convert on a larger machine"
-        )
     with track_peak_memory() as peak:
         verify_checksums(prepared.source.checksums, progress)
         _write(prepared, pathlib.Path(dst), progress)
@@ -179,6 +174,7 @@ def prepare_conversion(
     tokenizer: Path | None = None,
     dtype: GGUFDtype | None = None,
     max_seq_len: int | None = None,
+    max_host_bytes: int | None = None,
 ) -> PreparedConversion:
     """Check a conversion, and decide all of it, without reading or writing weights.
 
@@ -223,6 +219,8 @@ def prepare_conversion(
     if host_bytes is not None:
         # Orbax reads the next tensor while it writes one.
         host_bytes += _write_bytes(tensors, reads_ahead=target == "orbax")
+    if max_host_bytes is not None:
+        _check_memory(src, host_bytes, max_host_bytes)
     return PreparedConversion(
         source=source,
         target_format=target,
@@ -233,6 +231,20 @@ def prepare_conversion(
         ranks=ranks,
         host_bytes=host_bytes,
     )
+
+
+def _check_memory(src: Path, needed: int | None, limit: int) -> None:
+    if needed is None:
+        raise CheckpointError(
+            f"{src}: this system does not report the memory in use, so that no limit "
+            "can be checked; leave out --max-host-bytes (max_host_bytes=)"
+        )
+    if needed > limit:
+        raise CheckpointError(
+            f"{src}: the conversion may need {needed:,} bytes of host memory, more "
+            f"than the limit of {limit:,}; raise the limit, or convert on a larger "
+            "machine"
+        )
 
 
 def _write_bytes(tensors: Mapping[str, LazyLeaf], *, reads_ahead: bool) -> int:

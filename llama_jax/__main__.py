@@ -5,7 +5,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from llama_jax.cli.version import add_version_argument
+from llama_jax.cli.parser import ArgumentParser
 
 COMMANDS = {
     "sample": "complete a text, answer messages or fill a gap",
@@ -18,15 +18,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """List the commands, or run one of them."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m llama_jax",
         usage="python -m llama_jax COMMAND ...",
         description="commands (each has its own --help):\n"
         + "\n".join(f"  {name:<12}{purpose}" for name, purpose in COMMANDS.items()),
         epilog="`python -m llama_jax.COMMAND` is the same.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_version_argument(parser)
     parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

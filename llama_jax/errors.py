@@ -3,6 +3,23 @@
 All are subclasses of `ValueError`. Commands print the message and exit with status 2.
 """
 
+import difflib
+from collections.abc import Collection, Mapping
+
+_ALIASES = {
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "8bit": "int8",
+    "4bit": "int4",
+    "chatml": "template",
+    "huggingface": "hf",
+    "safetensors": "hf",
+    "llama.cpp": "gguf",
+    "pytorch": "meta",
+}
+
 
 class LlamaJaxError(ValueError):
     """Base class of all exceptions that this library raises for bad input."""
@@ -50,3 +67,29 @@ class ProcessError(LlamaJaxError):
 
 class TrainError(LlamaJaxError):
     """A training run cannot start, continue or resume."""
+
+
+def did_you_mean(
+    name: str, known: Collection[str], *, aliases: Mapping[str, str] = _ALIASES
+) -> str:
+    """Return a suggestion for an unknown name, as the end of a sentence.
+
+    Args:
+      name: that is unknown.
+      known: names that exist.
+      aliases: names that other software has for them.
+
+    Returns:
+      "; did you mean ...?", or nothing if no name is similar.
+
+    >>> did_you_mean("bf16", ["bfloat16", "float32"])
+    "; did you mean 'bfloat16'?"
+    >>> did_you_mean("a100", ["a100-40", "a100-80", "h100"])
+    "; did you mean 'a100-40' or 'a100-80'?"
+    """
+    name = name.lower().replace("_", "-")
+    close = [other for other in known if len(name) > 1 and other.startswith(name)]
+    if aliases.get(name) in known:
+        close = [aliases[name]]
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+    return f"; did you mean {' or '.join(map(repr, close[:2]))}?" if close else ""

@@ -19,9 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from llama_jax.checkpoint.model_folder import read_tokenizer
 from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
+from llama_jax.cli.parser import ArgumentParser, refuse_unused
 from llama_jax.cli.processes import start_processes
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
-from llama_jax.cli.version import add_version_argument
 from llama_jax.config import LlamaConfig
 from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
@@ -70,10 +70,11 @@ def train(args: argparse.Namespace) -> int:
         raise TrainError(
             f"{output}: there is no run to resume; give --data to start one"
         )
-    args.mesh = settings.get("mesh")
+    config = FinetuneConfig.from_settings(settings)
+    refuse_unused(flags.RULES, args.given, config)
+    args.mesh = config.mesh
     resume = f"python -m llama_jax.finetune --resume --output {output}"
     start_processes(args, resume=None if output is None else resume)
-    config = FinetuneConfig.from_settings(settings)
     mesh = make_mesh(parse_mesh(config.mesh)) if config.mesh else None
     opened = find_model(config)
     config = config.for_model(opened.config, default_runtime().dtype)
@@ -306,13 +307,12 @@ def print_result(result: RunResult, output: pathlib.Path) -> None:
 
 def merge(argv: Sequence[str]) -> int:
     """`finetune merge`: write a model with its adapters merged into the weights."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m llama_jax.finetune merge",
         description="Merge adapters into the weights of their model, and write it to a "
         "new folder, in the dtype of the base model: to export it, and because it is "
         "faster.",
     )
-    add_version_argument(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -338,11 +338,10 @@ def merge(argv: Sequence[str]) -> int:
 
 def make_tokenizer(argv: Sequence[str]) -> int:
     """`finetune tokenizer`: train a SentencePiece tokenizer."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m llama_jax.finetune tokenizer",
         description="Train a SentencePiece tokenizer with the settings of Llama's.",
     )
-    add_version_argument(parser)
     parser.add_argument(
         "--data",
         nargs="+",

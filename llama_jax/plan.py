@@ -15,7 +15,7 @@ import jax
 
 from llama_jax.checkpoint.model_folder import is_checkpoint, read_config
 from llama_jax.cli import command as cli
-from llama_jax.cli.version import add_version_argument
+from llama_jax.cli.parser import ArgumentParser, Rule, Rules, excludes, needs
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model.presets import EXAMPLE_MODEL, PRESETS, parse_model
@@ -114,24 +114,11 @@ def make_workload(
     """
     task: Task = args.task
     quantize: Quantization = args.quantize or ("int4" if task == "qlora" else "none")
-    if task in ("train", "lora") and quantize != "none":
-        raise ConfigError(
-            f"--quantize {quantize}: --task {task} does not quantize weights; use "
-            "--task qlora, which trains adapters on quantized weights"
-        )
     if task == "qlora" and quantize == "none":
         raise ConfigError(
             "--quantize none: --task qlora quantizes weights; use --task lora"
         )
     trains = task not in ("prefill", "decode")
-    if args.remat and not trains:
-        raise ConfigError(
-            f"--remat: --task {task} has no backward pass; leave --remat out"
-        )
-    if args.cache_dtype and trains:
-        raise ConfigError(
-            f"--cache-dtype: --task {task} has no cache; use --task decode or prefill"
-        )
     return Workload(
         config=config,
         task=task,
@@ -148,18 +135,45 @@ def make_workload(
     )
 
 
+def _plans_gpus(args: argparse.Namespace) -> bool:
+    return bool(args.topology) and parse_topology(args.topology).chip.is_gpu
+
+
+_ONE = excludes("--table")
+_TRAINS = needs("--task", "train", "lora", "qlora")
+RULES: Rules = {
+    "--batch": _ONE,
+    "--cache-dtype": (needs("--task", "prefill", "decode"), _ONE),
+    "--compile": _ONE,
+    "--dtype": _ONE,
+    "--gpu-target-config": (
+        needs("--compile"),
+        Rule(_plans_gpus, "without a --topology of GPUs"),
+    ),
+    "--lora-rank": (needs("--task", "lora", "qlora"), _ONE),
+    "--mesh": _ONE,
+    "--model": _ONE,
+    "--param-dtype": (_TRAINS, _ONE),
+    "--quantize": (needs("--task", "qlora", "prefill", "decode"), _ONE),
+    "--remat": (_TRAINS, _ONE),
+    "--task": _ONE,
+    "--topology": _ONE,
+}
+"""When flags have an effect."""
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m llama_jax.plan",
         description="Compute whether a model fits, how fast it could be and what "
         "limits it, before anything is downloaded or rented. Searches for the best "
         "mesh, batch and remat unless they are given.",
         epilog="Sizes are in GB (10^9 bytes) per chip. Times are lower bounds from the "
         "vendors' peak rates; nothing is run. The step of decoding does not include "
-        "reading the prompt (--task prefill).",
+        "reading the prompt (--task prefill). A flag without effect is refused.",
+        rules=RULES,
     )
-    add_version_argument(parser)
     group = parser.add_argument_group("workload")
     group.add_argument(
         "--model",

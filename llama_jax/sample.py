@@ -18,8 +18,15 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
 from llama_jax.cli.chat import Conversation
 from llama_jax.cli.output import Clock, print_json, print_text
+from llama_jax.cli.parser import (
+    ArgumentParser,
+    Rule,
+    Rules,
+    excludes,
+    needs,
+    refuse_unused,
+)
 from llama_jax.cli.processes import add_process_arguments, start_processes
-from llama_jax.cli.version import add_version_argument
 from llama_jax.distributed import broadcast_from_main
 from llama_jax.errors import PromptError
 from llama_jax.generation.generate import stream
@@ -77,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = loaded.tokenizer.settings.sampling
     if taken := [f"{name} {own[name]}" for name in own if name not in given]:
         print(f"sampling of the checkpoint: {', '.join(taken)}", file=sys.stderr)
+    args.temperature = sampling.temperature
+    refuse_unused(RULES, args.given, args)
     settings: Settings = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": sampling,
@@ -121,18 +130,18 @@ def make_request(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, and check what needs no model."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m llama_jax.sample",
         description="Complete a text, answer a message or fill a gap with a Llama. "
         "Text goes to standard output as it is generated, times and errors to standard "
         "error.",
         epilog="Without any flag, the small model that comes with the package writes a "
-        "story. Ctrl-C stops.",
+        "story. Ctrl-C stops. A flag without effect is refused.",
+        rules=RULES,
     )
-    add_version_argument(parser)
-    cli.add_model_arguments(parser)
-    cli.add_storage_arguments(parser)
-    add_process_arguments(parser)
+    group = parser.add_argument_group("model")
+    cli.add_checkpoint_argument(group)
+    cli.add_model_arguments(group)
     group = parser.add_argument_group("prompt")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--prompt", metavar="TEXT", help="text to continue, or a message")
@@ -150,7 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--suffix-first",
         action="store_true",
-        help="with --infill: show the model the suffix before the prefix",
+        help="show the model the suffix before the prefix",
     )
     group.add_argument(
         "--chat",
@@ -202,6 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--seed",
         type=int,
+        metavar="N",
         help="seed of the random numbers (default: random; it is printed)",
     )
     group = parser.add_argument_group("output")
@@ -217,14 +227,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print one JSON object per completion: prompt, completion, token_ids, "
         "finish_reason, prompt_tokens, completion_tokens, seed, and logprobs if given",
     )
-    args = parser.parse_args(argv)
-    if args.infill and is_dialog(args):
-        parser.error("--infill cannot be combined with --chat, --system or --format")
-    if args.suffix_first and not args.infill:
-        parser.error("--suffix-first needs --infill")
-    if args.json and not can_begin(args):
-        parser.error("--json with --chat needs --prompt or --prompt-file")
-    return args
+    cli.add_storage_arguments(parser)
+    add_process_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def is_dialog(args: argparse.Namespace) -> bool:
@@ -235,6 +240,23 @@ def is_dialog(args: argparse.Namespace) -> bool:
 def can_begin(args: argparse.Namespace) -> bool:
     """Whether the prompt is known without reading standard input for messages."""
     return not is_dialog(args) or read_prompt(args, check=True) is not None
+
+
+_PROMPT = Rule(can_begin, "in a chat without --prompt or --prompt-file")
+_RANDOM = Rule(lambda args: args.temperature != 0, "with --temperature 0")
+RULES: Rules = {
+    "--chat": excludes("--infill"),
+    "--format": excludes("--infill"),
+    "--json": _PROMPT,
+    "--logprobs": _PROMPT,
+    "--min-p": _RANDOM,
+    "--num-samples": _PROMPT,
+    "--suffix-first": needs("--infill"),
+    "--system": excludes("--infill"),
+    "--top-k": _RANDOM,
+    "--top-p": _RANDOM,
+}
+"""When flags have an effect."""
 
 
 def read_prompt(args: argparse.Namespace, *, check: bool = False) -> str | None:

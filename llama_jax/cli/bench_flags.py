@@ -4,24 +4,37 @@ import argparse
 from collections.abc import Sequence
 from typing import get_args
 
+import jax
+
 from llama_jax.bench.attention_work import KINDS
 from llama_jax.bench.schedule import CORES
 from llama_jax.bench.train import PeerName
 from llama_jax.cli.command import positive_int
-from llama_jax.cli.version import add_version_argument
+from llama_jax.cli.parser import ArgumentParser, Rule, Rules
 from llama_jax.data.encode import DATA_FORMATS
 from llama_jax.data.stream import Packing
 from llama_jax.model.presets import EXAMPLE_MODEL
 from llama_jax.runtime import DType, Remat
 
+_DECODE = Rule(lambda args: args.only in (None, "decode"), "without decode")
+_SCHEDULES = Rule(
+    lambda args: not args.time and jax.default_backend() == "cpu",
+    "on times, which --time, a TPU or a GPU measures",
+)
+_KERNELS: Rules = {
+    "--chips": _SCHEDULES,
+    "--int8": _DECODE,
+    "--page": _DECODE,
+    "--sweep": _SCHEDULES,
+}
+
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m llama_jax.bench",
         description="Measure the library on this machine, and what the machine can do.",
     )
-    add_version_argument(parser)
     benchmarks = parser.add_subparsers(
         dest="benchmark", metavar="BENCHMARK", required=True
     )
@@ -45,16 +58,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             _add_conversion,
         ),
     ):
-        benchmark = benchmarks.add_parser(name, help=purpose, description=purpose)
+        benchmark = benchmarks.add_parser(
+            name,
+            help=purpose,
+            description=purpose,
+            rules=_KERNELS if name == "kernels" else {},
+        )
         add_arguments(benchmark)
-        add_version_argument(benchmark)
         benchmark.add_argument(
             "--json", action="store_true", help="print one JSON object instead"
         )
     return parser.parse_args(argv)
 
 
-def _add_numbers(parser: argparse.ArgumentParser, **numbers: tuple[int, str]) -> None:
+def _add_numbers(parser: ArgumentParser, **numbers: tuple[int, str]) -> None:
     """Add positive integers: their defaults and meanings by name."""
     for name, (default, meaning) in numbers.items():
         parser.add_argument(
@@ -66,9 +83,7 @@ def _add_numbers(parser: argparse.ArgumentParser, **numbers: tuple[int, str]) ->
         )
 
 
-def _add_model(
-    parser: argparse.ArgumentParser, dtype: str = "weights and activations"
-) -> None:
+def _add_model(parser: ArgumentParser, dtype: str = "weights and activations") -> None:
     parser.add_argument(
         "--model",
         default=EXAMPLE_MODEL,
@@ -87,7 +102,7 @@ def _add_model(
     )
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_train(parser: ArgumentParser) -> None:
     _add_model(parser, "activations; weights are float32")
     _add_numbers(
         parser,
@@ -108,7 +123,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_decode(parser: argparse.ArgumentParser) -> None:
+def _add_decode(parser: ArgumentParser) -> None:
     _add_model(parser)
     _add_numbers(
         parser,
@@ -118,7 +133,7 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_prefill(parser: argparse.ArgumentParser) -> None:
+def _add_prefill(parser: ArgumentParser) -> None:
     _add_model(parser)
     _add_numbers(
         parser,
@@ -128,7 +143,7 @@ def _add_prefill(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_kernels(parser: argparse.ArgumentParser) -> None:
+def _add_kernels(parser: ArgumentParser) -> None:
     def names(text: str) -> list[str]:
         return text.split(",")
 
@@ -170,7 +185,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", help="(default: generated text)")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="(default: that of the bundled model)"
@@ -196,7 +211,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_conversion(parser: argparse.ArgumentParser) -> None:
+def _add_conversion(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="llama2-7b",

@@ -18,16 +18,22 @@ from llama_jax.runtime import CacheDType, DType
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.weights import Kind
 
+Group = argparse._ArgumentGroup | argparse.ArgumentParser
+"""Where flags are added."""
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose a model and how it runs."""
-    group = parser.add_argument_group("model")
+
+def add_checkpoint_argument(group: Group) -> None:
+    """Add --checkpoint."""
     group.add_argument(
         "--checkpoint",
         metavar="DIR",
         help="a model: a folder of ours, Meta's or Hugging Face's, a .gguf or a .bin "
         "(default: the small story model that comes with the package)",
     )
+
+
+def add_model_arguments(group: Group) -> None:
+    """Add the other flags that choose a model and how it runs."""
     group.add_argument(
         "--tokenizer",
         metavar="FILE",
@@ -96,10 +102,9 @@ def load_model(args: argparse.Namespace) -> Loaded:
 
 def positive_int(text: str) -> int:
     """Parse an argument that must be an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def run(

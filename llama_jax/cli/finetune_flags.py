@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 from llama_jax.cli import command as cli
+from llama_jax.cli.command import Group
+from llama_jax.cli.parser import ArgumentParser, Rule, Rules, needs
 from llama_jax.cli.processes import add_process_arguments
-from llama_jax.cli.version import add_version_argument
 from llama_jax.config import RopeScalingKind
 from llama_jax.data.encode import DATA_FORMATS, OnLong
 from llama_jax.data.records import OnBad
@@ -17,38 +18,62 @@ from llama_jax.runtime import DType, Remat
 from llama_jax.train.optimizer import OptimizerName, ScheduleName
 from llama_jax.weights import Kind
 
+_PROGRAM = "python -m llama_jax.finetune"
+
+_ADAPTERS = needs("--method", "lora", "qlora")
+_SAMPLES = needs("--sample-prompt")
+RULES: Rules = {
+    "--checkpoint": Rule(
+        lambda run: not (run.from_scratch and run.tokenizer),
+        "with --from-scratch and --tokenizer",
+    ),
+    "--eval-every": needs("--eval-data"),
+    "--final": needs("--schedule", "cosine", "linear"),
+    "--from-scratch": needs("--method", "full"),
+    "--infilling-rate": needs("--format", "infilling"),
+    "--lora-alpha": _ADAPTERS,
+    "--lora-rank": _ADAPTERS,
+    "--lora-targets": _ADAPTERS,
+    "--on-long": Rule(lambda run: run.format != "infilling", "with --format infilling"),
+    "--preset": needs("--from-scratch"),
+    "--quantize": needs("--method", "qlora"),
+    "--sample-every": _SAMPLES,
+    "--sample-tokens": _SAMPLES,
+    "--save-dtype": needs("--method", "full"),
+}
+"""When flags have an effect, by the settings of the run: a `FinetuneConfig`."""
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and check what needs neither model nor data."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llama_jax.finetune",
+    """Parse the command line; `RULES` is checked when a resumed run is read."""
+    parser = ArgumentParser(
+        prog=_PROGRAM,
+        usage=f"""
+  {_PROGRAM} --data FILE --output DIR [options]
+  {_PROGRAM} --resume --output DIR
+  {_PROGRAM} merge --help        merge adapters into their model
+  {_PROGRAM} tokenizer --help    train a tokenizer""",
         description="Fine-tune a Llama on your data (all weights, or adapters), or "
-        "train one from scratch. `finetune tokenizer` trains a tokenizer, and "
-        "`finetune merge` merges adapters into their model; each has its own --help.",
+        "train one from scratch.",
         epilog="The output folder has metrics.jsonl (a line per step), checkpoints/ "
         "(for --resume) and, at the end, model/ or adapter/ (for `python -m "
         "llama_jax.sample`), best/ if another step had the best held-out loss, and "
         "report.html. Ctrl-C and SIGTERM save and end the run; --resume continues it. "
-        "Defaults are the settings of the Llama 2 paper.",
+        "Defaults are the settings of the Llama 2 paper. A flag without effect is "
+        "refused.",
+        rules=RULES,
+        check=False,
     )
-    add_version_argument(parser)
-    cli.add_model_arguments(parser)
-    add_process_arguments(parser)
+    _add_first(parser.add_argument_group("a first run"))
     _add_data(parser.add_argument_group("data"))
     _add_method(parser.add_argument_group("method"))
     _add_training(parser.add_argument_group("training"))
     _add_output(parser.add_argument_group("output"))
+    cli.add_model_arguments(parser.add_argument_group("model"))
+    add_process_arguments(parser)
     args = parser.parse_args(argv)
-    if args.method == "full" and (args.lora_rank or args.lora_alpha):
-        parser.error("--lora-rank and --lora-alpha belong to --method lora and qlora")
-    if args.quantize and args.method != "qlora" and not args.resume:
-        parser.error("--quantize belongs to --method qlora")
-    if args.from_scratch and args.method not in (None, "full"):
-        parser.error("--from-scratch has no weights to adapt; leave out --method")
     if args.from_scratch and not (args.preset or args.resume):
         parser.error("--from-scratch needs --preset, a name or a shape")
-    if args.preset and not (args.from_scratch or args.resume):
-        parser.error("--preset belongs to --from-scratch")
     if args.epochs is not None and args.steps is not None:
         parser.error("--epochs and --steps both say how long the run is; give one")
     if args.output is None and not args.show_batch:
@@ -58,7 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _add_data(group: Any) -> None:
+def _add_first(group: Group) -> None:
+    cli.add_checkpoint_argument(group)
     group.add_argument(
         "--data",
         nargs="+",
@@ -72,6 +98,25 @@ def _add_data(group: Any) -> None:
         metavar="NAME",
         help=f"format of records: {', '.join(DATA_FORMATS)} (default: text)",
     )
+    group.add_argument(
+        "--method",
+        choices=("full", "lora", "qlora"),
+        help="train all weights, adapters on frozen weights, or adapters on quantized "
+        "weights (default: full)",
+    )
+    group.add_argument(
+        "--output", metavar="DIR", help="new folder, or that of the run to --resume"
+    )
+    group.add_argument(
+        "--show-batch",
+        type=cli.positive_int,
+        metavar="N",
+        help="print N rows of this run as training sees them, with learnt tokens in "
+        "green (in brackets without colours), and exit",
+    )
+
+
+def _add_data(group: Group) -> None:
     group.add_argument(
         "--seq-length",
         type=cli.positive_int,
@@ -105,7 +150,7 @@ def _add_data(group: Any) -> None:
         "--infilling-rate",
         type=float,
         metavar="P",
-        help="with --format infilling: fraction of texts that are cut (default: 0.9)",
+        help="fraction of texts that are cut (default: 0.9)",
     )
     group.add_argument(
         "--eval-data",
@@ -113,22 +158,9 @@ def _add_data(group: Any) -> None:
         metavar="FILE",
         help="held-out records; their mean loss decides which checkpoint is the best",
     )
-    group.add_argument(
-        "--show-batch",
-        type=cli.positive_int,
-        metavar="N",
-        help="print N rows as training sees them, with learnt tokens in green (in "
-        "brackets without colours), and exit",
-    )
 
 
-def _add_method(group: Any) -> None:
-    group.add_argument(
-        "--method",
-        choices=("full", "lora", "qlora"),
-        help="train all weights, adapters on frozen weights, or adapters on quantized "
-        "weights (default: full)",
-    )
+def _add_method(group: Group) -> None:
     group.add_argument(
         "--lora-rank",
         type=cli.positive_int,
@@ -151,7 +183,7 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--quantize",
         choices=get_args(Kind),
-        help="with --method qlora: format of the frozen weights (default: nf4)",
+        help="format of the frozen weights (default: nf4)",
     )
     group.add_argument(
         "--from-scratch",
@@ -163,7 +195,7 @@ def _add_method(group: Any) -> None:
     group.add_argument(
         "--preset",
         metavar="NAME",
-        help="with --from-scratch: a published model, or a shape such as "
+        help="a published model, or a shape such as "
         "L12,D768,N12,F2048,V32000 (add `,tied` to share embedding and output head)",
     )
     group.add_argument(
@@ -183,7 +215,7 @@ def _add_method(group: Any) -> None:
     )
 
 
-def _add_training(group: Any) -> None:
+def _add_training(group: Group) -> None:
     group.add_argument(
         "--epochs",
         type=cli.positive_int,
@@ -266,10 +298,7 @@ def _add_training(group: Any) -> None:
     )
 
 
-def _add_output(group: Any) -> None:
-    group.add_argument(
-        "--output", metavar="DIR", help="new folder, or that of the run to --resume"
-    )
+def _add_output(group: Group) -> None:
     group.add_argument(
         "--save-dtype",
         choices=get_args(DType),
@@ -283,8 +312,8 @@ def _add_output(group: Any) -> None:
     )
     for flag, what in (
         ("--save-every", "checkpoints"),
-        ("--eval-every", "evaluations of --eval-data (also at start and end)"),
-        ("--sample-every", "samples of --sample-prompt"),
+        ("--eval-every", "evaluations (also at start and end)"),
+        ("--sample-every", "samples"),
     ):
         group.add_argument(
             flag,

@@ -1,12 +1,11 @@
 """Published models by name, and models given by their sizes."""
 
-import difflib
 import re
 from typing import Any
 
 from llama_jax.arguments import checked
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import ConfigError
+from llama_jax.errors import ConfigError, did_you_mean
 
 _COLUMNS = (
     "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size",
@@ -78,11 +77,9 @@ def preset(name: str) -> LlamaConfig:
     1000000.0
     """
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
         raise ConfigError(
-            f"preset: {name!r} does not exist; "
-            + (f"did you mean {close[0]!r}? " if close else "")
-            + f"choose from {', '.join(PRESETS)}"
+            f"preset: {name!r} is not one of {', '.join(PRESETS)}"
+            f"{did_you_mean(name, PRESETS)}"
         )
     return PRESETS[name]
 

@@ -142,19 +142,25 @@ def report_lines(
     return [*lines, "", "  Computed by formula; nothing was compiled or measured."]
 
 
+def _rounded(number: float, digits: int) -> str:
+    """A number in significant digits, without an exponent if it is large."""
+    text = f"{number:.{digits}g}"
+    return f"{float(text):,.0f}" if number >= 1000 else text
+
+
 def _time_lines(plan: Plan) -> list[str]:
     bound = plan.bound
     if bound.seconds is None or bound.seconds_no_overlap is None:
         return [
             f"  the speed of {plan.topology.chip.name} is unknown; a step has",
-            f"    {bound.model_flops / 1e12:,.3g} TFLOP",
+            f"    {_rounded(bound.model_flops / 1e12, 3)} TFLOP",
         ]
     overlap, no_overlap = (
         plan.mfu(seconds) or 0.0
         for seconds in (bound.seconds, bound.seconds_no_overlap)
     )
     return [
-        f"  at most {bound.tokens_per_second:,.4g} tokens/s, limited by "
+        f"  at most {_rounded(bound.tokens_per_second or 0.0, 4)} tokens/s, limited by "
         f"{bound.limited_by}; a step of {_count(bound.tokens, 'token')} takes",
         *(f"    {name:<17}{_time(time):>11}" for name, time in bound.times.items()),
         f"    {_time(bound.seconds)} with full overlap, "

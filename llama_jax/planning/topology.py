@@ -5,14 +5,14 @@ are the number of GPUs of one host (`h100:8`), or hosts by GPUs per host (`h100:
 """
 
 import dataclasses
-import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
 
-from llama_jax.errors import MeshError
+from llama_jax.errors import MeshError, did_you_mean
 from llama_jax.planning.chips import CHIPS, Chip
 from llama_jax.runtime import MESH_AXES
 
@@ -71,11 +71,9 @@ def parse_topology(text: str) -> Topology:
     name, colon, shape = text.partition(":")
     chip = CHIPS.get(name)
     if chip is None:
-        close = difflib.get_close_matches(name, CHIPS, n=1)
         raise MeshError(
-            f"topology {text!r}: no chip is called {name!r}; "
-            + (f"did you mean {close[0]!r}? " if close else "")
-            + f"Known chips: {', '.join(CHIPS)}"
+            f"topology {text!r}: no chip is called {name!r}, only {', '.join(CHIPS)}"
+            f"{_suggest(text)}"
         )
     parts = shape.split("x") if colon else ["1"] * chip.dimensions
     are_sizes = all(part.isdecimal() and int(part) for part in parts)
@@ -89,6 +87,25 @@ def parse_topology(text: str) -> Topology:
             f"topology {text!r}: {shape!r} is not a shape of {name}; write {example}"
         )
     return Topology(chip=chip, shape=tuple(map(int, parts)))
+
+
+def _suggest(text: str) -> str:
+    """What was meant by a name such as v5e-8, v5litepod-8, 8xH100 or A100."""
+    text = text.lower().replace("litepod", "e")
+    for name, chip in CHIPS.items():
+        number = re.sub(rf"^{name}[-x:_ ]?(?=\d+$)|(?<=\d)[x ]?{name}$", "", text)
+        if not number.isdecimal() or number == text:
+            continue
+        chips = int(number)
+        if chip.name in ("v4", "v5p"):  # Google Cloud counts their cores
+            chips //= 2
+        one = Topology(
+            chip=chip, shape=(1,) * (2 if chip.links == "host" else chip.dimensions)
+        )
+        for topology in (one, *one.larger()):
+            if topology.chips == chips:
+                return f"; did you mean {str(topology)!r}?"
+    return did_you_mean(text.partition(":")[0], CHIPS)
 
 
 def local_topology() -> Topology:

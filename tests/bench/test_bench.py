@@ -129,7 +129,7 @@ def test_the_machines_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["decode", "--steps", "0"], "argument --steps: 0 is not at least 1"),
+        (["decode", "--steps", "0"], "--steps: '0' is not a positive integer"),
         (["prefill", "--model", "L1"], "lacks"),
         (["decode", *FLAGS, "--mesh", "tensor=3"], "tensor=3"),
     ],

@@ -80,4 +80,4 @@ def test_numbers_must_be_positive(
 ) -> None:
     status, _, err = run_command(main, capsys, *FLAGS, f"--{name}", "0")
     assert status == 2
-    assert f"argument --{name}: 0 is not at least 1" in err
+    assert f"--{name}: '0' is not a positive integer" in err

@@ -15,6 +15,7 @@ PARSERS = [
     *(["finetune", name] for name in ("merge", "tokenizer")),
     *(["conversion", name] for name in ("verify", "inspect")),
     *(["bench", name] for name in ("train", "decode", "prefill", "kernels", "data")),
+    ["bench", "conversion"],
 ]
 
 

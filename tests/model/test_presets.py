@@ -101,6 +101,6 @@ def test_preset_suggests_the_nearest_name() -> None:
 
 
 def test_an_unknown_preset_lists_all_names() -> None:
-    with pytest.raises(ConfigError, match="choose from llama1-7b, ") as caught:
+    with pytest.raises(ConfigError, match="is not one of llama1-7b, ") as caught:
         preset("xyz")
     assert "did you mean" not in str(caught.value)

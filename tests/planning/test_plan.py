@@ -92,9 +92,12 @@ def test_a_checkpoints_configuration_is_read(
             ("--model", "llama1-33b", "--topology", "v5e:2x4", "--mesh", "tensor=8"),
             "NH of 52 is not divisible by mesh axis tensor of 8",
         ),
-        (("--task", "train", "--quantize", "int8"), "--task qlora"),
+        (
+            ("--task", "train", "--quantize", "int8"),
+            "--quantize: has no effect without --task qlora, prefill or decode",
+        ),
         (("--task", "qlora", "--quantize", "none"), "lora"),
-        (("--remat", "block"), "no backward pass"),
+        (("--remat", "block"), "without --task train, lora or qlora"),
     ],
 )
 def test_invalid_arguments_are_rejected_in_one_line(

@@ -22,7 +22,13 @@ def test_topologies_print_as_they_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("v5x:2x2", "no chip is called 'v5x'; did you mean"),
+        ("v5x:2x2", "no chip is called 'v5x', only v4, v5e"),
+        ("v5x:2x2", "h200; did you mean 'v5"),
+        ("A100", "did you mean 'a100-40' or 'a100-80'?"),
+        ("v5e-8", "did you mean 'v5e:2x4'?"),
+        ("v5litepod-16", "did you mean 'v5e:4x4'?"),
+        ("v5p-8", "did you mean 'v5p:2x2x1'?"),  # eight cores
+        ("8xH100", "did you mean 'h100:8'?"),
         ("v5e:4", "'4' is not a shape of v5e; write v5e:4x4"),
         ("v5p:2x2", "write v5p:4x4x4"),
         ("v5e:0x4", "is not a shape"),
