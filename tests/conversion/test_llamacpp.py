@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.foreign import TINY, every_kind
-from support.foreign_gguf import make, metadata, renamed, write_foreign
+from support.foreign_gguf import write
 from support.models import random_params
 from support.tokenizers import byte_level_json
 
 from llama_jax.checkpoint.lazy_leaf import lazy_leaves
 from llama_jax.config import LlamaConfig
+from llama_jax.conversion import gguf_byte_level
 from llama_jax.conversion.gguf import read_gguf, write_gguf
 from llama_jax.conversion.gguf_byte_level import SPLIT_RULES
-from llama_jax.conversion.gguf_tokenizer import tokenizer_metadata
 from llama_jax.conversion.llama2c import read_llama2c
 from llama_jax.conversion.llama2c_tokenizer import read_llama2c_tokenizer
 from llama_jax.conversion.source import LazyModel
@@ -271,7 +271,10 @@ def sentencepiece_tokenizer(assets: pathlib.Path) -> Tokenizer:
 
 
 def test_llama_cpp_gives_our_ids(
-    tmp_path: pathlib.Path, assets: pathlib.Path, folder: pathlib.Path
+    tmp_path: pathlib.Path,
+    assets: pathlib.Path,
+    folder: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For every name of a rule that splits text, and with special and plain words."""
     sentencepiece = sentencepiece_tokenizer(assets)
@@ -292,17 +295,14 @@ def test_llama_cpp_gives_our_ids(
         files[name] = Tokenizer(json.dumps(content).encode(), settings=settings)
     paths = []
     for name, tokenizer in files.items():
+        paths.append(tmp_path / f"{name}.gguf")
         size = 32_004 if tokenizer is sentencepiece else 402
         config = TINY.replace(vocab_size=size, embed_dim=2, num_layers=1)
-        fields = metadata(config) | {
-            key: value.content
-            for key, value in tokenizer_metadata(tokenizer, size).items()
-        }
-        if tokenizer is not sentencepiece:
-            fields["tokenizer.ggml.pre"] = name  # the first of equal rules was written
-        paths.append(
-            write_foreign(tmp_path / f"{name}.gguf", fields, renamed(make(config)[0]))
-        )
+        with monkeypatch.context() as patch:
+            if tokenizer is not sentencepiece:  # the first of equal rules is written
+                rules = {name: SPLIT_RULES[name]}
+                patch.setattr(gguf_byte_level, "SPLIT_RULES", rules)
+            write(paths[-1], config, tokenizer=tokenizer)
     job, program = tmp_path / "job", tmp_path / "tokenize.mjs"
     texts = [*TEXTS, *random_texts(3000)]
     fields = {
