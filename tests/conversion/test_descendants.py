@@ -11,9 +11,6 @@ from support.tokenizers import byte_level_json, byte_level_tokenizer
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.conversion import convert
-from llama_jax.generation.generate import generate
-from llama_jax.generation.request import text_request
-from llama_jax.generation.sampling import Sampling
 from llama_jax.loading import load
 from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
@@ -84,29 +81,3 @@ def test_every_format_gives_equal_ids_and_logits(
         assert actual.tokenizer.decode(ids) == expected.tokenizer.decode(ids)
         again, _ = apply(actual.model, actual.params, jnp.asarray([ids]))
         np.testing.assert_array_equal(again, logits, err_msg=name)
-
-
-def test_every_format_keeps_what_the_folder_says(
-    paths: dict[str, pathlib.Path],
-) -> None:
-    expected = loaded(paths["hf"]).tokenizer
-    assert (expected.bos_id, expected.eos_id, expected.pad_id) == (1, 2, 2)
-    assert expected.end_ids == (2,)
-    assert not expected.settings.add_bos
-    assert expected.settings.chat_templates == {"default": TEMPLATE}
-    for name, path in paths.items():
-        actual = loaded(path).tokenizer
-        assert actual.settings == expected.settings, name
-        assert actual.end_ids == (2,), name
-
-
-def test_a_descendant_continues_a_text(paths: dict[str, pathlib.Path]) -> None:
-    model = loaded(paths["from_hf.gguf"])
-    sampling = Sampling(temperature=0)
-    request = text_request(
-        model.tokenizer, "Hello", max_new_tokens=4, sampling=sampling
-    )
-    assert request.prompt_ids[0] != 1
-    assert 2 in request.stop_ids
-    (completion,) = generate(model, [request])
-    assert 0 < len(completion.token_ids) <= 4
