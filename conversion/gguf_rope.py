@@ -91,16 +91,15 @@ def read_rope_scaling(
     scaling = None
     if kind == "yarn":
         attention_factor = attention * default_attention_factor(factor)
+        if attention != 1:  # as exact as the file's float32
+            attention_factor = float(f"{attention_factor:.7g}")
         scaling = RopeScaling(
             kind="yarn",
             factor=factor,
             original_max_seq_len=positive_integer(
                 _ORIGINAL, value(_ORIGINAL, config.max_seq_len)
             ),
-            # As exact as the file's float32.
-            attention_factor=float(f"{attention_factor:.7g}")
-            if attention != 1
-            else attention_factor,
+            attention_factor=attention_factor,
             **_YARN,
         )
     elif kind == "linear" and factor != 1:

@@ -43,10 +43,14 @@ def parse_rope_scaling(text: str, original_max_seq_len: int) -> RopeScaling:
         fields["original_max_seq_len"] = original_max_seq_len
     if kind == "yarn":
         fields["attention_factor"] = None
+    given: set[str] = set()
     for part in parts:
         name, _, value = part.partition("=")
         if name not in fields:
             raise _error(text, repr(part), f"field of {kind}", name, fields)
+        if name in given:
+            raise ConfigError(f"rope_scaling {text!r}: {name} is given twice")
+        given.add(name)
         fields[name] = _value(text, name, value)
     if fields["factor"] is None:
         raise ConfigError(

@@ -45,6 +45,7 @@ def test_a_scaling_is_parsed(text: str, fields: dict[str, Any]) -> None:
         ("yran,factor=4", "'yran' is not a kind; did you mean 'yarn'?"),
         ("longrope,factor=4", "'longrope' is not a kind"),
         ("yarn", "lacks factor, by which the context grows; .* yarn,factor=4"),
+        ("yarn,factor=2,factor=4", "factor is given twice"),
         ("yarn,4", "'4' is not a field of yarn; choose from factor"),
         ("yarn,beta_fats=4", "did you mean 'beta_fast'"),
         ("linear,factor=2,original_max_seq_len=9", "not a field of linear"),
