@@ -15,6 +15,7 @@ from llama_jax.conversion.gguf_vocabulary import (
     OTHER_TOKENIZER,
     TOKENIZER,
     damaged_tokenizer,
+    read_text,
     read_vocabulary,
     special_ids,
 )
@@ -95,10 +96,11 @@ def read_byte_level(header: Header) -> tuple[bytes, TextSettings]:
       TokenizerError: the rule that splits text is not known, or the tokens or settings
         are damaged.
     """
-    name, merges = (header.value(TOKENIZER + key) for key in ("pre", "merges"))
-    if not isinstance(name, str) or (rule := SPLIT_RULES.get(name)) is None:
+    name = read_text(header, f"{TOKENIZER}pre") or "default"
+    merges = header.value(f"{TOKENIZER}merges")
+    if (rule := SPLIT_RULES.get(name)) is None:
         problem = f"splits text by the rule {short_repr(name)}, which is not known here"
-        if name in (None, "default"):
+        if name == "default":
             problem = "does not name the rule that splits text"
         raise TokenizerError(
             f"{header.path}: its byte-level tokenizer {problem} ({TOKENIZER}pre; known "

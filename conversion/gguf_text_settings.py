@@ -21,6 +21,7 @@ from llama_jax.conversion.gguf_vocabulary import (
     SPECIAL_IDS,
     TOKENIZER,
     Vocabulary,
+    read_text,
     token_id,
 )
 from llama_jax.errors import TokenizerError
@@ -123,13 +124,8 @@ def _read_templates(header: Header) -> dict[str, str]:
     for key in header.entries:
         if key != _TEMPLATE and not key.startswith(prefix):
             continue
-        template = header.value(key)
-        if not isinstance(template, str):
-            raise TokenizerError(
-                f"{header.path}: {key} is {short_repr(template)}; it must be a text"
-            )
         name = "default" if key == _TEMPLATE else key.removeprefix(prefix)
-        templates[name] = template
+        templates[name] = read_text(header, key) or ""
     return templates
 
 
@@ -194,11 +190,11 @@ def read_own_settings(header: Header) -> tuple[int, TextSettings] | None:
     Raises:
       TokenizerError: it is damaged.
     """
-    value = header.value(SETTINGS)
+    value = read_text(header, SETTINGS)
     if value is None:
         return None
     try:
-        fields: dict[str, Any] = dict(json.loads(str(value)))
+        fields: dict[str, Any] = dict(json.loads(value))
         return int(fields.pop("pieces")), TextSettings.from_dict(fields)
     except (TypeError, ValueError, KeyError, RecursionError, TokenizerError) as error:
         raise TokenizerError(
@@ -212,7 +208,7 @@ def agrees(header: Header, metadata: Mapping[str, MetadataValue]) -> bool:
         value = header.value(key)
         if kind == FLOAT32 and isinstance(value, (int, float)):
             value, content = (np.float32(str(x)).item() for x in (value, content))
-        if value != content:
+        if isinstance(value, np.ndarray) or value != content:
             return False
     others = {TOKENIZER + key for key in (*SPECIAL_IDS.values(), *_ENDS)}
     others |= {f"general.sampling.{key}" for key in _SAMPLING}

@@ -21,7 +21,7 @@ from llama_jax.conversion.gguf_text_settings import (
     read_own_settings,
     settings_metadata,
 )
-from llama_jax.conversion.gguf_vocabulary import OTHER_TOKENIZER, TOKENIZER
+from llama_jax.conversion.gguf_vocabulary import OTHER_TOKENIZER, TOKENIZER, read_text
 from llama_jax.errors import TokenizerError
 from llama_jax.text.sentencepiece_proto import (
     CONTROL,
@@ -42,7 +42,7 @@ def read_tokenizer(header: Header) -> Tokenizer:
     Raises:
       TokenizerError: there is none, it is of another kind, or it is damaged.
     """
-    kind = header.value(f"{TOKENIZER}model")
+    kind = read_text(header, f"{TOKENIZER}model")
     own = read_own_settings(header)
     match kind:
         case "llama":

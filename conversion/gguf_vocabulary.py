@@ -75,6 +75,21 @@ def damaged_tokenizer(header: Header) -> TokenizerError:
     )
 
 
+def read_text(header: Header, key: str) -> str | None:
+    """Read a text; None if the key is absent.
+
+    Raises:
+      TokenizerError: it is something else.
+    """
+    value = header.value(key)
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(
+            f"{header.path}: {key} is {short_repr(value)}; it must be a text; "
+            f"{OTHER_TOKENIZER}"
+        )
+    return value
+
+
 def token_id(header: Header, key: str, size: int) -> int | None:
     """Read the id of a token; None if the key is absent.
 

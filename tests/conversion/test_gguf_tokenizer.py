@@ -476,7 +476,7 @@ KEYS = (
 )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(list(KINDS)),
     changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3),
