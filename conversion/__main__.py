@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser(name).parse_args(argv[name != "convert" :])
     command = commands.get(name, _convert)
     try:
-        with _raise_on_signals() as received, _progress_bar() as bar:
+        with _record_signals() as received, _progress_bar() as bar:
 
             def progress(stage: str, done: int, total: int) -> None:
                 if received:
@@ -259,17 +259,19 @@ def _parse_bytes(text: str) -> int:
 
 
 @contextlib.contextmanager
-def _raise_on_signals() -> Iterator[list[int]]:
-    """Turn SIGINT and SIGTERM into exceptions, so that unfinished output is removed.
+def _record_signals() -> Iterator[list[int]]:
+    """Yield the list of SIGINT and SIGTERM received so far.
 
-    Yields the signals received so far: a garbage collection callback (jax 0.7 has one)
-    may swallow the exception, so long work checks the list and raises again.
+    Reports of progress raise them, so that unfinished output is removed. An exception
+    anywhere else may be lost in a callback of JAX's, or leave tasks of Orbax's. Only a
+    second signal raises wherever the program is.
     """
     received: list[int] = []
 
     def handle(number: int, _: object) -> None:
         received.append(number)
-        raise _exception_of(number)
+        if len(received) > 1:
+            raise _exception_of(number)
 
     previous = {
         number: signal.signal(number, handle)

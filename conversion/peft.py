@@ -183,7 +183,7 @@ def _read_tensors(
 
 def _read_settings(file: pathlib.Path) -> dict[str, Any]:
     """Return the fields of `adapter_config.json`; refuse what is more than x a b."""
-    settings = read_json(file)
+    settings = read_json(file, remedy="copy or download it again")
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{file}: peft_type is {settings.get('peft_type')!r}, but only LORA is "

@@ -40,7 +40,8 @@ def with_context_of(
     if not file.is_file():
         return config
     with config_errors_in(file):
-        changed = LlamaConfig.from_dict(config.to_dict() | read_json(file))
+        fields = read_json(file, remedy="copy the adapters again")
+        changed = LlamaConfig.from_dict(config.to_dict() | fields)
     same_frequencies = (rope_frequencies(changed) == rope_frequencies(config)).all()
     if changed.rope_scaling == config.rope_scaling and same_frequencies:
         return config

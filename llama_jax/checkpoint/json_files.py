@@ -12,8 +12,14 @@ from llama_jax.file_kinds import check_file
 from llama_jax.types import JsonObject, Path
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(
+    file: pathlib.Path, *, remedy: str = "download it again"
+) -> dict[str, Any]:
     """Read the object in a JSON file.
+
+    Args:
+      file: to read.
+      remedy: for a damaged file.
 
     Raises:
       CheckpointError: the file cannot be read, or has no JSON object.
@@ -24,11 +30,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: is not JSON ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{file}: is not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; download it again")
+        raise CheckpointError(f"{file}: is not a JSON object; {remedy}")
     return content
 
 

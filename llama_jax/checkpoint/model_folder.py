@@ -37,6 +37,7 @@ from llama_jax.types import Mesh, Params, Path, PyTree
 _FORMAT, _VERSION = "llama_jax", 1
 _CONFIG, _PARAMS = "config.json", "params"
 _SETTINGS = "text_settings.json"
+_REMEDY = "copy or convert the model again"
 
 
 class Loaded(NamedTuple):
@@ -187,7 +188,7 @@ def read_config(path: Path) -> LlamaConfig:
       ConfigError: a field is missing, unknown or out of range.
     """
     file = pathlib.Path(path) / _CONFIG
-    content = read_json(file)
+    content = read_json(file, remedy=_REMEDY)
     if content.get("format") != _FORMAT:
         raise CheckpointError(
             f"{file}: not the configuration of a llama_jax checkpoint; convert the "
@@ -225,7 +226,7 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     if not settings.is_file():
         return Tokenizer.from_file(file)
     try:
-        text_settings = TextSettings.from_dict(read_json(settings))
+        text_settings = TextSettings.from_dict(read_json(settings, remedy=_REMEDY))
     except TokenizerError as error:
         raise TokenizerError(f"{settings}: {error}") from error
     return Tokenizer.from_file(file, settings=text_settings)

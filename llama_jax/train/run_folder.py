@@ -53,7 +53,7 @@ def find_run(folder: pathlib.Path, *, resume: bool) -> SavedRun | None:
         )
     if not (folder / RUN_FILE).is_file():
         raise TrainError(f"{folder}: has no {RUN_FILE}; name the folder of a run")
-    run = read_json(folder / RUN_FILE)
+    run = read_json(folder / RUN_FILE, remedy="start a new run in another --output")
     if missing := {"arguments", "steps", "model", "weights"} - run.keys():
         raise TrainError(
             f"{folder / RUN_FILE}: has no {', '.join(sorted(missing))}; start a new "
