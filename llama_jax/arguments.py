@@ -12,7 +12,6 @@ from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_or
 from jaxtyping import AbstractArray
 
 from llama_jax.errors import LlamaJaxError
-from llama_jax.types import PRNGKeyArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,10 +22,10 @@ _NAMES: dict[Any, str] = {
     int: "an integer",
     float: "a number",
     bool: "True or False",
+    bytes: "bytes",
     os.PathLike: "a path",
     Mapping: "a dict",
     Callable: "a function",
-    PRNGKeyArray: "a key of jax.random.key",
 }
 _REMEDIES = {
     "LlamaConfig": "preset(name) and LlamaConfig.from_dict(fields) make one",
@@ -40,6 +39,7 @@ _REMEDIES = {
     "Source": "conversion.open_source(path) returns one",
     "SupportsIndex": "tokenizer.encode(text, bos=True, eos=False) makes them of a text",
     "Tokenizer": "Tokenizer.from_file(path) reads one",
+    "bytes": "Tokenizer.from_file(path) reads a file",
 }
 
 
@@ -168,11 +168,13 @@ def _problem(value: Any, kind: Any) -> str:
 def _describe(kind: Any, *, plural: bool = False) -> str:
     """What an annotation allows, in words."""
     origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType) and kind not in _NAMES:
+    if origin in (Union, types.UnionType):
         words = dict.fromkeys(_describe(choice, plural=plural) for choice in inner)
         *first, last = words
         return f"{', '.join(first)} or {last}" if first else last
     if isinstance(kind, type) and issubclass(kind, AbstractArray):
+        if "prng_key" in kind.dtypes:
+            return "a key of jax.random.key"
         return f"an array [{kind.dim_str.strip()}]"
     if origin in (Sequence, Collection):
         lists = "lists" if plural else "a list"

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+from llama_jax.arguments import checked
 from llama_jax.errors import TokenizerError
 
 PrefixSpace = Literal["always", "first", "never", "always_once", "first_once"]
@@ -44,6 +45,7 @@ def added_token(fields: Mapping[str, Any]) -> AddedToken:
     return AddedToken(str(fields["content"]), **flags)
 
 
+@checked(TokenizerError)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextSettings:
     """What a checkpoint says about text besides the pieces of its tokenizer.
@@ -95,6 +97,7 @@ class TextSettings:
         return fields
 
     @classmethod
+    @checked(TokenizerError)
     def from_dict(cls, fields: Mapping[str, Any]) -> "TextSettings":
         """The inverse of `to_dict`.
 

@@ -1,12 +1,14 @@
 """Tokenizers: text to token ids and back, whole or while a model generates."""
 
 import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from llama_jax.arguments import checked
 from llama_jax.errors import TokenizerError
 from llama_jax.file_kinds import check_file
 from llama_jax.text.added_words import AddedWords
@@ -65,6 +67,7 @@ class Tokenizer:
     (True, 'Once upon a time')
     """
 
+    @checked(TokenizerError)
     def __init__(
         self, contents: bytes, *, settings: TextSettings = _NO_SETTINGS
     ) -> None:
@@ -116,6 +119,7 @@ class Tokenizer:
         self.step_id = self.piece_id("<step>")
 
     @classmethod
+    @checked(TokenizerError)
     def from_file(
         cls,
         path: str | os.PathLike[str],
@@ -227,7 +231,7 @@ class Tokenizer:
         return self._decode(ids, inner=True)
 
     def _decode(self, ids: Iterable[int], *, inner: bool) -> str:
-        ids = [int(id) for id in ids]
+        ids = _integers(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             decoder = StreamDecoder(self, after_marker=inner)
             return decoder.push(ids) + decoder.flush()
@@ -322,7 +326,7 @@ class StreamDecoder:
         Raises:
           TokenizerError: an id is negative.
         """
-        ids = [int(id) for id in ids]
+        ids = _integers(ids)
         if ids and min(ids) < 0:
             raise TokenizerError(
                 f"tokenizer: {min(ids)} is not a token id; ids are not negative"
@@ -338,9 +342,23 @@ def _checked(text: str) -> str:
     """The text, if it is valid Unicode."""
     try:
         text.encode()
+    except AttributeError as error:
+        raise TokenizerError(
+            f"tokenizer: the text must be a string, got {text!r:.60}"
+        ) from error
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"tokenizer: character {error.start} of the text is half of a surrogate "
             "pair, which UTF-8 cannot encode; remove it"
         ) from error
     return text
+
+
+def _integers(ids: Iterable[int]) -> list[int]:
+    """Ids of any integer type, or of an array, as Python's."""
+    try:
+        return list(map(operator.index, ids))
+    except TypeError as error:
+        raise TokenizerError(
+            f"tokenizer: the ids must be a list of integers, got {ids!s:.60}"
+        ) from error
