@@ -144,23 +144,23 @@ def _read_sampling(header: Header) -> dict[str, float]:
     return sampling
 
 
-def settings_metadata(tokenizer: Tokenizer) -> dict[str, MetadataValue]:
-    """Return the metadata of a tokenizer's settings.
-
-    Raises:
-      ConfigError: the name of a template is not possible in a file.
-    """
+def settings_metadata(
+    tokenizer: Tokenizer, vocab_size: int
+) -> dict[str, MetadataValue]:
+    """Return the metadata of a tokenizer's settings, without ids a model lacks."""
     settings = tokenizer.settings
     ids = {key: getattr(tokenizer, f"{name}_id") for name, key in SPECIAL_IDS.items()}
     ends = [id for id in tokenizer.end_ids if id != tokenizer.eos_id]
     # Llama 3's end of a message to a tool.
-    ends.sort(key=lambda id: tokenizer.piece(id) == "<|eom_id|>")
+    ends.sort(key=lambda id: id == tokenizer.piece_id("<|eom_id|>"))
     ids |= dict(zip(_ENDS, ends, strict=False))
     if tokenizer.infilling is not None:
         of_infilling = tokenizer.infilling._asdict()
         ids |= {key: of_infilling[name] for name, key in _INFILLING.items()}
     metadata = {
-        TOKENIZER + key: MetadataValue(UINT32, id) for key, id in ids.items() if id >= 0
+        TOKENIZER + key: MetadataValue(UINT32, id)
+        for key, id in ids.items()
+        if 0 <= id < vocab_size
     }
     metadata |= {
         f"{TOKENIZER}add_bos_token": MetadataValue(BOOL, settings.add_bos),

@@ -59,7 +59,8 @@ def read_tokenizer(header: Header) -> Tokenizer:
             # Other programs may have changed the file since.
             tokenizer = Tokenizer(contents, settings=own[1])
             same_words = _words(tokenizer.settings) == _words(settings)
-            if same_words and agrees(header, settings_metadata(tokenizer)):
+            size = header.entries[f"{TOKENIZER}tokens"].length or 0
+            if same_words and agrees(header, settings_metadata(tokenizer, size)):
                 return tokenizer
         return Tokenizer(contents, settings=settings)
     except TokenizerError as error:
@@ -110,7 +111,7 @@ def tokenizer_metadata(
         metadata["merges"] = MetadataValue(STRING, joined)
     return {
         **{TOKENIZER + key: value for key, value in metadata.items()},
-        **settings_metadata(tokenizer),
+        **settings_metadata(tokenizer, vocab_size),
         SETTINGS: own_settings(tokenizer),
     }
 
