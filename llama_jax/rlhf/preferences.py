@@ -1,8 +1,8 @@
-"""Preference data: pairs of dialogs, of which people preferred one.
+r"""Preference data: pairs of dialogs, of which people preferred one.
 
 A record is one JSON object with `chosen` and `rejected`, in any of these shapes:
 
-* HH-RLHF: two texts of the form `\\n\\nHuman: …\\n\\nAssistant: …`;
+* HH-RLHF: two texts of the form `\n\nHuman: …\n\nAssistant: …`;
 * a `prompt` (a text, or a list of messages), with two answers (a text, a message, or a
   list of messages);
 * the same with `messages` or `conversations` instead of `prompt`;
