@@ -69,6 +69,10 @@ class TrainError(LlamaJaxError):
     """A training run cannot start, continue or resume."""
 
 
+class RewardError(LlamaJaxError):
+    """A reward function is missing, fails, or returns something else than rewards."""
+
+
 def did_you_mean(
     name: str, known: Collection[str], *, aliases: Mapping[str, str] = _ALIASES
 ) -> str:
