@@ -107,10 +107,10 @@ def _preference(location: Location, value: object) -> Preference:
     if missing := [key for key in ("chosen", "rejected") if key not in value]:
         raise DataError(f"has no {missing[0]!r}; a preference needs both answers")
     prompt = _prompt(value)
-    dialogs = [_dialog(prompt, value[key], key) for key in ("chosen", "rejected")]
-    if dialogs[0] == dialogs[1]:
+    chosen, rejected = (_dialog(prompt, value[k], k) for k in ("chosen", "rejected"))
+    if chosen == rejected:
         raise DataError("has two equal answers", reason="empty")
-    return Preference(location, *dialogs, _rating(value), _safe(value))
+    return Preference(location, chosen, rejected, _rating(value), _safe(value))
 
 
 def _prompt(value: Mapping[str, Any]) -> list[Message]:

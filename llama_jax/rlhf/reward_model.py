@@ -105,10 +105,11 @@ def score_pairs(loaded: Loaded, batches: Iterable[PairBatch]) -> PairScores:
     assert isinstance(loaded.model, ScalarModel)
     parts: list[PairScores] = []
     for batch in batches:
-        real = batch.weight > 0
+        real = np.asarray(batch.weight) > 0
         on_device = jax.tree.map(jnp.asarray, batch)
         scores = to_host(_jitted_scores(loaded.model, loaded.params, on_device))
-        parts.append(PairScores(scores[real], batch.last[real] + 1, batch.rating[real]))
+        lengths, rating = np.asarray(batch.last) + 1, np.asarray(batch.rating)
+        parts.append(PairScores(scores[real], lengths[real], rating[real]))
     if not parts:
         raise DataError("data: there is no pair to score; give a file with some")
     return PairScores(*map(np.concatenate, zip(*parts, strict=True)))
