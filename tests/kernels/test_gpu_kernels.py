@@ -392,7 +392,7 @@ def test_tiles_that_exceed_an_h100s_shared_memory_are_rejected(
 @pytest.mark.gpu_compile
 def test_an_invalid_description_of_a_gpu_is_rejected(assets: pathlib.Path) -> None:
     h100(assets)
-    with pytest.raises(MeshError, match="no GPUs '1x1x8' of this target_config"):
+    with pytest.raises(MeshError, match="'1x1x8': XLA's GPU plugin does not accept it"):
         target_devices.gpu_devices("1x1x8", "not a description")
 
 
