@@ -73,7 +73,7 @@ class RopeScaling:
     high_freq_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(RopeScalingKind):
+        if not isinstance(self.kind, str) or self.kind not in get_args(RopeScalingKind):
             raise ConfigError(
                 f"config: rope_scaling kind is {self.kind!r}; choose from "
                 + ", ".join(get_args(RopeScalingKind))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llama_jax.arguments import checked
 from llama_jax.errors import ConfigError, TrainError
 from llama_jax.runtime import DType
 from llama_jax.train.optimizer import (
@@ -23,6 +24,7 @@ from llama_jax.types import JsonObject
 _Config = TypeVar("_Config", bound="RunConfig")
 
 
+@checked(ConfigError)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings of a training run, whatever is trained.
