@@ -297,8 +297,8 @@ def check_chat_model(args: argparse.Namespace) -> None:
     """Say so if the model is the bundled one, which cannot chat."""
     if args.checkpoint is None:
         print(
-            "the bundled model writes stories and is no chat model; for answers give "
-            "a chat model with --checkpoint",
+            "the bundled story model is no chat model; for answers give one with "
+            "--checkpoint",
             file=sys.stderr,
         )
 

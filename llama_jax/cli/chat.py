@@ -92,7 +92,10 @@ class Conversation:
                 self._reply(request)
             else:
                 self._turns.pop()
-                self._note_full(f"(not sent: the conversation would have {tokens:,}")
+                self._note_full(
+                    f"not sent: the conversation has {tokens:,} tokens, but the "
+                    f"context holds {self._context:,}"
+                )
         except PromptError as error:
             self._turns.pop()
             self._note(f"error: {error}")
@@ -112,7 +115,8 @@ class Conversation:
         if reason is None:
             self._note("(stopped)")
         elif reason == "length" and tokens >= self._context:
-            self._note_full(f"(the answer is cut: the conversation has {tokens:,}")
+            full = f"the context of {self._context:,} tokens is full"
+            self._note_full(f"the answer is cut: {full}")
         elif reason == "length":
             limit = request.max_new_tokens
             self._note(f"(the answer is cut at --max-new-tokens {limit})")
@@ -157,7 +161,7 @@ class Conversation:
         """Say that the context is full, and the first time what to do about it."""
         remedy = "" if self._reset_named else "; /reset starts a new conversation"
         self._reset_named = True
-        self._note(f"{text} of {self._context:,} tokens{remedy})")
+        self._note(f"({text}{remedy})")
 
 
 @contextlib.contextmanager

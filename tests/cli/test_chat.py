@@ -107,19 +107,20 @@ def test_an_answer_that_is_cut_says_so(monkeypatch, capsys, echo):
     assert capsys.readouterr().err == 2 * cut
 
 
+RESET = "; /reset starts a new conversation)"
+
+
 def test_a_full_context_names_reset_once(monkeypatch, capsys, echo):
     lines = ("long", "Go on and on", "And?", "/reset", "Hello", "too long " * 9, "And?")
     talk(monkeypatch, echo.converse(context=5), *lines)
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        "(the answer is cut: the conversation has 5 of 5 tokens; /reset starts a new "
-        "conversation)",
-        "(not sent: the conversation would have 9 of 5 tokens)",
-        "(not sent: the conversation would have 6 of 5 tokens)",
+        "(the answer is cut: the context of 5 tokens is full" + RESET,
+        "(not sent: the conversation has 9 tokens, but the context holds 5)",
+        "(not sent: the conversation has 6 tokens, but the context holds 5)",
         "(forgotten)",
-        "(not sent: the conversation would have 23 of 5 tokens; /reset starts a new "
-        "conversation)",
-        "(not sent: the conversation would have 6 of 5 tokens)",
+        "(not sent: the conversation has 23 tokens, but the context holds 5" + RESET,
+        "(not sent: the conversation has 6 tokens, but the context holds 5)",
     ]
     assert out == 2 * "I have 1 messages\n"
 

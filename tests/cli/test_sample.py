@@ -132,7 +132,7 @@ def test_chat_answers_one_message(capsys):
         "--max-new-tokens", "24", "--json",
     )  # fmt: skip
     assert status == 0
-    assert "the bundled model writes stories and is no chat model" in err
+    assert "the bundled story model is no chat model" in err
     assert json.loads(out)["completion_tokens"] <= 24
 
 
