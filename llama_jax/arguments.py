@@ -150,7 +150,7 @@ def _one_of_each_type(items: Any) -> Collection[Any]:
 
 def _problem(value: Any, kind: Any) -> str:
     choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]
-    if get_origin(choices[0]) is Literal:
+    if get_origin(choices[0]) is Literal and {type(None)}.issuperset(choices[1:]):
         words = [*get_args(choices[0]), *[None] * (len(choices) - 1)]
         return f"is {_show(value)}; choose from {', '.join(map(str, words))}"
     text = f"must be {_describe(kind)}, got {_show(value)}"
@@ -172,6 +172,8 @@ def _describe(kind: Any, *, plural: bool = False) -> str:
         words = dict.fromkeys(_describe(choice, plural=plural) for choice in inner)
         *first, last = words
         return f"{', '.join(first)} or {last}" if first else last
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
     if isinstance(kind, type) and issubclass(kind, AbstractArray):
         if "prng_key" in kind.dtypes:
             return "a key of jax.random.key"

@@ -84,23 +84,21 @@ class Conversation:
         The history keeps the text of an interrupted answer, but no message that could
         not be sent.
         """
-        self._turns.append({"role": "user", "content": message})
+        user: Message = {"role": "user", "content": message}
         try:
-            request = self._ask(self.dialog)
+            request = self._ask([*self.dialog, user])
             tokens = len(request.prompt_ids)
-            if tokens < self._context or len(self._turns) == 1:
-                self._reply(request)
+            if tokens < self._context or not self._turns:
+                self._reply(user, request)
             else:
-                self._turns.pop()
                 self._note_full(
                     f"not sent: the conversation has {tokens:,} tokens, but the "
                     f"context holds {self._context:,}"
                 )
         except PromptError as error:
-            self._turns.pop()
             self._note(f"error: {error}")
 
-    def _reply(self, request: Request) -> None:
+    def _reply(self, user: Message, request: Request) -> None:
         text, tokens, reason = "", len(request.prompt_ids), None
         with _ctrl_c() as pressed, contextlib.suppress(KeyboardInterrupt):
             for delta in self._answer(request):
@@ -111,7 +109,7 @@ class Conversation:
                 if pressed:
                     break
         print(flush=True)
-        self._turns.append({"role": "assistant", "content": text})
+        self._turns += [user, {"role": "assistant", "content": text}]
         if reason is None:
             self._note("(stopped)")
         elif reason == "length" and tokens >= self._context:

@@ -8,6 +8,7 @@ saved, sharded and optimized like any other tree.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,10 @@ class Lora:
     rank: int
     alpha: float
     rank_stabilized: bool = False
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: Sequence[str] = PROJECTIONS
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
             raise ConfigError(
                 f"lora: rank must be a positive integer, got {self.rank!r}; try 8 or 16"

@@ -9,7 +9,7 @@ import optax.contrib
 from jax.typing import DTypeLike
 
 from llama_jax.arguments import checked
-from llama_jax.errors import ConfigError, TrainError
+from llama_jax.errors import ConfigError
 from llama_jax.types import Array, PyTree
 
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
@@ -17,7 +17,7 @@ ScheduleName = Literal["cosine", "linear", "constant"]
 Schedule = Callable[[Array | int], Array | float]
 
 
-@checked(TrainError)
+@checked(ConfigError)
 def make_schedule(
     name: ScheduleName,
     peak: float,
@@ -58,17 +58,15 @@ def make_schedule(
         decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final)
     elif name == "linear":
         decay = optax.linear_schedule(peak, final * peak, decay_steps)
-    elif name == "constant":
-        decay = optax.constant_schedule(peak)
     else:
-        raise ConfigError(f"schedule: must be cosine, linear or constant, got {name!r}")
+        decay = optax.constant_schedule(peak)
     if not warmup:
         return decay
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, decay], [warmup])
 
 
-@checked(TrainError)
+@checked(ConfigError)
 def make_optimizer(
     learning_rate: float | Schedule,
     *,
@@ -128,7 +126,7 @@ def make_optimizer(
             mask=decayed,
             mu_dtype=moment_dtype,
         )
-    elif name == "muon":
+    else:
         orthogonal = optax.contrib.muon(
             1.0,
             adam_b1=b1,
@@ -138,10 +136,6 @@ def make_optimizer(
             consistent_rms=0.2,
         )
         optimizer = _decaying(orthogonal, learning_rate, weight_decay)
-    else:
-        raise ConfigError(
-            f"optimizer: must be adamw, adafactor, lion or muon, got {name!r}"
-        )
     if clip is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(clip), optimizer)

@@ -72,7 +72,7 @@ def test_json_has_logprobs_only_with_the_flag(capsys):
 def test_flags_precede_the_checkpoints_sampling_which_precedes_ours(
     capsys, monkeypatch
 ):
-    own = {"temperature": 0.0, "top_p": 0.5, "top_k": 7}
+    own = {"temperature": 0.25, "top_p": 0.5, "top_k": 7}
     loaded = load()
     loaded = loaded._replace(tokenizer=loaded.tokenizer.replace_settings(sampling=own))
     monkeypatch.setattr(cli, "load_model", lambda args: loaded)
@@ -86,8 +86,8 @@ def test_flags_precede_the_checkpoints_sampling_which_precedes_ours(
     flags = ("--top-p", "0.8", "--seed", "3", "--max-new-tokens", "2")
     status, _, err = run(capsys, *flags)
     assert status == 0
-    assert "sampling of the checkpoint: temperature 0.0, top_k 7\n" in err
-    expected = Sampling(temperature=0, top_p=0.8, top_k=7, seed=3)
+    assert "sampling of the checkpoint: temperature 0.25, top_k 7\n" in err
+    expected = Sampling(temperature=0.25, top_p=0.8, top_k=7, seed=3)
     assert requests[0].sampling == expected
 
 

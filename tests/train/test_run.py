@@ -223,10 +223,10 @@ def test_settings_survive_json() -> None:
     ("changes", "words"),
     [
         ({"batch_size": 0}, "batch_size: must be a positive integer, got 0"),
-        ({"steps": 1.5}, "steps: must be a positive integer, got 1.5"),
+        ({"steps": 1.5}, "steps must be an integer or None, got 1.5"),
         ({"epochs": 2}, "give one"),
         ({"accumulate": 3}, "cannot be cut into 3 equal parts"),
-        ({"optimizer": "sgd"}, "optimizer: must be one of adamw"),
+        ({"optimizer": "sgd"}, "optimizer is .sgd.; choose from adamw"),
         ({"final": 2.0}, "final: must be between 0 and 1, got 2.0"),
         ({"learning_rate": 0.0}, "learning_rate: must be positive"),
         ({"clip": -1.0}, "clip: must be 0 or more"),

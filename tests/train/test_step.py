@@ -428,9 +428,9 @@ def test_a_schedule_with_values_out_of_range_is_refused(numbers: Any) -> None:
 @pytest.mark.wrong_types
 def test_an_unknown_optimizer_or_schedule_is_refused() -> None:
     wrong: Any = "adam"
-    with pytest.raises(ConfigError, match="must be adamw, adafactor, lion or muon"):
+    with pytest.raises(ConfigError, match="name is 'adam'; choose from adamw, "):
         make_optimizer(1e-3, name=wrong)
-    with pytest.raises(ConfigError, match="must be cosine, linear or constant, got"):
+    with pytest.raises(ConfigError, match="name is 'adam'; choose from cosine, "):
         make_schedule(wrong, 1e-3, steps=5)
 
 
