@@ -4,6 +4,7 @@
     python -m llama_jax.sample --checkpoint DIR --prompt "The capital of France is"
     python -m llama_jax.sample --checkpoint DIR --chat
     python -m llama_jax.sample --checkpoint DIR --infill "def add(a, b):" "return c"
+    python -m llama_jax.sample --checkpoint DIR --input prompts.jsonl --output out.jsonl
 
 Text goes to standard output as it is generated, everything else to standard error.
 """
@@ -13,9 +14,11 @@ import pathlib
 import secrets
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
+from llama_jax.cli import prompt_files
 from llama_jax.cli.chat import Conversation
 from llama_jax.cli.output import Clock, print_json, print_text
 from llama_jax.cli.parser import (
@@ -27,6 +30,7 @@ from llama_jax.cli.parser import (
     refuse_unused,
 )
 from llama_jax.cli.processes import add_process_arguments, start_processes
+from llama_jax.data.records import OnBad
 from llama_jax.distributed import broadcast_from_main
 from llama_jax.errors import PromptError
 from llama_jax.generation.generate import stream
@@ -66,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     several = start_processes(args)
     clock = Clock()
     if args.seed is None:
-        args.seed = broadcast_from_main(secrets.randbits(32))
+        args.seed = prompt_files.stored_seed(args.output) if args.output else None
+        seed = secrets.randbits(32) if args.seed is None else args.seed
+        args.seed = broadcast_from_main(seed)
     given = {name: vars(args)[name] for name in (*SAMPLING_FLAGS, "seed")}
     given = {name: value for name, value in given.items() if value is not None}
     Sampling(**given)  # bad values are refused before the model is loaded
@@ -76,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "name of a --prompt-file that all of them can read"
         )
     prompt = read_prompt(args)
+    prompts = prompt_files.read(args.input, args.on_bad) if args.input else []
     if prompt is None and not is_dialog(args):
         prompt = STORY
     loaded = cli.load_model(args)
@@ -93,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stop": args.stop,
         "logprobs": args.logprobs,
     }
+    if args.input:
+        prompt_files.complete(loaded, prompts, args, settings)
+        return 0
     if prompt is None and is_dialog(args):
         talk(loaded, args, settings)
         return 0
@@ -155,6 +165,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs=2,
         metavar=("PREFIX", "SUFFIX"),
         help="fill the gap between two texts (Code Llama 7B, 13B)",
+    )
+    kind.add_argument(
+        "--input",
+        nargs="+",
+        metavar="FILE",
+        help="files of prompts, each with a text to continue or a dialog to answer: "
+        ".jsonl, .json, .txt, each also with .gz; .parquet",
+    )
+    group.add_argument(
+        "--on-bad",
+        choices=get_args(OnBad),
+        default="refuse",
+        help="what to do with a record that is no prompt, or too long a one; dropped "
+        "ones are named with file and line (default: refuse)",
     )
     group.add_argument(
         "--suffix-first",
@@ -227,6 +251,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="print one JSON object per completion: prompt, completion, token_ids, "
         "finish_reason, prompt_tokens, completion_tokens, seed, and logprobs if given",
     )
+    group.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        help="file of the completions, a JSON object on each line; the same command "
+        "continues a file that is not complete",
+    )
     cli.add_storage_arguments(parser)
     add_process_arguments(parser)
     return parser.parse_args(argv)
@@ -239,7 +269,11 @@ def is_dialog(args: argparse.Namespace) -> bool:
 
 def can_begin(args: argparse.Namespace) -> bool:
     """Whether the prompt is known without reading standard input for messages."""
-    return not is_dialog(args) or read_prompt(args, check=True) is not None
+    return (
+        bool(args.input)
+        or not is_dialog(args)
+        or read_prompt(args, check=True) is not None
+    )
 
 
 _PROMPT = Rule(can_begin, "in a chat without --prompt or --prompt-file")
@@ -247,10 +281,13 @@ _RANDOM = Rule(lambda args: args.temperature != 0, "with --temperature 0")
 RULES: Rules = {
     "--chat": excludes("--infill"),
     "--format": excludes("--infill"),
-    "--json": _PROMPT,
-    "--logprobs": _PROMPT,
+    "--input": needs("--output"),
+    "--json": (_PROMPT, excludes("--input")),
+    "--logprobs": (_PROMPT, excludes("--input")),
     "--min-p": _RANDOM,
     "--num-samples": _PROMPT,
+    "--on-bad": needs("--input"),
+    "--output": needs("--input"),
     "--suffix-first": needs("--infill"),
     "--system": excludes("--infill"),
     "--top-k": _RANDOM,

@@ -82,6 +82,56 @@ class ProgressBar:
         self._bar.close()
 
 
+class PromptBar:
+    """A bar of finished prompts in a terminal; nothing elsewhere. On standard error.
+
+    Args:
+      total: prompts.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._tokens = total, 0
+        self._start = time.monotonic()
+        self._bar: Any = None
+
+    def update(self, done: int, tokens: int) -> None:
+        """Show how many prompts are finished; `tokens` are those since the last call.
+
+        The first call says how many were finished before.
+        """
+        import tqdm
+
+        if self._bar is None:
+            self._first, self._start = done, time.monotonic()
+            self._bar = tqdm.tqdm(
+                initial=done,
+                total=self._total,
+                unit="prompt",
+                file=sys.stderr,
+                disable=not _is_terminal(sys.stderr),
+                dynamic_ncols=True,
+            )
+            return
+        self._tokens += tokens
+        self._bar.set_postfix_str(f"{self._rate():,.0f} tokens/s", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self, path: str) -> None:
+        """Leave the bar as it is, and print a summary."""
+        if self._bar is None:
+            return
+        self._bar.close()
+        before = f" ({self._first:,} of them before)" if self._first else ""
+        print(
+            f"{self._total:,} prompts{before} in {path}: {self._tokens:,} new tokens, "
+            f"{self._rate():,.0f} tokens/s",
+            file=sys.stderr,
+        )
+
+    def _rate(self) -> float:
+        return self._tokens / max(time.monotonic() - self._start, 1e-9)
+
+
 def _is_terminal(channel: Any) -> bool:
     """Whether it is a terminal with a size; some have none, and show no bar."""
     try:

@@ -93,11 +93,25 @@ def read_records(
 
 def parse(raw: Raw, *, prefer_text: bool = False) -> Record:
     """Parse the bytes of a record, or raise a `DataError` with its location."""
+    value = decode(raw)
+    if raw.location.unit == "document":
+        assert isinstance(value, str)
+        return Record(raw.location, value, raw.begins, raw.ends)
+    try:
+        return Record(raw.location, recognise(value, prefer_text=prefer_text))
+    except DataError as error:
+        raise DataError(f"{raw.location}: {error}") from error
+
+
+def decode(raw: Raw) -> object:
+    """Decode the bytes of a record: a text if it is a document, else its JSON value.
+
+    Raises:
+      DataError: it is not UTF-8, or not JSON; the message has its location.
+    """
     try:
         text = raw.data.decode()
-        if raw.location.unit == "document":
-            return Record(raw.location, text, raw.begins, raw.ends)
-        value = json.loads(text)
+        return text if raw.location.unit == "document" else json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{raw.location}: is not UTF-8 at byte {error.start}; save the file as "
@@ -107,10 +121,6 @@ def parse(raw: Raw, *, prefer_text: bool = False) -> Record:
         raise DataError(
             f"{raw.location}: is not JSON ({error}); each record must be on one line"
         ) from error
-    try:
-        return Record(raw.location, recognise(value, prefer_text=prefer_text))
-    except DataError as error:
-        raise DataError(f"{raw.location}: {error}") from error
 
 
 def recognise(value: object, *, prefer_text: bool = False) -> Content:
