@@ -11,6 +11,8 @@ from support.tokenizers import byte_level_json, byte_level_tokenizer
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.conversion import convert
+from llama_jax.generation.generate import generate
+from llama_jax.generation.request import text_request
 from llama_jax.loading import load
 from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
@@ -38,6 +40,7 @@ TOKENIZER_CONFIG = {
     "model_max_length": 64,
     "chat_template": TEMPLATE,
 }
+GGUF = ("source.gguf", "ours_of_gguf", "again.gguf")
 TEXT = "Hello zorblat, it's 2024\n  <|im_end|> 你好"
 
 
@@ -45,7 +48,10 @@ TEXT = "Hello zorblat, it's 2024\n  <|im_end|> 你好"
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     """The same model in a folder as it is published, and what it is converted to."""
     root = tmp_path_factory.mktemp("descendant")
-    write(root / "source.gguf", CONFIG, tokenizer=byte_level_tokenizer())
+    tokenizer = byte_level_tokenizer(
+        chat_templates={"default": TEMPLATE}, sampling={"temperature": 0.2}
+    )
+    write(root / "source.gguf", CONFIG, tokenizer=tokenizer)
     folder = root / "hf"
     convert(root / "source.gguf", folder, target_format="hf")
     for name, content in (
@@ -58,7 +64,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     convert(folder, root / "from_hf.gguf", dtype="float32")
     convert(root / "from_hf.gguf", root / "hf_again", target_format="hf")
     convert(root / "hf_again", root / "ours")
-    names = ("hf", "from_hf.gguf", "hf_again", "ours")
+    convert(root / "source.gguf", root / "ours_of_gguf")
+    convert(root / "ours_of_gguf", root / "again.gguf", dtype="float32")
+    names = ("hf", "from_hf.gguf", "hf_again", "ours", *GGUF)
     return {name: root / name for name in names}
 
 
@@ -81,3 +89,23 @@ def test_every_format_gives_equal_ids_and_logits(
         assert actual.tokenizer.decode(ids) == expected.tokenizer.decode(ids)
         again, _ = apply(actual.model, actual.params, jnp.asarray([ids]))
         np.testing.assert_array_equal(again, logits, err_msg=name)
+
+
+def test_what_a_gguf_file_says_is_kept(paths: dict[str, pathlib.Path]) -> None:
+    for name in GGUF:
+        tokenizer = loaded(paths[name]).tokenizer
+        settings = tokenizer.settings
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2), name
+        assert tokenizer.end_ids == (2,), name
+        assert (settings.add_bos, settings.add_eos) == (False, False), name
+        assert settings.chat_templates == {"default": TEMPLATE}, name
+        assert settings.sampling == {"temperature": 0.2}, name
+
+
+def test_a_descendant_continues_a_text(paths: dict[str, pathlib.Path]) -> None:
+    model = loaded(paths["again.gguf"])
+    request = text_request(model.tokenizer, "Hello", max_new_tokens=4)
+    assert request.prompt_ids[0] != 1
+    assert 2 in request.stop_ids
+    (completion,) = generate(model, [request])
+    assert 0 < len(completion.token_ids) <= 4
