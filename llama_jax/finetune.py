@@ -11,6 +11,8 @@ Everything but the rows of --show-batch is printed on standard error.
 
 import argparse
 import contextlib
+import dataclasses
+import datetime
 import math
 import pathlib
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from llama_jax.checkpoint.model_folder import read_tokenizer
 from llama_jax.cli import command as cli
 from llama_jax.cli import finetune_flags as flags
+from llama_jax.cli.output import print_format_note
 from llama_jax.cli.parser import ArgumentParser, refuse_unused
 from llama_jax.cli.processes import start_processes
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
@@ -27,7 +30,7 @@ from llama_jax.data.loader import Loader
 from llama_jax.data.show import show
 from llama_jax.data.stream import Statistics
 from llama_jax.data.vocabulary import train_tokenizer
-from llama_jax.distributed import share_of_rows
+from llama_jax.distributed import broadcast_from_main, share_of_rows
 from llama_jax.errors import ConfigError, TokenizerError, TrainError
 from llama_jax.loading import Opened, default_runtime, open_model
 from llama_jax.model.extended_context import extend_context
@@ -79,7 +82,15 @@ def train(args: argparse.Namespace) -> int:
     opened = find_model(config)
     config = config.for_model(opened.config, default_runtime().dtype)
     with contextlib.ExitStack() as stack:
+        if config.date is None:  # the same in all processes
+            today = broadcast_from_main(datetime.date.today().toordinal())
+            date = datetime.date.fromordinal(today).isoformat()
+            config = dataclasses.replace(config, date=date)
         loader = stack.enter_context(open_data(config, opened.tokenizer, mesh))
+        if config.format != loader.format:
+            config = dataclasses.replace(config, format=loader.format)
+            print(f"data: format {config.format}", file=sys.stderr)
+        print_format_note(opened.tokenizer, config.format)
         if args.show_batch:
             batch, colour = next(loader), sys.stdout.isatty()
             rows = show(batch, opened.tokenizer, rows=args.show_batch, colour=colour)
@@ -198,6 +209,7 @@ def open_data(
 ) -> Loader:
     """Open the training data, or the held-out data, which is read once in order."""
     assert config.seq_length is not None
+    assert config.date is not None
     index, count = share_of_rows(mesh)
     return Loader(
         (config.eval_data or ()) if held_out else config.data,
@@ -212,6 +224,7 @@ def open_data(
         on_bad=config.on_bad,
         on_long=config.on_long,
         infilling_rate=config.infilling_rate,
+        now=datetime.datetime.fromisoformat(config.date),
         process_index=index,
         process_count=count,
     )

@@ -20,7 +20,7 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
 from llama_jax.cli import prompt_files
 from llama_jax.cli.chat import Conversation
-from llama_jax.cli.output import Clock, print_json, print_text
+from llama_jax.cli.output import Clock, print_format_note, print_json, print_text
 from llama_jax.cli.parser import (
     ArgumentParser,
     Rule,
@@ -46,6 +46,7 @@ from llama_jax.generation.sampling import Sampling
 from llama_jax.text.prompt_formats import (
     FORMATS,
     Message,
+    PromptFormat,
     default_format,
     get_format,
 )
@@ -131,8 +132,8 @@ def make_request(
             tokenizer, *args.infill, suffix_first=args.suffix_first, **settings
         )
     if is_dialog(args):
-        messages = dialog(args.system, prompt)
-        return chat_request(tokenizer, messages, format=args.format, **settings)
+        messages, style = dialog(args.system, prompt), choose_format(tokenizer, args)
+        return chat_request(tokenizer, messages, format=style, **settings)
     # A text and its continuation are printed as one, with the space between them.
     settings["echo"] = not args.json
     return text_request(tokenizer, prompt, **settings)
@@ -197,7 +198,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--format",
         metavar="NAME",
         help="prompt format; implies --chat: "
-        f"{', '.join(FORMATS)} (default: that of Meta's chat models)",
+        f"{', '.join(FORMATS)}, template (the checkpoint's chat template) or "
+        "template:NAME (default: template if there is one, otherwise that of Meta's "
+        "chat models)",
     )
     group.add_argument(
         "--max-new-tokens",
@@ -340,10 +343,20 @@ def check_chat_model(args: argparse.Namespace) -> None:
         )
 
 
+def choose_format(tokenizer: Tokenizer, args: argparse.Namespace) -> PromptFormat:
+    """The prompt format of --format, or the checkpoint's."""
+    if args.format:
+        style = get_format(args.format, tokenizer)
+    else:
+        style = default_format(tokenizer)
+    print_format_note(tokenizer, style.name)
+    return style
+
+
 def talk(loaded: Loaded, args: argparse.Namespace, settings: Settings) -> None:
     """Hold a conversation."""
     tokenizer = loaded.tokenizer
-    style = get_format(args.format) if args.format else default_format(tokenizer)
+    style = choose_format(tokenizer, args)
     settings["num_samples"] = 1
     check_chat_model(args)
     print(f"seed {args.seed}, format {style.name}", file=sys.stderr)

@@ -155,6 +155,7 @@ def test_only_commands_use_arguments_environment_terminal_and_exit() -> None:
 
 def test_modules_import_at_their_top_only_what_is_always_installed() -> None:
     required = {"jax", "flax", "numpy", "jaxtyping", "sentencepiece", "llama_jax"}
+    required |= {"jinja2"}
     required |= {"ml_dtypes", *sys.stdlib_module_names}  # ml_dtypes comes with jax
     offenders = [
         f"{name} imports {imported}"

@@ -192,10 +192,10 @@ def _add_data(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=DATA_FORMATS,
         default="text",
         metavar="NAME",
-        help=f"format of the records: {', '.join(DATA_FORMATS)} (default: %(default)s)",
+        help=f"format of the records, as of finetune: {', '.join(DATA_FORMATS)} "
+        "(default: %(default)s)",
     )
     _add_numbers(
         parser,

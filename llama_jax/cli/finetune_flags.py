@@ -94,9 +94,10 @@ def _add_first(group: Group) -> None:
     )
     group.add_argument(
         "--format",
-        choices=DATA_FORMATS,
         metavar="NAME",
-        help=f"format of records: {', '.join(DATA_FORMATS)} (default: text)",
+        help=f"format of records: {', '.join(DATA_FORMATS)} (the checkpoint's chat "
+        "template), or template:NAME (default: auto, which is template for dialogs if "
+        "the checkpoint has one, otherwise text)",
     )
     group.add_argument(
         "--method",

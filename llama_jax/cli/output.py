@@ -11,6 +11,20 @@ import jax
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.generation.generate import Delta
 from llama_jax.generation.request import Request
+from llama_jax.text.chat_template import DEFAULT, TEMPLATE
+from llama_jax.text.prompt_formats import FORMATS
+from llama_jax.text.tokenizer import Tokenizer
+
+
+def print_format_note(tokenizer: Tokenizer, format: str) -> None:
+    """Say that a format of ours is used instead of the checkpoint's chat template."""
+    templates = tokenizer.settings.chat_templates
+    if templates and format in FORMATS:
+        name = TEMPLATE if DEFAULT in templates else f"{TEMPLATE}:{min(templates)}"
+        print(
+            f"format {format}, not the checkpoint's chat template (--format {name})",
+            file=sys.stderr,
+        )
 
 
 def print_text(loaded: Loaded, deltas: Iterator[Delta], suffix: str) -> None:

@@ -1,6 +1,9 @@
 """Encoders of records: token ids in a format, and which of them are learnt."""
 
+import contextlib
 import dataclasses
+import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -10,16 +13,26 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from llama_jax.data.batch import Example
+from llama_jax.data.files import Corpus
 from llama_jax.data.infilling import RATE, cut, encode_cut
-from llama_jax.data.records import Dialog, Pair, Record
+from llama_jax.data.records import Dialog, Pair, Record, parse
 from llama_jax.errors import DataError, PromptError, TokenizerError
-from llama_jax.text.dialogs import Message, Span
-from llama_jax.text.prompt_formats import FORMATS, get_format
+from llama_jax.text.chat_template import DEFAULT, TEMPLATE, is_template
+from llama_jax.text.dialogs import Message, PromptFormat, Span
+from llama_jax.text.prompt_formats import FORMATS, get_format, unknown_format
 from llama_jax.text.tokenizer import Tokenizer
 
 TEXT_FORMATS = ("text", "infilling")
-DATA_FORMATS = (*TEXT_FORMATS, *FORMATS)
-"""Names of all formats: of plain text, and of dialogs."""
+AUTO = "auto"
+DATA_FORMATS = (AUTO, *TEXT_FORMATS, *FORMATS, TEMPLATE)
+"""Names of all formats: one that fits the data, of plain text, and of dialogs."""
+
+
+def check_format(name: str) -> None:
+    """Raise a `PromptError` if there is no format of this name."""
+    if name not in DATA_FORMATS and not is_template(name):
+        raise unknown_format(name, DATA_FORMATS)
+
 
 OnLong = Literal["drop", "truncate", "refuse"]
 
@@ -136,14 +149,15 @@ class Encoder:
 
     Attributes:
       tokenizer: of the model.
-      format: one of `DATA_FORMATS`.
+      format: one of `DATA_FORMATS` but "auto", or a named template as in `get_format`.
       length: T, slots per row.
       on_long: what to do with a record with answers that does not fit.
       seed: of the infilling transform.
       infilling_rate: fraction of documents that are transformed.
+      now: the time that a chat template sees.
 
     Raises:
-      PromptError: there is no such format.
+      PromptError: there is no such format, or its template is not valid.
       DataError: the tokenizer cannot write the format.
     """
 
@@ -153,6 +167,7 @@ class Encoder:
     on_long: OnLong = "drop"
     seed: int = 0
     infilling_rate: float = RATE
+    now: datetime.datetime | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail for every record."""
@@ -161,12 +176,16 @@ class Encoder:
                 f"data: sequence length must be positive, got {self.length}"
             )
         if self.format not in TEXT_FORMATS:
-            get_format(self.format)
+            _ = self._style
         if self.format == "infilling" and self.tokenizer.infilling is None:
             raise DataError(
                 "data: the tokenizer has no infilling pieces; use that of Code Llama "
                 "7B or 13B, or --format text"
             )
+
+    @functools.cached_property
+    def _style(self) -> PromptFormat:
+        return get_format(self.format, self.tokenizer, now=self.now)
 
     @property
     def prefer_text(self) -> bool:
@@ -181,6 +200,8 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         """What the examples depend on, for JSON."""
         rules = self.tokenizer.settings.to_dict()
+        for name in ("chat_templates", "sampling"):  # the format names its template
+            rules.pop(name, None)
         contents = self.tokenizer.contents
         if rules:
             contents += json.dumps(rules, sort_keys=True).encode()
@@ -190,6 +211,7 @@ class Encoder:
             "sequence length": self.length,
             "on_long": self.on_long,
             "infilling rate": self.infilling_rate,
+            **({} if self.format in TEXT_FORMATS else self._style.settings),
         }
 
     def encode(self, record: Record, *key: int) -> Encoded:
@@ -276,11 +298,10 @@ class Encoder:
             learnt: Sequence[bool] = ()
         else:
             messages, learnt = list(content.messages), content.learnt
-        format = get_format(self.format)
-        if "input" not in format.keys:
+        if "input" not in self._style.keys:
             messages = [_with_input(message) for message in messages]
-        format.check(messages)
-        if messages[-1]["role"] == "user":
+        self._style.check(messages)
+        while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         answers = [
             message["role"] == "assistant" and bool(message["content"].strip())
@@ -292,7 +313,7 @@ class Encoder:
             answer and flag
             for answer, flag in zip(answers, learnt or answers, strict=False)
         ]
-        spans = format.spans(self.tokenizer, messages)
+        spans = self._style.spans(self.tokenizer, messages)
         return _keep_learnt(spans, messages, learnt)
 
     def _answers(self, spans: list[Span]) -> Encoded:
@@ -313,18 +334,45 @@ class Encoder:
         return Encoded([Example(ids[:limit], mask[:limit])], truncated)
 
 
+def choose_format(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Choose the format for data: the chat template for dialogs, else text.
+
+    Args:
+      corpus: its first valid record decides.
+      tokenizer: without a chat template, the format is always text.
+    """
+    if DEFAULT in tokenizer.settings.chat_templates:
+        for number in range(len(corpus)):
+            with contextlib.suppress(DataError):
+                record = parse(corpus.read(number), prefer_text=True)
+                return TEMPLATE if isinstance(record.content, Dialog) else "text"
+    return "text"
+
+
 def _keep_learnt(
     spans: Sequence[Span], messages: Sequence[Message], learnt: Sequence[bool]
 ) -> list[Span]:
     """The spans, of which only the learnt messages are answers."""
-    answers = iter(
+    flags = [
         flag
         for message, flag in zip(messages, learnt, strict=False)
         if message["role"] == "assistant"
-    )
-    masked: list[Span] = []
+    ]
+    if all(flags):
+        return list(spans)
     # The spans of an answer are consecutive, and a prompt is between two answers.
-    for is_answer, group in itertools.groupby(spans, lambda span: span.is_answer):
+    groups = [
+        (is_answer, list(group))
+        for is_answer, group in itertools.groupby(spans, lambda span: span.is_answer)
+    ]
+    if sum(is_answer for is_answer, _ in groups) != len(flags):
+        raise DataError(
+            "says which of its messages are learnt, but the template does not write "
+            "each answer apart from the others",
+            reason="unsuitable",
+        )
+    answers, masked = iter(flags), list[Span]()
+    for is_answer, group in groups:
         keep = is_answer and next(answers)
         masked += (span._replace(is_answer=keep) for span in group)
     return masked

@@ -14,6 +14,7 @@ it depends on six packages.
 
 import contextlib
 import copy
+import datetime
 import functools
 import queue
 import threading
@@ -24,11 +25,13 @@ from typing import Any
 from llama_jax.arguments import checked
 from llama_jax.data.batch import Batch, assemble, check_targets
 from llama_jax.data.encode import (
+    AUTO,
     EncodeFunction,
     Encoder,
     FunctionEncoder,
     OnLong,
     RecordEncoder,
+    choose_format,
 )
 from llama_jax.data.files import Corpus
 from llama_jax.data.infilling import RATE
@@ -53,7 +56,9 @@ class Loader:
     Args:
       files: .jsonl, .json, .txt, each also with .gz; .parquet.
       tokenizer: of the model.
-      format: one of `encode.DATA_FORMATS`.
+      format: one of `encode.DATA_FORMATS`, or a named template as in `get_format`.
+        "auto" is the checkpoint's chat template if there is one and the first record is
+        a dialog, otherwise "text".
       batch_size: B of the global batch, over all processes.
       length: T.
       encoder: makes examples of records instead of `tokenizer` and `format`; a function
@@ -73,8 +78,10 @@ class Loader:
       look_ahead: records that packing chooses from.
       separator: between the documents of a .txt.
       folder: where compressed files and Parquet are expanded; None is a temporary one.
+      now: the time that a chat template sees; None is the time of each record.
 
     Attributes:
+      format: as given; what was chosen instead of "auto".
       statistics: of all batches that were yielded, over all processes.
       seconds_waited: time spent waiting for batches.
 
@@ -100,7 +107,7 @@ class Loader:
         *,
         batch_size: int,
         length: int,
-        format: str = "text",
+        format: str = AUTO,
         encoder: RecordEncoder | EncodeFunction | None = None,
         packing: Packing = "pack",
         epochs: int | None = None,
@@ -116,6 +123,7 @@ class Loader:
         look_ahead: int = 64,
         separator: str = "<|endoftext|>",
         folder: Path | None = None,
+        now: datetime.datetime | None = None,
     ) -> None:
         if not 0 <= process_index < process_count or batch_size % process_count:
             raise DataError(
@@ -127,9 +135,18 @@ class Loader:
                 f"data: batch size {batch_size}, {epochs} epochs and look-ahead "
                 f"{look_ahead} must be at least 1"
             )
+        corpus = Corpus(
+            files,
+            separator=separator,
+            # Small pieces shuffle better, but a window should fit into one.
+            piece_bytes=max(_SMALLEST_PIECE, _BYTES_PER_TOKEN * length),
+            folder=folder,
+        )
         if encoder is None:
             if tokenizer is None:
                 raise DataError("data: there is no tokenizer; give one, or an encoder")
+            if format == AUTO:
+                format = choose_format(corpus, tokenizer)
             encoder = Encoder(
                 tokenizer=tokenizer,
                 format=format,
@@ -137,6 +154,7 @@ class Loader:
                 on_long=on_long,
                 seed=seed,
                 infilling_rate=infilling_rate,
+                now=now,
             )
         elif not isinstance(encoder, RecordEncoder):
             encoder = FunctionEncoder(function=encoder, length=length, on_long=on_long)
@@ -145,13 +163,7 @@ class Loader:
                 f"data: the encoder's length is {encoder.length}, but length is "
                 f"{length}; make them equal"
             )
-        corpus = Corpus(
-            files,
-            separator=separator,
-            # Small pieces shuffle better, but a window should fit into one.
-            piece_bytes=max(_SMALLEST_PIECE, _BYTES_PER_TOKEN * length),
-            folder=folder,
-        )
+        self.format = format
         self.seconds_waited = 0.0
         self._new_stream = functools.partial(
             RowStream,

@@ -157,8 +157,9 @@ def chat_request(
     Args:
       tokenizer: the model's tokenizer.
       dialog: messages with `role` and `content`; the last is the user's.
-      format: prompt format or its name; defaults to that of Meta's chat models with
-        this tokenizer.
+      format: prompt format or its name (see `get_format`); defaults to the
+        checkpoint's chat template, or to the format of Meta's chat models with this
+        tokenizer.
       **settings: fields of `Request`. `sampling` defaults to `default_sampling`,
         `stop_ids` to the format's and the tokenizer's `end_ids`; the format's stop
         strings are added to `stop`.
@@ -173,7 +174,7 @@ def chat_request(
     >>> tokenizer.decode(chat_request(tokenizer, dialog).prompt_ids)
     '[INST] Tell me a story. [/INST]'
     """
-    style = get_format(format) if isinstance(format, str) else format
+    style = get_format(format, tokenizer) if isinstance(format, str) else format
     style = style or default_format(tokenizer)
     settings.setdefault("sampling", default_sampling(tokenizer))
     settings.setdefault("stop_ids", style.stop_ids(tokenizer))

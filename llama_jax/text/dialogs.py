@@ -5,11 +5,13 @@ A dialog is a list of messages: an optional `system` message, then `user` and
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 from llama_jax.errors import PromptError, UnsafePromptError
 from llama_jax.text.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
@@ -19,7 +21,7 @@ class Message(TypedDict):
     Llama 70B), `input` the data for an instruction (Alpaca).
     """
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
     destination: NotRequired[str]
     input: NotRequired[str]
@@ -49,7 +51,10 @@ class PromptFormat:
         as text. Good answers must never contain it.
       system: whether a system message is allowed.
       turns: whether more than one user message is allowed.
+      alternate: whether user and assistant must alternate.
       keys: optional message keys of this format.
+      write_prompt: writes a prompt; None joins the spans of `write`.
+      settings: what the ids depend on besides the name, for JSON.
     """
 
     name: str
@@ -59,7 +64,10 @@ class PromptFormat:
     stop_strings: tuple[str, ...] = ()
     system: bool = True
     turns: bool = True
+    alternate: bool = True
     keys: tuple[str, ...] = ()
+    write_prompt: Callable[[Tokenizer, Dialog], list[int]] | None = None
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def encode(
         self, tokenizer: Tokenizer, dialog: Dialog, *, allow_tags: bool = False
@@ -82,8 +90,10 @@ class PromptFormat:
             raise self._error(
                 dialog, len(dialog) - 1, "is the last; it must be the user's"
             )
-        spans = self.spans(tokenizer, dialog, allow_tags=allow_tags)
-        return [id for span in spans for id in span.ids]
+        self.check(dialog, allow_tags=allow_tags)
+        if self.write_prompt is not None:
+            return self.write_prompt(tokenizer, dialog)
+        return [id for span in self.write(tokenizer, dialog) for id in span.ids]
 
     def spans(
         self, tokenizer: Tokenizer, dialog: Dialog, *, allow_tags: bool = False
@@ -114,8 +124,11 @@ class PromptFormat:
             raise self._error(dialog, 0, "is not supported by this format; remove it")
         for i, message in enumerate(dialog):
             role = "user" if (i - first) % 2 == 0 else "assistant"
-            if i >= first and message.get("role") != role:
+            if self.alternate and i >= first and message.get("role") != role:
                 raise self._error(dialog, i, f"must be the {role}'s")
+            if message.get("role") not in get_args(Role):
+                roles = " or ".join(f"{role}'s" for role in get_args(Role))
+                raise self._error(dialog, i, f"must be the {roles}")
             if i >= first + 2 and not self.turns:
                 raise self._error(dialog, i, "is too many; this format has one turn")
             for key, text in {"content": None, **message}.items():
@@ -131,8 +144,13 @@ class PromptFormat:
                 raise UnsafePromptError(str(self._error(dialog, i, problem)))
 
     def _error(self, dialog: Dialog, i: int, problem: str) -> PromptError:
-        message = f"message {i + 1} of {len(dialog)} (role {dialog[i].get('role')!r})"
-        return PromptError(f"{self.name}: {message} {problem}")
+        return message_error(self.name, dialog, i, problem)
+
+
+def message_error(format: str, dialog: Dialog, i: int, problem: str) -> PromptError:
+    """An error that names a format and message i of a dialog."""
+    message = f"message {i + 1} of {len(dialog)} (role {dialog[i].get('role')!r})"
+    return PromptError(f"{format}: {message} {problem}")
 
 
 def pairs(dialog: Dialog) -> tuple[str | None, list[tuple[Message, str | None]]]:

@@ -4,12 +4,18 @@ Each `PromptFormat` encodes dialogs as its family of models was trained on them:
 prompt (`encode`), or in spans that mark the answers (`spans`, for training).
 """
 
-import difflib
+import datetime
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llama_jax.arguments import checked
-from llama_jax.errors import PromptError
+from llama_jax.errors import PromptError, did_you_mean
+from llama_jax.text.chat_template import (
+    DEFAULT,
+    TEMPLATE,
+    is_template,
+    template_format,
+)
 from llama_jax.text.dialogs import Dialog, Message, PromptFormat, Span, pairs
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -222,8 +228,19 @@ FORMATS: dict[str, PromptFormat] = {format.name: format for format in _FORMATS}
 
 
 @checked(PromptError)
-def get_format(name: str) -> PromptFormat:
+def get_format(
+    name: str,
+    tokenizer: Tokenizer | None = None,
+    *,
+    now: datetime.datetime | None = None,
+) -> PromptFormat:
     """Return a prompt format by name.
+
+    Args:
+      name: a key of `FORMATS`; `template` for the chat template of the checkpoint, or
+        `template:NAME` for another of its templates.
+      tokenizer: of the checkpoint, for its templates.
+      now: the time that a template sees; None is the time of each call.
 
     Raises:
       PromptError: there is no such format; the message lists all.
@@ -235,18 +252,34 @@ def get_format(name: str) -> PromptFormat:
     >>> tokenizer.decode(ids)
     '[INST] Hi [/INST]'
     """
+    if is_template(name):
+        if tokenizer is None:
+            raise PromptError(f"prompt format: {name} needs the checkpoint's tokenizer")
+        return template_format(tokenizer, name, now=now)
     if name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=1)
-        raise PromptError(
-            f"prompt format: {name!r} does not exist; "
-            + (f"did you mean {close[0]!r}? " if close else "")
-            + f"choose from {', '.join(FORMATS)}"
-        )
+        raise unknown_format(name, (*FORMATS, TEMPLATE))
     return FORMATS[name]
 
 
+def unknown_format(name: str, names: Sequence[str]) -> PromptError:
+    """The error for a format that is none of `names`."""
+    return PromptError(
+        f"prompt format: {name!r} does not exist; choose from {', '.join(names)}"
+        + did_you_mean(name, names)
+    )
+
+
 def default_format(tokenizer: Tokenizer) -> PromptFormat:
-    """Guess the format of Meta's chat model that has this tokenizer."""
+    """Return the format of a checkpoint's chats.
+
+    It is the checkpoint's own chat template. Without one, it is the format of Meta's
+    chat model that has this tokenizer.
+
+    Raises:
+      PromptError: the template is not valid.
+    """
+    if DEFAULT in tokenizer.settings.chat_templates:
+        return template_format(tokenizer)
     if tokenizer.piece_id("<|start_header_id|>") is not None:
         return FORMATS["llama3"]
     if tokenizer.step_id is not None:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar, Literal, get_args
 
 from llama_jax.config import LlamaConfig
-from llama_jax.data.encode import DATA_FORMATS, OnLong
+from llama_jax.data.encode import AUTO, OnLong, check_format
 from llama_jax.data.infilling import RATE
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing
@@ -60,7 +60,9 @@ class FinetuneConfig(RunConfig):
       lora_rank, lora_alpha, lora_targets: see `Lora`.
       quantize: how "qlora" stores weights.
       data: files to learn from.
-      format: how records are written; see `Encoder`.
+      format: how records are written; see `Loader`. "auto" is resolved for a run.
+      date: the date that chat templates see, as in 2024-07-26; None is the day on which
+        the run starts.
       seq_length: tokens per row.
       packing: see `Loader`, as are `on_long`, `on_bad` and `infilling_rate`.
       eval_data: files of held-out records.
@@ -76,9 +78,9 @@ class FinetuneConfig(RunConfig):
 
     MAY_CHANGE: ClassVar[frozenset[str]] = RunConfig.MAY_CHANGE | {
         "checkpoint", "tokenizer", "mesh", "remat", "data", "eval_data",
-        "sample_prompt", "sample_tokens",
+        "sample_prompt", "sample_tokens", "date",
     }  # fmt: skip
-    """Of model and data the contents are checked, not the paths."""
+    """Of model and data the contents are checked, not the paths; so is the date."""
 
     checkpoint: str | None = None
     tokenizer: str | None = None
@@ -97,7 +99,8 @@ class FinetuneConfig(RunConfig):
     lora_targets: tuple[str, ...] | None = None
     quantize: Kind | None = None
     data: tuple[str, ...] = ()
-    format: str = "text"
+    format: str = AUTO
+    date: str | None = None
     seq_length: int | None = None
     packing: Packing = "pack"
     on_long: OnLong = "drop"
@@ -113,7 +116,6 @@ class FinetuneConfig(RunConfig):
             parse_rope_scaling(self.rope_scaling, original_max_seq_len=1)
         for name, choices in (
             ("method", get_args(MethodName)),
-            ("format", DATA_FORMATS),
             ("packing", get_args(Packing)),
         ):
             if getattr(self, name) not in choices:
@@ -121,6 +123,7 @@ class FinetuneConfig(RunConfig):
                     f"{name}: must be one of {', '.join(choices)}, got "
                     f"{getattr(self, name)!r}"
                 )
+        check_format(self.format)
 
     @classmethod
     def from_settings(cls, settings: JsonObject) -> "FinetuneConfig":

@@ -52,6 +52,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SMALL = ("--batch-size", "4", "--packing", "pad", "--learning-rate", "1e-2")
 
 
@@ -532,3 +536,47 @@ def test_warmup_is_a_fraction_of_the_run() -> None:
     scratch = configured("--from-scratch", "--preset", "llama2-7b")
     assert [scratch.warmup_steps(n) for n in (10, 1000, 10**6)] == [1, 100, 2000]
     assert configured("--warmup", "7").warmup_steps(1000) == 7
+
+
+def test_dialogs_are_learnt_with_the_checkpoints_template(
+    capsys: Any, tmp_path: pathlib.Path
+) -> None:
+    tokenizer = tiny_tokenizer().replace_settings(chat_templates={"default": CHATML})
+    params = random_params(TALKING)
+    save_params(tmp_path / "base", params, TALKING, tokenizer=tokenizer)
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "hello"}]
+    turns.append({"role": "assistant", "content": "the sun"})
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    first = ("--checkpoint", str(tmp_path / "base"), "--data", str(data))
+    output = tmp_path / "run"
+    err = succeed(
+        capsys, *first, "--output", str(output), *SMALL, "--steps", "1",
+        "--sample-prompt", "hello", "--sample-tokens", "2",
+    )  # fmt: skip
+    assert "data: format template\n" in err
+    saved = json.loads((output / "run.json").read_text())["arguments"]
+    assert saved["format"] == "template"
+    assert load(output / "model").tokenizer.settings == tokenizer.settings
+    status, shown, err = run(capsys, *first, "--show-batch", "1")
+    assert status == 0
+    assert "<|user|>hello</s> <|assistant|>⟦the sun</s>⟧" in shown
+    status, _, err = run(capsys, *first, "--format", "llama2-chat", "--show-batch", "1")
+    assert (
+        "format llama2-chat, not the checkpoint's chat template (--format template)"
+        in err
+    )
+    err = refused(capsys, *first, "--format", "template:no", "--show-batch", "1")
+    assert "choose from default" in err
+    flags = ("--checkpoint", str(output / "model"), "--prompt", "a", "--seed", "1")
+    chats = [
+        run(capsys, *flags, "--max-new-tokens", "2", "--json", *more, main=sample.main)
+        for more in (("--chat",), ("--format", "template"), ("--format", "wizardlm-7b"))
+    ]
+    assert [status for status, _, _ in chats] == [0, 0, 0]
+    assert chats[0][1] == chats[1][1]
+    assert ["format wizardlm-7b, not" in err for _, _, err in chats] == [
+        False,
+        False,
+        True,
+    ]

@@ -1,5 +1,7 @@
 """Formats of training: prompts as in inference, answers learnt, texts whole."""
 
+import datetime
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +13,12 @@ from hypothesis import strategies as st
 from llama_jax.data.encode import DATA_FORMATS, Encoder
 from llama_jax.data.files import Location
 from llama_jax.data.infilling import Cut, cut, encode_cut
+from llama_jax.data.loader import Loader
 from llama_jax.data.records import Content, Dialog, Pair, Record
 from llama_jax.errors import DataError, PromptError
 from llama_jax.loading import bundled
 from llama_jax.text.dialogs import Message
-from llama_jax.text.prompt_formats import FORMATS, infilling_prompt
+from llama_jax.text.prompt_formats import FORMATS, get_format, infilling_prompt
 from llama_jax.text.tokenizer import Tokenizer
 from tests.support.tokenizers import special_tokens
 
@@ -243,6 +246,99 @@ def test_settings_out_of_range_are_refused(small: Tokenizer) -> None:
     with pytest.raises(DataError, match="no infilling pieces"):
         Encoder(tokenizer=plain, format="infilling", length=8)
     assert {"llama2-chat", "alpaca", "vicuna", "orca2", "wizardlm"} < {*DATA_FORMATS}
+
+
+# Chat templates
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + "
+    "'<|im_end|>\\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+)
+
+
+def with_templates(small: Tokenizer, **templates: str) -> Tokenizer:
+    return small.replace_settings(chat_templates=templates)
+
+
+def test_the_answers_of_a_template_are_learnt(small: Tokenizer) -> None:
+    tokenizer = with_templates(small, default=TEMPLATE)
+    content = dialog("Hi", "the sun", "a", "Bye", "left out", system="S")
+    first, last = "the sun<|im_end|>", "Bye<|im_end|>"
+    for flags, answers in (
+        ((), [first, last]),
+        ((False, False, False, False, True, False), [last]),
+    ):
+        record = content._replace(learnt=flags)
+        ((ids, mask),) = encode(tokenizer, record, "template")
+        assert (
+            ids
+            == get_format("template", tokenizer).encode(tokenizer, content.messages)[
+                : len(ids)
+            ]
+        )
+        assert [tokenizer.decode(run) for run in learnt(ids, mask)] == answers
+
+
+def test_templates_take_messages_in_any_order(small: Tokenizer) -> None:
+    tokenizer = with_templates(small, default=TEMPLATE)
+    messages = dialog("a", "b", "c", "d").messages
+    content = Dialog([messages[0], messages[0], messages[1], messages[3], messages[2]])
+    ((ids, mask),) = encode(tokenizer, content, "template")
+    runs = [tokenizer.decode(run) for run in learnt(ids, mask)]
+    assert runs == ["b<|im_end|>", "d<|im_end|>"]
+    joined = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = with_templates(small, default=joined)
+    flagged = content._replace(learnt=(False, False, True, False, False))
+    with pytest.raises(DataError, match=r"line 7: says which .* apart"):
+        encode(tokenizer, flagged, "template")
+
+
+def test_a_resumed_run_has_the_same_template(small: Tokenizer) -> None:
+    def settings(template: str, now: datetime.datetime | None = None) -> dict[str, Any]:
+        tokenizer = with_templates(small, default=template)
+        encoder = Encoder(tokenizer=tokenizer, format="template", length=8, now=now)
+        return encoder.settings()
+
+    now, later = datetime.datetime(2024, 7, 26), datetime.datetime(2024, 7, 27)
+    assert settings(TEMPLATE) == settings(TEMPLATE, now)
+    assert settings(TEMPLATE) != settings(TEMPLATE + " ")
+    dated = "{{ strftime_now('%d') }}"
+    assert settings(dated, now) != settings(dated, later)
+    other = with_templates(small, default=TEMPLATE)
+    alpaca = [
+        Encoder(tokenizer=tokenizer, format="alpaca", length=8).settings()
+        for tokenizer in (small, other)
+    ]
+    assert alpaca[0] == alpaca[1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "templates", "format"),
+    [
+        (['{"messages": [{"role": "user", "content": "a"}]}'], {"default": "x"}, 1),
+        (['{"instruction": "a", "output": "b"}'], {"default": "x"}, 1),
+        (["{broken", '{"conversations": [{"from": "human", "value": "a"}]}'],
+         {"default": "x"}, 1),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], {"tool_use": "x"}, 0),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], {}, 0),
+        (['{"text": "a", "messages": [{"role": "user", "content": "a"}]}'],
+         {"default": "x"}, 0),
+        (['{"prompt": "a", "response": "b"}'], {"default": "x"}, 0),
+    ],
+)  # fmt: skip
+def test_the_default_format_is_the_template_for_dialogs(
+    small: Tokenizer,
+    tmp_path: pathlib.Path,
+    lines: list[str],
+    templates: dict[str, str],
+    format: int,
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(lines))
+    tokenizer = with_templates(small, **templates)
+    loader = Loader([file], tokenizer, batch_size=1, length=8)
+    assert loader.format == ("text", "template")[format]
 
 
 # Infilling
