@@ -44,6 +44,8 @@ class Delta(NamedTuple):
       logprobs: of each of `token_ids`; see `Completion`.
       top_logprobs: likewise.
       finish_reason: set in the last delta of a completion.
+      stop_id: the token that ended it, if one of the request's stop ids did.
+      stop_logprob: its log-probability, if the request has `logprobs`.
     """
 
     completion: int
@@ -52,6 +54,8 @@ class Delta(NamedTuple):
     logprobs: tuple[float, ...] | None
     top_logprobs: tuple[TopLogprobs, ...] | None
     finish_reason: FinishReason | None
+    stop_id: int | None = None
+    stop_logprob: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,8 @@ class Completion:
         distribution (no temperature), 0 for the first token of a prompt; None without
         `logprobs` in the request.
       top_logprobs: the likeliest (id, log-probability) pairs at each position.
+      stop_id: the token that ended it, if one of the request's stop ids did.
+      stop_logprob: its log-probability; None without `logprobs` in the request.
       full_text: for infilling: prefix, completion and suffix.
     """
 
@@ -77,6 +83,8 @@ class Completion:
     prompt_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[TopLogprobs, ...] | None = None
+    stop_id: int | None = None
+    stop_logprob: float | None = None
     full_text: str | None = None
 
 
@@ -142,6 +150,8 @@ def _joined(prompt: tuple[int, ...], deltas: Sequence[Delta]) -> Completion:
         prompt_ids=prompt,
         logprobs=logprobs if scored else None,
         top_logprobs=top if scored else None,
+        stop_id=last.stop_id,
+        stop_logprob=last.stop_logprob,
     )
 
 
@@ -264,12 +274,13 @@ class _Row:
         ids: list[int] = []
         texts: list[str] = []
         reason: FinishReason | None = None
+        stop_id: int | None = None
         for token in emitted.tokens[row].tolist():
             if token < 0 or reason:
                 break
             self._left -= 1
             if token in self.request.stop_ids:
-                reason = "stop"
+                reason, stop_id = "stop", token
                 break
             ids.append(token)
             texts.append(self._scanner.push(self._decoder.push([token])))
@@ -283,10 +294,14 @@ class _Row:
             texts.append(self._scanner.flush())
         if not ids and reason is None:
             return None
-        logprobs, top = None, None
+        logprobs, top, stop_logprob = None, None, None
         if self.request.logprobs is not None:
             logprobs, top = self._logprobs(emitted.logprobs, row, len(ids))
-        return Delta(self.index, "".join(texts), tuple(ids), logprobs, top, reason)
+            if stop_id is not None:
+                stop_logprob = float(emitted.logprobs.chosen[row, len(ids)])
+        text = "".join(texts)
+        stop = (reason, stop_id, stop_logprob)
+        return Delta(self.index, text, tuple(ids), logprobs, top, *stop)
 
     def _logprobs(
         self, scores: TokenLogprobs, row: int, count: int
