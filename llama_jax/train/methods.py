@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from llama_jax.arguments import checked
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf
@@ -29,6 +30,8 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.adapters import save_adapters
 from llama_jax.train.for_generation import for_generation
 from llama_jax.train.losses import Loss, ModelLoss, next_token_loss, trained_loss
+from llama_jax.train.pump import StepFunction
+from llama_jax.train.step import make_train_step
 from llama_jax.types import Mesh, Params, Path
 from llama_jax.weights import Kind
 
@@ -73,6 +76,12 @@ class Method:
           tokenizer: of the model.
         """
         return Loaded(*for_generation(self.model, self.params(trained)), tokenizer)
+
+    def make_step(
+        self, optimizer: optax.GradientTransformation, accumulate: int
+    ) -> StepFunction:
+        """Make the step of a run; see `make_train_step`."""
+        return make_train_step(self.loss, optimizer, accumulate=accumulate)
 
     @property
     def result_name(self) -> str:

@@ -38,7 +38,6 @@ from llama_jax.train.run_folder import (
     start_run,
 )
 from llama_jax.train.state import TrainState, init_state, state_shapes
-from llama_jax.train.step import make_train_step
 from llama_jax.train.stopping import Stop
 from llama_jax.types import JsonObject, Path, PyTree
 
@@ -276,9 +275,7 @@ class _Session:
     ) -> FitResult:
         config, last = self.config, len(self.rates) - 1
         return fit(
-            make_train_step(
-                self.method.loss, self.optimizer, accumulate=config.accumulate
-            ),
+            self.method.make_step(self.optimizer, config.accumulate),
             state,
             self.method.frozen,
             self.batches,
