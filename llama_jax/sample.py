@@ -46,7 +46,6 @@ from llama_jax.generation.sampling import Sampling
 from llama_jax.text.prompt_formats import (
     FORMATS,
     Message,
-    PromptFormat,
     default_format,
     get_format,
 )
@@ -101,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stop": args.stop,
         "logprobs": args.logprobs,
     }
+    if is_dialog(args):
+        print_format_note(loaded.tokenizer, args.format)
     if args.input:
         prompt_files.complete(loaded, prompts, args, settings)
         return 0
@@ -132,8 +133,8 @@ def make_request(
             tokenizer, *args.infill, suffix_first=args.suffix_first, **settings
         )
     if is_dialog(args):
-        messages, style = dialog(args.system, prompt), choose_format(tokenizer, args)
-        return chat_request(tokenizer, messages, format=style, **settings)
+        messages = dialog(args.system, prompt)
+        return chat_request(tokenizer, messages, format=args.format, **settings)
     # A text and its continuation are printed as one, with the space between them.
     settings["echo"] = not args.json
     return text_request(tokenizer, prompt, **settings)
@@ -343,20 +344,12 @@ def check_chat_model(args: argparse.Namespace) -> None:
         )
 
 
-def choose_format(tokenizer: Tokenizer, args: argparse.Namespace) -> PromptFormat:
-    """The prompt format of --format, or the checkpoint's."""
-    if args.format:
-        style = get_format(args.format, tokenizer)
-    else:
-        style = default_format(tokenizer)
-    print_format_note(tokenizer, style.name)
-    return style
-
-
 def talk(loaded: Loaded, args: argparse.Namespace, settings: Settings) -> None:
     """Hold a conversation."""
     tokenizer = loaded.tokenizer
-    style = choose_format(tokenizer, args)
+    style = (
+        get_format(args.format, tokenizer) if args.format else default_format(tokenizer)
+    )
     settings["num_samples"] = 1
     check_chat_model(args)
     print(f"seed {args.seed}, format {style.name}", file=sys.stderr)

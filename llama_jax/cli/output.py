@@ -12,13 +12,20 @@ from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.generation.generate import Delta
 from llama_jax.generation.request import Request
 from llama_jax.text.chat_template import DEFAULT, TEMPLATE
-from llama_jax.text.prompt_formats import FORMATS
+from llama_jax.text.prompt_formats import FORMATS, default_format
 from llama_jax.text.tokenizer import Tokenizer
 
 
-def print_format_note(tokenizer: Tokenizer, format: str) -> None:
-    """Say that a format of ours is used instead of the checkpoint's chat template."""
+def print_format_note(tokenizer: Tokenizer, format: str | None) -> None:
+    """Say that a format of ours is used instead of the checkpoint's chat template.
+
+    Args:
+      tokenizer: of the checkpoint.
+      format: what is used for dialogs; None is the default.
+    """
     templates = tokenizer.settings.chat_templates
+    if format is None and DEFAULT not in templates:
+        format = default_format(tokenizer).name
     if templates and format in FORMATS:
         name = TEMPLATE if DEFAULT in templates else f"{TEMPLATE}:{min(templates)}"
         print(

@@ -157,6 +157,7 @@ class PairSource:
             "data": self.corpus.fingerprint,
             "tokenizer": hashlib.sha256(self.tokenizer.contents).hexdigest()[:16],
             "format": self.format.name,
+            **self.format.settings,
             "batch size": self.batch_size,
             "length": self.length,
             "margins": self.margins,

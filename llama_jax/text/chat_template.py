@@ -126,7 +126,8 @@ class _ChatTemplate:
             yield Span(ids[done:first], False)
             yield Span(ids[first:last], True)
             done = last
-        yield Span(ids[done:], False)
+        if dialog[-1]["role"] != "assistant":  # otherwise the answer ends the dialog
+            yield Span(ids[done:], False)
 
     def marked_answers(self, dialog: Dialog, text: str) -> list[tuple[int, int]]:
         """The slices of the text that are in `generation` tags of the template."""

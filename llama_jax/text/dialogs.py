@@ -100,9 +100,9 @@ class PromptFormat:
     ) -> list[Span]:
         """Encode a dialog for training: its ids in spans, answers apart from context.
 
-        An answer includes the token that ends it. If the dialog ends with an answer,
-        the ids before that answer are those that `encode` returns for the messages
-        before it.
+        An answer includes the token that ends it. If the dialog ends with an answer, so
+        do the spans, and the ids before that answer are those that `encode` returns for
+        the messages before it.
 
         Args and Raises: as in `encode`.
         """
