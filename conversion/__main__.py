@@ -150,7 +150,7 @@ formats:
   llama2c  .bin file of llama2.c, version 0, float32""",
         epilog=f"""\
 exit status:
-  0 success; 1 --verify found different weights; 2 error
+  0 success; 1 --verify found different weights or tokenizers; 2 error
 
 examples:
   {_PROGRAM} llama-2-7b-chat checkpoints/llama-2-7b-chat
@@ -198,7 +198,7 @@ examples:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare DST with SRC afterwards: all weights, then the logits of both",
+        help="compare DST with SRC afterwards: weights, logits, tokenizers",
     )
     parser.add_argument(
         "--dry-run",

@@ -17,12 +17,14 @@ from llama_jax.arguments import checked
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.source import Source
+from llama_jax.conversion.tokenizer_comparison import compare_tokenizers
 from llama_jax.errors import CheckpointError, ConfigError, LlamaJaxError
 from llama_jax.model.layers import Block, RMSNorm, SharedInputs
 from llama_jax.model.linear import linear
 from llama_jax.model.rope import rope_tables
 from llama_jax.model.transformer import apply
 from llama_jax.runtime import Runtime
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Array, Float, Hidden, Tokens
 
 DIVERGED = 1e-2
@@ -55,6 +57,8 @@ class Comparison(NamedTuple):
         every layer.
       first_diverging_layer: first layer where that exceeds 1 %, -1 for the embedding,
         None if there is none.
+      text: differences of what the checkpoints say about text, as sentences; None if
+        one of them has no tokenizer.
     """
 
     tensors: int
@@ -68,11 +72,12 @@ class Comparison(NamedTuple):
     top1_agreement: float
     layer_errors: tuple[float, ...]
     first_diverging_layer: int | None
+    text: tuple[str, ...] | None
 
     @property
     def same(self) -> bool:
-        """Whether all weights are equal, or equal after rounding."""
-        return not self.differing
+        """Whether tokenizers, and all weights up to rounding, are equal."""
+        return not self.differing and not self.text
 
 
 @checked(ConfigError)
@@ -115,8 +120,10 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
         done += leaf.nbytes
         if progress is not None:
             progress("comparing weights", done, total)
+    a_tokenizer, b_tokenizer = _find_tokenizer(a), _find_tokenizer(b)
+    prompts = _prompts(a_tokenizer, a.config.vocab_size)
     layer_errors, a_logits, b_logits = _run_both(
-        a.config, a_leaves, b_leaves, _prompts(a), progress
+        a.config, a_leaves, b_leaves, prompts, progress
     )
     for source, logits in ((a, a_logits), (b, b_logits)):
         if not jnp.isfinite(logits).all():
@@ -140,7 +147,24 @@ def compare(a: Source, b: Source, progress: Progress | None = None) -> Compariso
         top1_agreement=float((a_logits.argmax(-1) == b_logits.argmax(-1)).mean()),
         layer_errors=tuple(layer_errors),
         first_diverging_layer=diverged[0] if diverged else None,
+        text=_compare_text(a_tokenizer, b_tokenizer, a.config.vocab_size),
     )
+
+
+def _find_tokenizer(source: Source) -> Tokenizer | None:
+    """The tokenizer, or None: weights can be compared without one."""
+    try:
+        return source.find_tokenizer()[0]
+    except LlamaJaxError:
+        return None
+
+
+def _compare_text(
+    a: Tokenizer | None, b: Tokenizer | None, vocab_size: int
+) -> tuple[str, ...] | None:
+    if a is None or b is None:
+        return None
+    return tuple(compare_tokenizers(a, b, vocab_size))
 
 
 def _check_same_config(a: Source, b: Source) -> None:
@@ -184,14 +208,11 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a, b)
 
 
-def _prompts(source: Source) -> Tokens:
+def _prompts(tokenizer: Tokenizer | None, vocab_size: int) -> Tokens:
     """Return the fixed texts, or fixed random tokens if they cannot be encoded."""
     rng = np.random.default_rng(0)
-    vocab_size = source.config.vocab_size
     tokens = rng.integers(vocab_size, size=(len(_TEXTS), _TOKENS_PER_TEXT))
-    try:
-        tokenizer, _ = source.find_tokenizer()
-    except LlamaJaxError:  # weights can be compared without a tokenizer
+    if tokenizer is None:
         return jnp.asarray(tokens, jnp.int32)
     for row, text in zip(tokens, _TEXTS, strict=True):
         ids = tokenizer.encode(text, bos=True, eos=False)[:_TOKENS_PER_TEXT]

@@ -117,6 +117,12 @@ def describe_comparison(comparison: Comparison) -> Iterator[str]:
             f"layers: {name} is the first whose output differs by more than "
             f"{DIVERGED:.0%} ({error:.1%})"
         )
+    if comparison.text is None:
+        yield "text: not compared, since a checkpoint has no tokenizer"
+    elif not comparison.text:
+        yield "text: tokenizers, ends, templates and defaults agree"
+    for difference in comparison.text or ():
+        yield f"text: {difference}"
 
 
 def _in_first_layer(name: str) -> bool:
