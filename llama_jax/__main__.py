@@ -10,6 +10,7 @@ from llama_jax.cli.parser import ArgumentParser
 COMMANDS = {
     "sample": "complete a text, answer messages or fill a gap",
     "finetune": "train a model or adapters; merge adapters; train a tokenizer",
+    "rlhf": "learn from human feedback, in stages",
     "conversion": "convert, compare and describe checkpoints",
     "plan": "whether a model fits, how fast it could be, and where",
     "bench": "measure the library and the machine",

@@ -11,14 +11,12 @@ Text goes to standard output as it is generated, everything else to standard err
 
 import argparse
 import pathlib
-import secrets
 import sys
 from collections.abc import Sequence
-from typing import get_args
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
-from llama_jax.cli import prompt_files
+from llama_jax.cli import prompt_files, sampling_flags
 from llama_jax.cli.chat import Conversation
 from llama_jax.cli.output import Clock, print_format_note, print_json, print_text
 from llama_jax.cli.parser import (
@@ -30,21 +28,16 @@ from llama_jax.cli.parser import (
     refuse_unused,
 )
 from llama_jax.cli.processes import add_process_arguments, start_processes
-from llama_jax.data.records import OnBad
-from llama_jax.distributed import broadcast_from_main
 from llama_jax.errors import PromptError
 from llama_jax.generation.generate import stream
 from llama_jax.generation.request import (
     Request,
     Settings,
     chat_request,
-    default_sampling,
     infill_request,
     text_request,
 )
-from llama_jax.generation.sampling import Sampling
 from llama_jax.text.prompt_formats import (
-    FORMATS,
     Message,
     default_format,
     get_format,
@@ -52,16 +45,6 @@ from llama_jax.text.prompt_formats import (
 from llama_jax.text.tokenizer import Tokenizer
 
 STORY = "Once upon a time"
-SAMPLING_FLAGS = {
-    "temperature": "0 takes the likeliest token",
-    "top_p": "keep the likeliest tokens up to this probability mass",
-    "top_k": "keep this many of the likeliest tokens; 0 keeps all",
-    "min_p": "keep tokens this likely, relative to the likeliest",
-    "repetition_penalty": "above 1 avoids tokens of the prompt and completion",
-    "presence_penalty": "above 0 avoids tokens of the completion",
-    "frequency_penalty": "the same, for each time they occur",
-}
-"""Fields of `Sampling` that are flags, and their help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,13 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     several = start_processes(args)
     clock = Clock()
-    if args.seed is None:
-        args.seed = prompt_files.stored_seed(args.output) if args.output else None
-        seed = secrets.randbits(32) if args.seed is None else args.seed
-        args.seed = broadcast_from_main(seed)
-    given = {name: vars(args)[name] for name in (*SAMPLING_FLAGS, "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    Sampling(**given)  # bad values are refused before the model is loaded
+    args.seed = prompt_files.choose_seed(args.seed, args.output)
+    given = sampling_flags.given_settings(args)
     if several and (args.prompt_file == "-" or not can_begin(args)):
         raise PromptError(
             "several processes have no common standard input; give --prompt or the "
@@ -83,14 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     prompt = read_prompt(args)
     prompts = prompt_files.read(args.input, args.on_bad) if args.input else []
-    if prompt is None and not is_dialog(args):
+    if prompt is None and not prompt_files.is_dialog(args):
         prompt = STORY
     loaded = cli.load_model(args)
     clock.loaded()
-    sampling = default_sampling(loaded.tokenizer, **given)
-    own = loaded.tokenizer.settings.sampling
-    if taken := [f"{name} {own[name]}" for name in own if name not in given]:
-        print(f"sampling of the checkpoint: {', '.join(taken)}", file=sys.stderr)
+    sampling = sampling_flags.make_sampling(loaded, given)
     args.temperature = sampling.temperature
     refuse_unused(RULES, args.given, args)
     settings: Settings = {
@@ -100,16 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "stop": args.stop,
         "logprobs": args.logprobs,
     }
-    if is_dialog(args):
-        print_format_note(loaded.tokenizer, args.format)
     if args.input:
         prompt_files.complete(loaded, prompts, args, settings)
         return 0
-    if prompt is None and is_dialog(args):
+    if prompt_files.is_dialog(args):
+        print_format_note(loaded.tokenizer, args.format)
+    if prompt is None and prompt_files.is_dialog(args):
         talk(loaded, args, settings)
         return 0
     request = make_request(loaded.tokenizer, args, prompt or "", settings)
-    if is_dialog(args):
+    if prompt_files.is_dialog(args):
         check_chat_model(args)
     deltas = clock.watch(stream(loaded, [request]))
     before, after = args.infill or ("", "")
@@ -132,7 +107,7 @@ def make_request(
         return infill_request(
             tokenizer, *args.infill, suffix_first=args.suffix_first, **settings
         )
-    if is_dialog(args):
+    if prompt_files.is_dialog(args):
         messages = dialog(args.system, prompt)
         return chat_request(tokenizer, messages, format=args.format, **settings)
     # A text and its continuation are printed as one, with the space between them.
@@ -168,20 +143,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("PREFIX", "SUFFIX"),
         help="fill the gap between two texts (Code Llama 7B, 13B)",
     )
-    kind.add_argument(
-        "--input",
-        nargs="+",
-        metavar="FILE",
-        help="files of prompts, each with a text to continue or a dialog to answer: "
-        ".jsonl, .json, .txt, each also with .gz; .parquet",
-    )
-    group.add_argument(
-        "--on-bad",
-        choices=get_args(OnBad),
-        default="refuse",
-        help="what to do with a record that is no prompt, or too long a one; dropped "
-        "ones are named with file and line (default: refuse)",
-    )
+    prompt_files.add_input_argument(kind)
+    prompt_files.add_on_bad_argument(group)
     group.add_argument(
         "--suffix-first",
         action="store_true",
@@ -198,50 +161,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--format",
         metavar="NAME",
-        help="prompt format; implies --chat: "
-        f"{', '.join(FORMATS)}, template (the checkpoint's chat template) or "
-        "template:NAME (default: template if there is one, otherwise that of Meta's "
-        "chat models)",
+        help=prompt_files.FORMAT_HELP,
     )
-    group.add_argument(
-        "--max-new-tokens",
-        type=cli.positive_int,
-        default=512,
-        metavar="N",
-        help="most tokens of a completion (default: 512)",
-    )
-    group.add_argument(
-        "--num-samples",
-        type=cli.positive_int,
-        default=1,
-        metavar="N",
-        help="completions of the prompt (default: 1)",
-    )
-    group.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="STR",
-        help="end a completion before this text; may be repeated",
-    )
-    group = parser.add_argument_group(
-        "sampling", "The checkpoint's own settings, where it has them, come first."
-    )
-    ours = Sampling()
-    for name, text in SAMPLING_FLAGS.items():
-        default = getattr(ours, name)
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default),
-            metavar="X" if isinstance(default, float) else "N",
-            help=f"{text} (default: {default})",
-        )
-    group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of the random numbers (default: random; it is printed)",
-    )
+    sampling_flags.add_length_arguments(group)
+    sampling_flags.add_sampling_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--logprobs",
@@ -266,36 +189,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def is_dialog(args: argparse.Namespace) -> bool:
-    """Whether the prompt is a message to answer, not a text to continue."""
-    return bool(args.chat or args.format or args.system is not None)
-
-
 def can_begin(args: argparse.Namespace) -> bool:
     """Whether the prompt is known without reading standard input for messages."""
     return (
         bool(args.input)
-        or not is_dialog(args)
+        or not prompt_files.is_dialog(args)
         or read_prompt(args, check=True) is not None
     )
 
 
 _PROMPT = Rule(can_begin, "in a chat without --prompt or --prompt-file")
-_RANDOM = Rule(lambda args: args.temperature != 0, "with --temperature 0")
 RULES: Rules = {
+    **sampling_flags.RULES,
     "--chat": excludes("--infill"),
     "--format": excludes("--infill"),
     "--input": needs("--output"),
     "--json": (_PROMPT, excludes("--input")),
     "--logprobs": (_PROMPT, excludes("--input")),
-    "--min-p": _RANDOM,
     "--num-samples": _PROMPT,
     "--on-bad": needs("--input"),
     "--output": needs("--input"),
     "--suffix-first": needs("--infill"),
     "--system": excludes("--infill"),
-    "--top-k": _RANDOM,
-    "--top-p": _RANDOM,
 }
 """When flags have an effect."""
 

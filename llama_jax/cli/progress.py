@@ -116,15 +116,15 @@ class PromptBar:
         self._bar.set_postfix_str(f"{self._rate():,.0f} tokens/s", refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def close(self, path: str) -> None:
-        """Leave the bar as it is, and print a summary."""
+    def close(self, path: object, seed: int) -> None:
+        """Leave the bar as it is, and print a summary with the seed of the run."""
         if self._bar is None:
             return
         self._bar.close()
         before = f" ({self._first:,} of them before)" if self._first else ""
         print(
             f"{self._total:,} prompts{before} in {path}: {self._tokens:,} new tokens, "
-            f"{self._rate():,.0f} tokens/s",
+            f"{self._rate():,.0f} tokens/s, seed {seed}",
             file=sys.stderr,
         )
 

@@ -2,15 +2,20 @@
 
 import argparse
 import dataclasses
+import functools
+import secrets
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.cli.command import Group
+from llama_jax.cli.output import print_format_note
 from llama_jax.cli.progress import PromptBar
-from llama_jax.data.line_file import LineFile
+from llama_jax.data.line_file import read_lines
 from llama_jax.data.prompts import Prompt, read_prompts
 from llama_jax.data.records import OnBad
+from llama_jax.distributed import broadcast_from_main, is_main
 from llama_jax.errors import DataError, LlamaJaxError, PromptError
 from llama_jax.generation.prompt_file import complete_prompts, make_requests
 from llama_jax.generation.request import (
@@ -20,8 +25,20 @@ from llama_jax.generation.request import (
     text_request,
 )
 from llama_jax.generation.sampling import Sampling
-from llama_jax.text.dialogs import Message
-from llama_jax.types import JsonObject
+from llama_jax.text.dialogs import Message, PromptFormat
+from llama_jax.text.prompt_formats import (
+    FORMATS,
+    default_format,
+    get_format,
+)
+from llama_jax.types import Path
+
+FORMAT_HELP = (
+    f"prompt format; implies --chat: {', '.join(FORMATS)}, template (the checkpoint's "
+    "chat template) or template:NAME (default: template if there is one, otherwise "
+    "that of Meta's chat models)"
+)
+"""Help of --format."""
 
 _SHOWN = 3
 
@@ -60,12 +77,48 @@ class Dropped:
             print(f"dropped: {self._count:,} records in all", file=sys.stderr)
 
 
-def stored_seed(output: str) -> int | None:
-    """Return the seed of the run that wrote a file; None if there is none."""
-    for line in LineFile(output).read():
-        seed = line.get("settings", {}).get("seed")
-        return seed if isinstance(seed, int) else None
-    return None
+def choose_seed(given: int | None, output: Path | None) -> int:
+    """Return the seed of a run, the same in all processes.
+
+    Args:
+      given: of the command line.
+      output: file that a run with its own seed may have begun.
+
+    Returns:
+      The given seed, else that of the file, else a random one.
+    """
+    if given is None and output is not None and is_main():
+        line = next(read_lines(output), {})
+        given = line.get("settings", {}).get("seed")
+    return broadcast_from_main(secrets.randbits(32) if given is None else given)
+
+
+def is_dialog(args: argparse.Namespace) -> bool:
+    """Whether a text is a message to answer, not a text to continue."""
+    return bool(args.chat or args.format or args.system is not None)
+
+
+def add_input_argument(group: Group, *, required: bool = False) -> None:
+    """Add --input."""
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=required,
+        metavar="FILE",
+        help="files of prompts, each with a text to continue or a dialog to answer: "
+        ".jsonl, .json, .txt, each also with .gz; .parquet",
+    )
+
+
+def add_on_bad_argument(group: Group) -> None:
+    """Add --on-bad."""
+    group.add_argument(
+        "--on-bad",
+        choices=get_args(OnBad),
+        default="refuse",
+        help="what to do with a record that is no prompt, or too long a one; dropped "
+        "ones are named with file and line (default: refuse)",
+    )
 
 
 def request_maker(
@@ -86,12 +139,18 @@ def request_maker(
       **settings: of every request.
     """
 
+    @functools.cache
+    def style() -> PromptFormat:
+        tokenizer = loaded.tokenizer
+        print_format_note(tokenizer, format)
+        return get_format(format, tokenizer) if format else default_format(tokenizer)
+
     def make(prompt: Prompt) -> Request:
         content = prompt.content
         if isinstance(content, str) and not chat:
             return text_request(loaded.tokenizer, content, **settings)
         messages = with_system(content, system)
-        return chat_request(loaded.tokenizer, messages, format=format, **settings)
+        return chat_request(loaded.tokenizer, messages, format=style(), **settings)
 
     return make
 
@@ -104,7 +163,7 @@ def with_system(content: str | Sequence[Message], system: str | None) -> list[Me
         return list(content)
     if content[0]["role"] == "system":
         raise PromptError(
-            "has a system message of its own, and there is --system; remove one"
+            "has a system message of its own, and another one is given; remove one"
         )
     return [Message(role="system", content=system), *content]
 
@@ -124,7 +183,7 @@ def complete(
             loaded,
             args.format,
             args.system,
-            chat=bool(args.chat or args.format or args.system is not None),
+            chat=is_dialog(args),
             **settings,
         ),
         seed=args.seed,
@@ -132,27 +191,26 @@ def complete(
     )
     dropped.report()
     bar = PromptBar(len(pairs))
-    facts = {
-        name: vars(args)[name]
-        for name in ("adapter", "quantize", "format", "system", "stop")
-        if vars(args)[name]
-    }
-    facts = {"checkpoint": args.checkpoint or "bundled", **facts}
-    facts |= {name: vars(args)[name] for name in ("max_new_tokens", "num_samples")}
-    facts |= sampling_facts(settings["sampling"])
+    facts = run_facts(args, settings["sampling"])
     try:
         complete_prompts(
             loaded, pairs, args.output, settings=facts, on_batch=bar.update
         )
     finally:
-        bar.close(args.output)
+        bar.close(args.output, args.seed)
 
 
-def sampling_facts(sampling: Sampling) -> JsonObject:
-    """Return temperature, top-p and seed, and other settings that have an effect."""
+def run_facts(args: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
+    """Return the settings that completions depend on, without those without effect."""
+    names = ("adapter", "quantize", "format", "system", "stop", "max_new_tokens")
+    facts = {name: vars(args)[name] for name in names if vars(args)[name]}
+    facts |= {"checkpoint": args.checkpoint or "bundled"}
+    if is_dialog(args):
+        facts["chat"] = True
+    facts["num_samples"] = args.num_samples
     ours = dataclasses.asdict(Sampling())
     always = ("temperature", "top_p", "seed")
-    return {
+    return facts | {
         name: value
         for name, value in dataclasses.asdict(sampling).items()
         if name in always or value != ours[name]

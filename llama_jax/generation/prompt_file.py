@@ -1,16 +1,15 @@
 """Complete the prompts of files into a file of JSON lines, resumable after a kill."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.data.line_file import LineFile
 from llama_jax.data.prompts import Prompt
-from llama_jax.distributed import broadcast_from_main, is_main
-from llama_jax.errors import DataError, PromptError, UnsafePromptError
+from llama_jax.errors import PromptError, UnsafePromptError
 from llama_jax.generation.batching import MAX_ROWS, cut_batches
 from llama_jax.generation.generate import Completion, check_request, generate
 from llama_jax.generation.request import Request
@@ -144,18 +143,17 @@ def complete_prompts(
       CheckpointError: see `generate`.
     """
     samples = pairs[0][1].num_samples if pairs else 1
-    done = 0
-    output = LineFile(path, lines_per_record=samples) if is_main() else None
-    if output is not None:
-        done = output.num_records
-        owners = [pair[0] for pair in pairs for _ in range(samples)]
-        check_resumed(output, owners, settings)
-    done = broadcast_from_main(done)
+    output = LineFile(
+        path,
+        [(prompt.number, prompt.content) for prompt, _ in pairs],
+        settings,
+        lines_per_record=samples,
+    )
     if on_batch is not None:
-        on_batch(done, 0)
+        on_batch(output.num_records, 0)
     for batch in in_batches(
         loaded,
-        pairs[done:],
+        pairs[output.num_records :],
         lambda pair: [pair[1]],
         max_batch_bytes=max_batch_bytes,
     ):
@@ -167,11 +165,11 @@ def complete_prompts(
             for row, pair in enumerate(batch)
             for index in range(samples)
         ]
-        if output is not None:
-            output.append(lines, num_records=len(batch))
-        done += len(batch)
+        output.append(lines)
         if on_batch is not None:
-            on_batch(done, sum(line["completion_tokens"] for line in lines))
+            on_batch(
+                output.num_records, sum(line["completion_tokens"] for line in lines)
+            )
 
 
 def _line(
@@ -192,35 +190,3 @@ def _line(
         "seed": request.sampling.seed,
         "settings": settings,
     }
-
-
-def check_resumed(
-    output: LineFile, owners: Sequence[Prompt], settings: Mapping[str, Any]
-) -> None:
-    """Check that the lines of a file belong to these prompts and settings.
-
-    Args:
-      output: with lines that have `record`, `prompt` and `settings`.
-      owners: prompt of each line, in order.
-      settings: of this run.
-
-    Raises:
-      DataError: they do not; names what differs.
-    """
-    path, number = output.path, 0
-    for number, line in enumerate(output.read(), start=1):
-        before = line.get("settings", {})
-        for key in sorted(settings.keys() | before.keys()):
-            if settings.get(key) != before.get(key):
-                raise DataError(
-                    f"{path}: was written with {key} {before.get(key)!r:.60}, not "
-                    f"{settings.get(key)!r:.60}; use the same, or name another file"
-                )
-        if number > len(owners) or (
-            (line["record"], line.get("prompt"))
-            != (owners[number - 1].number, owners[number - 1].content)
-        ):
-            raise DataError(
-                f"{path}, line {number}: is the answer to another prompt than that of "
-                "the input; give the same input, or name another file"
-            )

@@ -104,9 +104,9 @@ def test_other_files_are_refused_and_stay_as_they_are(tmp_path: pathlib.Path) ->
     data = path.read_bytes()
     with pytest.raises(DataError, match="written with seed 3, not 4"):
         complete(path, settings={"seed": 4})
-    with pytest.raises(DataError, match="line 3: is the answer to another prompt"):
+    with pytest.raises(DataError, match="line 3: is of another prompt"):
         complete_prompts(LOADED, PAIRS[:1] + PAIRS[2:], path, settings=SETTINGS)
-    with pytest.raises(DataError, match="line 3: is the answer to another prompt"):
+    with pytest.raises(DataError, match="line 3: is of another prompt"):
         complete_prompts(LOADED, PAIRS[:1], path, settings=SETTINGS)
     assert path.read_bytes() == data
     for foreign in (b'{"text": "a"}\n', b"hello", b"\xff\n", b'{"record": 0, oh}\n'):
