@@ -52,7 +52,7 @@ def expected_order_statistic(
         math.comb(i - 1, rank - 1) * math.comb(size - i, k - rank) / math.comb(size, k)
         for i in range(1, size + 1)
     ]
-    ordered = np.sort(rewards.astype(np.float64), axis=1)
+    ordered = np.sort(rewards, axis=1)
     return float((ordered @ np.asarray(weights)).mean())
 
 
@@ -77,7 +77,7 @@ def reward_curves(lines: Iterable[JsonObject]) -> dict[float, Curve]:
 
 
 def _curve(groups: Sequence[Sequence[JsonObject]]) -> Curve:
-    rewards = np.asarray([[answer["reward"] for answer in group] for group in groups])
+    rewards = np.asarray([[a["reward"] for a in group] for group in groups], np.float64)
     size = rewards.shape[1]
     ks = sorted({*(2**power for power in range(size.bit_length())), size})
     highest = [expected_order_statistic(rewards, k, k) for k in ks]
