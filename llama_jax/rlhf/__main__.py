@@ -9,6 +9,7 @@ from llama_jax.cli.parser import ArgumentParser
 
 STAGES = {
     "rejection": "select the best of K answers to each prompt",
+    "ppo": "optimize a policy for a reward (PPO, RLOO or GRPO)",
 }
 """Stages and their purposes; a stage is `main` of `llama_jax.cli.rlhf_STAGE`."""
 
