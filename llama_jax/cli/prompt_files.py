@@ -25,7 +25,7 @@ from llama_jax.generation.request import (
     text_request,
 )
 from llama_jax.generation.sampling import Sampling
-from llama_jax.text.dialogs import Message, PromptFormat
+from llama_jax.text.dialogs import Dialog, Message, PromptFormat
 from llama_jax.text.prompt_formats import (
     FORMATS,
     default_format,
@@ -87,10 +87,13 @@ def choose_seed(given: int | None, output: Path | None) -> int:
     Returns:
       The given seed, else that of the file, else a random one.
     """
-    if given is None and output is not None and is_main():
+    if given is not None:
+        return given
+    seed = secrets.randbits(32)
+    if output is not None and is_main():
         line = next(read_lines(output), {})
-        given = line.get("settings", {}).get("seed")
-    return broadcast_from_main(secrets.randbits(32) if given is None else given)
+        seed = line.get("settings", {}).get("seed", seed)
+    return broadcast_from_main(seed)
 
 
 def is_dialog(args: argparse.Namespace) -> bool:
@@ -121,6 +124,29 @@ def add_on_bad_argument(group: Group) -> None:
     )
 
 
+def dialog_request_maker(
+    loaded: Loaded, format: str | None, **settings: Any
+) -> Callable[[Dialog], Request]:
+    """Return a function that makes the request which answers a dialog.
+
+    Args:
+      loaded: its tokenizer encodes.
+      format: prompt format of dialogs; None is the model's.
+      **settings: of every request.
+    """
+    tokenizer = loaded.tokenizer
+
+    @functools.cache
+    def style() -> PromptFormat:
+        print_format_note(tokenizer, format)
+        return get_format(format, tokenizer) if format else default_format(tokenizer)
+
+    def make(dialog: Dialog) -> Request:
+        return chat_request(tokenizer, dialog, format=style(), **settings)
+
+    return make
+
+
 def request_maker(
     loaded: Loaded,
     format: str | None,
@@ -138,29 +164,29 @@ def request_maker(
       chat: answer texts as messages too.
       **settings: of every request.
     """
-
-    @functools.cache
-    def style() -> PromptFormat:
-        tokenizer = loaded.tokenizer
-        print_format_note(tokenizer, format)
-        return get_format(format, tokenizer) if format else default_format(tokenizer)
+    answer = dialog_request_maker(loaded, format, **settings)
 
     def make(prompt: Prompt) -> Request:
         content = prompt.content
         if isinstance(content, str) and not chat:
             return text_request(loaded.tokenizer, content, **settings)
-        messages = with_system(content, system)
-        return chat_request(loaded.tokenizer, messages, format=style(), **settings)
+        return answer(with_system(content, system))
 
     return make
 
 
+def as_dialog(content: str | Sequence[Message]) -> list[Message]:
+    """Make the dialog of a prompt; a text is a user's message."""
+    if isinstance(content, str):
+        return [Message(role="user", content=content)]
+    return list(content)
+
+
 def with_system(content: str | Sequence[Message], system: str | None) -> list[Message]:
     """Make the dialog of a prompt, with a system message if there is one."""
-    if isinstance(content, str):
-        content = [Message(role="user", content=content)]
+    content = as_dialog(content)
     if system is None:
-        return list(content)
+        return content
     if content[0]["role"] == "system":
         raise PromptError(
             "has a system message of its own, and another one is given; remove one"

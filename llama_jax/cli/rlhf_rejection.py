@@ -216,8 +216,8 @@ def report(folder: pathlib.Path, args: argparse.Namespace) -> None:
     print(summary(selection, folder))
     if not selection.records:
         raise DataError(
-            f"no answer ended within --max-new-tokens {args.max_new_tokens}, so there "
-            "is no record; raise it, or give --allow-cut"
+            f"no answer ended within --max-new-tokens {args.max_new_tokens} with any "
+            "text, so there is no record; raise it, or give --allow-cut"
         )
 
 
@@ -228,6 +228,7 @@ def summary(selection: Selection, folder: pathlib.Path) -> str:
         parts.append(f"{selection.earlier:,} of them from earlier rounds")
     if selection.without_answer:
         parts.append(
-            f"{selection.without_answer:,} prompts without one, as all answers are cut"
+            f"{selection.without_answer:,} prompts without one, as all answers are "
+            "cut or empty"
         )
     return "; ".join(parts)

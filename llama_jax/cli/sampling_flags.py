@@ -58,12 +58,12 @@ def add_sampling_arguments(
     )
 
 
-def add_length_arguments(group: cli.Group, *, num_samples: int = 1) -> None:
+def add_length_arguments(group: cli.Group, *, num_samples: int | None = 1) -> None:
     """Add --max-new-tokens, --num-samples and --stop.
 
     Args:
       group: where they are added.
-      num_samples: default of --num-samples.
+      num_samples: default of --num-samples; None does not add it.
     """
     group.add_argument(
         "--max-new-tokens",
@@ -72,13 +72,14 @@ def add_length_arguments(group: cli.Group, *, num_samples: int = 1) -> None:
         metavar="N",
         help="most tokens of a completion (default: 512)",
     )
-    group.add_argument(
-        "--num-samples",
-        type=cli.positive_int,
-        default=num_samples,
-        metavar="N",
-        help=f"completions of the prompt (default: {num_samples})",
-    )
+    if num_samples is not None:
+        group.add_argument(
+            "--num-samples",
+            type=cli.positive_int,
+            default=num_samples,
+            metavar="N",
+            help=f"completions of the prompt (default: {num_samples})",
+        )
     group.add_argument(
         "--stop",
         action="append",

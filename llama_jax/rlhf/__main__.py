@@ -8,6 +8,7 @@ from llama_jax.cli import command as cli
 from llama_jax.cli.parser import ArgumentParser
 
 STAGES = {
+    "ghost-attention": "make dialogs in which an instruction lasts",
     "rejection": "select the best of K answers to each prompt",
     "ppo": "optimize a policy for a reward (PPO, RLOO or GRPO)",
 }

@@ -65,7 +65,8 @@ class Selection(NamedTuple):
     Attributes:
       records: for fine-tuning, one for each prompt with an answer that may be selected.
       earlier: number of records whose answer is from an earlier round.
-      without_answer: number of prompts without a record, since all answers were cut.
+      without_answer: number of prompts without a record, since all answers were cut or
+        empty.
     """
 
     records: list[JsonObject]
@@ -139,6 +140,8 @@ def sample_and_score(
 def select(lines: Iterable[JsonObject], *, allow_cut: bool = False) -> Selection:
     """Select the answer with the highest reward for each prompt; the first of equals.
 
+    Empty answers are not selected, since training learns nothing from them.
+
     A record has `prompt` and `completion`, as training reads them, and `reward`,
     `rewards` (of all answers), `token_ids`, `ended`, `temperature` and `source`.
 
@@ -151,7 +154,11 @@ def select(lines: Iterable[JsonObject], *, allow_cut: bool = False) -> Selection
     prompts = earlier = 0
     for line in lines:
         prompts += 1
-        allowed = [a for a in line["answers"] if a["ended"] or allow_cut]
+        allowed = [
+            answer
+            for answer in line["answers"]
+            if (answer["ended"] or allow_cut) and answer["text"].strip()
+        ]
         if not allowed:
             continue
         best = max(allowed, key=lambda answer: answer["reward"])

@@ -174,9 +174,9 @@ def line(*answers: tuple[str, float, bool]) -> Any:
     }  # fmt: skip
 
 
-def test_answers_that_were_cut_are_selected_only_where_that_is_allowed() -> None:
+def test_empty_answers_are_not_selected_and_cut_ones_only_where_allowed() -> None:
     lines = [
-        line(("cut", 5, False), ("a", 1, True), ("b", 1, True)),
+        line(("cut", 5, False), ("a", 1, True), ("b", 1, True), (" ", 2, True)),
         line(("c", 1, False)),
     ]
     selection = select(lines)
@@ -184,7 +184,7 @@ def test_answers_that_were_cut_are_selected_only_where_that_is_allowed() -> None
     assert (selection.earlier, selection.without_answer) == (0, 1)
     selection = select(lines, allow_cut=True)
     assert [record["completion"] for record in selection.records] == ["cut", "c"]
-    assert reward_curves(lines[:1])[1.0].cut == pytest.approx(1 / 3)
+    assert reward_curves(lines[:1])[1.0].cut == pytest.approx(1 / 4)
 
 
 @pytest.mark.parametrize("k", range(1, 6))
