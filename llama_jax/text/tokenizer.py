@@ -202,7 +202,7 @@ class Tokenizer:
 
         >>> import llama_jax
         >>> llama_jax.load().tokenizer.encode_marked("<s>Once</s>")
-        [1, 432, 2]
+        [1, 391, 2]
         """
         return self._marks.encode(_checked(text), inner=False)
 
