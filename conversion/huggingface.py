@@ -1,5 +1,6 @@
 """Hugging Face folders: `config.json`, safetensors (or older `.bin`), a tokenizer."""
 
+import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -9,6 +10,13 @@ from llama_jax.conversion.huggingface_config import (
     config_from_hugging_face,
     config_to_hugging_face,
 )
+from llama_jax.conversion.huggingface_generation import (
+    GENERATION,
+    generation_fields,
+    special_ids,
+)
+from llama_jax.conversion.huggingface_text import read_text
+from llama_jax.conversion.huggingface_text_writer import write_text
 from llama_jax.conversion.huggingface_weights import has_weights, read_weights
 from llama_jax.conversion.safetensors import write_safetensors
 from llama_jax.conversion.source import (
@@ -19,10 +27,6 @@ from llama_jax.conversion.source import (
 )
 from llama_jax.conversion.tensor_mapping import tensors_from_leaves
 from llama_jax.conversion.tensor_tables import HUGGING_FACE
-from llama_jax.conversion.tokenizer_files import (
-    read_hugging_face_tokenizer,
-    write_hugging_face_tokenizer,
-)
 
 _CONFIG = "config.json"
 _INDEX, _EMBEDDING = "model.safetensors.index.json", "model.embed_tokens.weight"
@@ -51,13 +55,15 @@ def read_hugging_face(path: pathlib.Path, *, max_seq_len: int | None = None) -> 
         config, origin = override_max_seq_len(
             config_from_hugging_face(fields), max_seq_len, f"from {_CONFIG}"
         )
+    text = functools.cache(lambda: read_text(path, config.vocab_size))
     return Source(
         path=path,
         format=HUGGING_FACE,
         config=config,
         max_seq_len_origin=origin,
         tensors=read_weights(path, config),
-        find_tokenizer=lambda: read_hugging_face_tokenizer(path, config.vocab_size),
+        find_tokenizer=lambda: (text().tokenizer, text().file),
+        text_notes=lambda: text().notes,
     )
 
 
@@ -75,6 +81,9 @@ def write_hugging_face(
       model: to write.
       progress: called with the bytes of the model that are written.
       shard_bytes: limit of each safetensors file.
+
+    Raises:
+      TokenizerError: the tokenizer has ids that `tokenizers` would number otherwise.
     """
     tensors = tensors_from_leaves(HUGGING_FACE, model.leaves, model.config)
     written = tensor_progress(progress, tensors)
@@ -90,16 +99,13 @@ def write_hugging_face(
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / _INDEX, index)
-    special_ids = {}
-    if model.tokenizer is not None:
-        ids = {"bos": model.tokenizer.bos_id, "eos": model.tokenizer.eos_id}
-        special_ids = {name: id for name, id in ids.items() if id >= 0}
-        write_hugging_face_tokenizer(folder, model.tokenizer, model.config.max_seq_len)
-        generation = {f"{name}_token_id": id for name, id in special_ids.items()}
-        write_json(folder / "generation_config.json", generation)
+    ids: dict[str, int | list[int]] = {}
+    if (tokenizer := model.tokenizer) is not None:
+        ids = special_ids(tokenizer)
+        write_text(folder, tokenizer, model.config.max_seq_len)
+        write_json(folder / GENERATION, generation_fields(tokenizer))
     dtype = tensors[_EMBEDDING].dtype
-    fields = config_to_hugging_face(model.config, dtype, special_ids)
-    write_json(folder / _CONFIG, fields)
+    write_json(folder / _CONFIG, config_to_hugging_face(model.config, dtype, ids))
 
 
 def _shards(

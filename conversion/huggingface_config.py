@@ -145,14 +145,17 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
 
 
 def config_to_hugging_face(
-    config: LlamaConfig, dtype: str | np.dtype, special_ids: Mapping[str, int]
+    config: LlamaConfig,
+    dtype: str | np.dtype,
+    special_ids: Mapping[str, int | list[int]],
 ) -> dict[str, Any]:
     """Return a `config.json` for `transformers`; inverse of `config_from_hugging_face`.
 
     Args:
       config: of the model.
       dtype: of most of its weights.
-      special_ids: ids of the tokens `bos` and `eos`, if the model has a tokenizer.
+      special_ids: ids of the tokens `bos`, `eos` (one or several) and `pad`, if the
+        model has them.
     """
     return {
         "architectures": ["LlamaForCausalLM"],

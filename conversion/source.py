@@ -25,6 +25,8 @@ class Source:
       max_seq_len_origin: where `config.max_seq_len` comes from, for messages.
       tensors: by foreign name, model-parallel ranks joined.
       find_tokenizer: reads the tokenizer and returns it with its file.
+      text_notes: sentences about what the checkpoint says about text, but the tokenizer
+        does not; reads the tokenizer.
       checksums: md5 of each file that the checkpoint comes with a checksum for.
       ranks: number of model-parallel files.
     """
@@ -35,6 +37,7 @@ class Source:
     max_seq_len_origin: str
     tensors: Mapping[str, LazyLeaf]
     find_tokenizer: Callable[[], tuple[Tokenizer, pathlib.Path]]
+    text_notes: Callable[[], tuple[str, ...]] = tuple
     checksums: Mapping[pathlib.Path, str] = dataclasses.field(default_factory=dict)
     ranks: int = 1
 

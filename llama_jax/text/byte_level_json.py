@@ -31,7 +31,7 @@ def byte_characters() -> list[str]:
 def steps(spec: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
     """The steps of a part of a `tokenizer.json`: a sequence, one step or none."""
     step = spec.get(part)
-    for key in ("pretokenizers", "decoders"):
+    for key in ("pretokenizers", "decoders", "processors"):
         if isinstance(step, dict) and key in step:
             step = step[key]
     all_steps = step if isinstance(step, list) else [step]

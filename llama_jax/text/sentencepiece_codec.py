@@ -88,7 +88,7 @@ class SentencePieces:
         elif sp.normalize("x") == "x":
             self.prefix_space = "never"
         else:
-            self.prefix_space = "first" if words else "always"
+            self.prefix_space = "always"
 
     def normalize(self, text: str) -> str:
         """The text in which normalized added tokens are searched."""

@@ -1,10 +1,12 @@
 """The `tokenizer.json` of SentencePiece models: what it says in their terms."""
 
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from llama_jax.errors import TokenizerError
+from llama_jax.text.byte_level_json import merge_pairs, steps
 from llama_jax.text.sentencepiece_proto import (
     BYTE,
     CONTROL,
@@ -59,8 +61,9 @@ def _from_json(spec: Mapping[str, Any]) -> FromJson:
     prefix_space = prefix_space_of(spec)
     if prefix_space is None:
         raise ValueError("its handling of spaces differs")
-    for key in ("dropout", "ignore_merges", "continuing_subword_prefix",
-                "end_of_word_suffix"):  # fmt: skip
+    user_defined = split_words(spec)
+    keys = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    for key in keys + ["ignore_merges"] * (not user_defined):
         if model.get(key):
             raise ValueError(f"its model has {key} {model[key]!r}")
     vocab: dict[str, int] = model["vocab"]
@@ -72,12 +75,16 @@ def _from_json(spec: Mapping[str, Any]) -> FromJson:
     control = {token.text for token in added.values() if token.special}
     control |= {"<s>", "</s>"}
     kinds = dict.fromkeys(texts, NORMAL) | dict.fromkeys(control, CONTROL)
-    kinds |= dict.fromkeys(words & vocab.keys(), USER_DEFINED)
+    # Words that merges form or use remain pieces; they are searched in text first.
+    merges = merge_pairs(model["merges"])
+    merged = {text for pair in merges for text in (*pair, "".join(pair))}
+    words = (words & vocab.keys()) - merged
+    kinds |= dict.fromkeys(words.union(user_defined), USER_DEFINED)
     kinds |= {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {"<unk>": UNKNOWN}
     required = {"<s>", "</s>", *(text for text in kinds if kinds[text] != CONTROL)}
     if missing := required - vocab.keys():
         raise ValueError(f"it has no piece {min(missing)}")
-    scores = _scores(model["merges"], kinds)
+    scores = _scores(merges, kinds)
     pieces = [Piece(text, scores.get(text, 0.0), kinds[text]) for text in texts]
     model_proto = model_of_pieces(
         pieces,
@@ -89,13 +96,14 @@ def _from_json(spec: Mapping[str, Any]) -> FromJson:
     return FromJson(model_proto, added, prefix_space)
 
 
-def _scores(merges: list[Any], kinds: Mapping[str, int]) -> dict[str, float]:
+def _scores(
+    merges: Sequence[tuple[str, str]], kinds: Mapping[str, int]
+) -> dict[str, float]:
     """The score of each merged piece: lower for later merges."""
     normal = {text for text, kind in kinds.items() if kind == NORMAL}
     ranks: dict[str, list[int]] = {}
     pairs = set()
-    for rank, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for rank, (left, right) in enumerate(merges):
         if kinds[left + right] == NORMAL:  # text never encodes to a special token
             ranks.setdefault(left + right, []).append(rank)
             pairs.add((left, right))
@@ -126,17 +134,25 @@ def _scores(merges: list[Any], kinds: Mapping[str, int]) -> dict[str, float]:
 
 _SPACES_AS_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREPEND = {"type": "Prepend", "prepend": "▁"}
+_SPLIT = {"type": "Split", "pattern": None, "behavior": "Isolated", "invert": False}
 
 
-def space_rules(prefix_space: PrefixSpace) -> dict[str, Any]:
-    """The `normalizer` and `pre_tokenizer` of a `tokenizer.json` for a rule of spaces.
+def text_rules(
+    prefix_space: PrefixSpace, user_defined: Collection[str] = ()
+) -> dict[str, Any]:
+    """The `normalizer` and `pre_tokenizer` of a `tokenizer.json`.
 
     A normalizer is applied to each text between added tokens. Metaspace knows where
     the whole text begins, but adds no space to text that begins with its mark, which
     then must be another character than the normalizer's.
+
+    Args:
+      prefix_space: where a space is added.
+      user_defined: pieces that are split off after that, so that no space is added
+        after them as after added tokens. The model needs `ignore_merges`.
     """
     normalizer: Any = None
-    pre_tokenizer: Any = None
+    splits: list[dict[str, Any]] = []
     match prefix_space:
         case "always":
             normalizer = _sequence("normalizers", _PREPEND, _SPACES_AS_MARKS)
@@ -144,13 +160,28 @@ def space_rules(prefix_space: PrefixSpace) -> dict[str, Any]:
             normalizer = _sequence("normalizers", _SPACES_AS_MARKS)
         case "first":
             normalizer = _sequence("normalizers", _SPACES_AS_MARKS)
-            pre_tokenizer = _sequence(
-                "pretokenizers", _metaspace(" ", "first"), _metaspace("▁", "never")
-            )
+            splits = [_metaspace(" ", "first"), _metaspace("▁", "never")]
         case _:
-            scheme = prefix_space.removesuffix("_once")
-            pre_tokenizer = _metaspace("▁", scheme)
-    return {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+            splits = [_metaspace("▁", prefix_space.removesuffix("_once"))]
+    if user_defined:
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        pattern = {"Regex": "|".join(map(re.escape, longest_first))}
+        splits.append(_SPLIT | {"pattern": pattern})
+    pre_tokenizer = _sequence("pretokenizers", *splits) if len(splits) > 1 else None
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": splits[0] if len(splits) == 1 else pre_tokenizer,
+    }
+
+
+def split_words(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """The user-defined pieces of `text_rules`."""
+    last = (steps(spec, "pre_tokenizer") or [{}])[-1]
+    pattern = last.get("pattern")
+    if not isinstance(pattern, dict) or {**last, "pattern": None} != _SPLIT:
+        return ()
+    words = re.findall(r"(?:\\.|[^\\|])+", str(pattern.get("Regex", "")), re.DOTALL)
+    return tuple(re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL) for word in words)
 
 
 def prefix_space_of(spec: Mapping[str, Any]) -> PrefixSpace | None:
@@ -161,7 +192,8 @@ def prefix_space_of(spec: Mapping[str, Any]) -> PrefixSpace | None:
     if rules == {"normalizer": None, "pre_tokenizer": _metaspace("▁", "never")}:
         return "never"
     schemes: tuple[PrefixSpace, ...] = get_args(PrefixSpace)
-    return next((rule for rule in schemes if space_rules(rule) == rules), None)
+    words = split_words(spec)
+    return next((rule for rule in schemes if text_rules(rule, words) == rules), None)
 
 
 def _metaspace(mark: str, scheme: str) -> dict[str, Any]:

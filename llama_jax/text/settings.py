@@ -38,11 +38,12 @@ def added_token(fields: Mapping[str, Any]) -> AddedToken:
     Raises:
       KeyError: it has no `content`.
     """
+    special = bool(fields.get("special"))
     flags = {
-        name: bool(fields.get(name, default))
-        for name, default in AddedToken._field_defaults.items()
+        name: bool(fields.get(name)) for name in ("lstrip", "rstrip", "single_word")
     }
-    return AddedToken(str(fields["content"]), **flags)
+    normalized = bool(fields.get("normalized", not special))
+    return AddedToken(str(fields["content"]), special, normalized, **flags)
 
 
 @checked(TokenizerError)

@@ -45,13 +45,16 @@ class Tokenizer:
 
     Attributes:
       contents: of the file.
-      settings: as given, with the added tokens of the file.
+      settings: as given, with the added tokens of the file, without what the file says
+        itself.
       file_name: of the tokenizer in a checkpoint.
       vocab_size: number of ids in the file; a model may have more.
       bos_id, eos_id: begin and end of sequence, -1 if absent.
       unk_id, pad_id: unknown text and padding, -1 if absent.
       end_ids: ids that end an answer; the end of sequence is one.
       added_tokens: names of ids from `vocab_size` on.
+      tokens: all special tokens and added words, by id.
+      prefix_space: where a space is added to text, see `TextSettings`.
       special_texts: names that `encode_marked` reads as special tokens.
       infilling: ids of the infilling pieces, None without them.
       step_id: end of a message (Code Llama 70B Instruct), None without it.
@@ -67,6 +70,11 @@ class Tokenizer:
     (True, 'Once upon a time')
     """
 
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    pad_id: int
+
     @checked(TokenizerError)
     def __init__(
         self, contents: bytes, *, settings: TextSettings = _NO_SETTINGS
@@ -77,13 +85,13 @@ class Tokenizer:
         self.file_name = codec.file_name
         self.vocab_size = codec.vocab_size
 
-        def own(id: int | None, codec_id: int) -> int:
-            return codec_id if id is None else id
-
-        self.bos_id = own(settings.bos_id, codec.bos_id)
-        self.eos_id = own(settings.eos_id, codec.eos_id)
-        self.unk_id = own(settings.unk_id, codec.unk_id)
-        self.pad_id = own(settings.pad_id, codec.pad_id)
+        # A setting that the file has itself is no setting, so that equal tokenizers
+        # have equal settings.
+        changes: dict[str, Any] = {}
+        for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
+            own, given = getattr(codec, name), getattr(settings, name)
+            setattr(self, name, own if given is None else given)
+            changes[name] = None if given == own else given
         for id, token in settings.added_tokens.items():
             known = added.get(id, token).text
             if id < self.vocab_size:
@@ -99,10 +107,17 @@ class Tokenizer:
             for id, token in {**added, **settings.added_tokens}.items()
             if not self._codec_reads(id, token)
         }
+        ends = dict.fromkeys((self.eos_id, *settings.end_ids))
+        self.end_ids = tuple(id for id in ends if id >= 0)
+        changes["end_ids"] = tuple(id for id in self.end_ids if id != self.eos_id)
         if settings.prefix_space == prefix_space:
-            settings = dataclasses.replace(settings, prefix_space=None)
-        self.settings = dataclasses.replace(settings, added_tokens=added)
-        special = {i: t for i, t in {**codec.tokens, **added}.items() if t.special}
+            changes["prefix_space"] = None
+        self.settings = dataclasses.replace(settings, added_tokens=added, **changes)
+        self.prefix_space = codec.prefix_space
+        self.tokens: Mapping[int, AddedToken] = MappingProxyType(
+            {**codec.tokens, **added}
+        )
+        special = {id: token for id, token in self.tokens.items() if token.special}
         words = {id: token for id, token in added.items() if not token.special}
         self.special_texts = tuple(token.text for token in special.values())
         self._words = AddedWords(codec, words)
@@ -110,8 +125,6 @@ class Tokenizer:
         self.added_tokens: Mapping[int, str] = MappingProxyType(
             {id: token.text for id, token in added.items() if id >= self.vocab_size}
         )
-        ends = (self.eos_id, *settings.end_ids)
-        self.end_ids = tuple(dict.fromkeys(id for id in ends if id >= 0))
         self._added_ids = {name: i for i, name in self.added_tokens.items()}
         pieces = (self.piece_id(f"▁<{n}>") for n in ("PRE", "SUF", "MID", "EOT"))
         ids = [id for id in pieces if id is not None]
@@ -297,7 +310,7 @@ class Tokenizer:
     def _codec_reads(self, id: int, token: AddedToken) -> bool:
         """Whether a token is to the codec what it is as an added token."""
         # Space is added after an added token, but not after a user-defined piece.
-        same = token.special or self._codec.prefix_space in ("first", "never")
+        same = token.special or self._codec.prefix_space == "never"
         return same and self._codec.tokens.get(id) == token
 
     def open_stream(self, *, inner: bool) -> TextStream:
