@@ -21,6 +21,7 @@ from llama_jax.conversion.report import (
     describe_source,
 )
 from llama_jax.conversion.tensor_tables import FormatName
+from llama_jax.conversion.tokenizer_files import open_tokenizer
 from llama_jax.errors import LlamaJaxError
 
 _FORMATS = get_args(FormatName)
@@ -77,6 +78,8 @@ def _convert(options: argparse.Namespace, progress: Progress) -> int:
     if not options.verify:
         return 0
     a = open_source(src, format=options.source_format, max_seq_len=options.max_seq_len)
+    if options.tokenizer is not None:
+        a = a.with_tokenizer(open_tokenizer(options.tokenizer), options.tokenizer)
     b = open_source(
         dst, format=options.target_format, max_seq_len=result.config.max_seq_len
     )

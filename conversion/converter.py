@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from llama_jax.arguments import checked
@@ -21,12 +21,17 @@ from llama_jax.conversion.gguf_tensors import GGUFDtype
 from llama_jax.conversion.host_memory import anonymous_bytes, track_peak_memory
 from llama_jax.conversion.huggingface import write_hugging_face
 from llama_jax.conversion.llama2c import check_config, write_llama2c
-from llama_jax.conversion.llama2c_tokenizer import pack_llama2c_tokenizer
+from llama_jax.conversion.llama2c_tokenizer import (
+    pack_llama2c_tokenizer,
+    unpack_llama2c_tokenizer,
+)
 from llama_jax.conversion.meta import write_meta
 from llama_jax.conversion.meta_params import check_ranks, params_from_config
+from llama_jax.conversion.meta_tokenizer import meta_tokenizer
 from llama_jax.conversion.source import LazyModel, Source
 from llama_jax.conversion.tensor_mapping import tensors_from_leaves
 from llama_jax.conversion.tensor_tables import ORBAX, TABLES, FormatName
+from llama_jax.conversion.tokenizer_comparison import different_facts
 from llama_jax.conversion.tokenizer_files import open_tokenizer
 from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
 from llama_jax.params import count_params
@@ -49,6 +54,7 @@ class PreparedConversion(NamedTuple):
       model: configuration, leaves in their final dtype, and tokenizer.
       tensors: to be written, by foreign name.
       tokenizer_file: where the tokenizer was read from.
+      notes: sentences about what the source says about text, but the target will not.
       gguf_dtype: of the matrices of a GGUF file.
       ranks: model-parallel files of a Meta folder.
       host_bytes: limit of host memory, page cache not counted; None if the system does
@@ -60,6 +66,7 @@ class PreparedConversion(NamedTuple):
     model: LazyModel
     tensors: Mapping[str, LazyLeaf]
     tokenizer_file: pathlib.Path
+    notes: tuple[str, ...]
     gguf_dtype: GGUFDtype
     ranks: int
     host_bytes: int | None
@@ -72,6 +79,7 @@ class ConversionResult(NamedTuple):
       config: of the model.
       max_seq_len_origin: where `config.max_seq_len` comes from.
       tokenizer_file: where the tokenizer was read from.
+      notes: sentences about what the source says about text, but the target does not.
       num_params: parameters of the model.
       num_bytes: size of the new folder or file.
       seconds: duration.
@@ -82,6 +90,7 @@ class ConversionResult(NamedTuple):
     config: LlamaConfig
     max_seq_len_origin: str
     tokenizer_file: pathlib.Path
+    notes: tuple[str, ...]
     num_params: int
     num_bytes: int
     seconds: float
@@ -156,6 +165,7 @@ def convert(
         config=prepared.source.config,
         max_seq_len_origin=prepared.source.max_seq_len_origin,
         tokenizer_file=prepared.tokenizer_file,
+        notes=prepared.notes,
         num_params=count_params(prepared.model.leaves),
         num_bytes=_disk_bytes(pathlib.Path(dst)),
         seconds=time.monotonic() - start,
@@ -197,11 +207,9 @@ def prepare_conversion(
             f"{src}: is already a llama_jax checkpoint; name another format with --to "
             "(target_format=)"
         )
-    if tokenizer is None:
-        opened_tokenizer, tokenizer_file = source.find_tokenizer()
-    else:
-        tokenizer_file = pathlib.Path(tokenizer)
-        opened_tokenizer = open_tokenizer(tokenizer_file)
+    if tokenizer is not None:
+        source = source.with_tokenizer(open_tokenizer(tokenizer), tokenizer)
+    opened_tokenizer, tokenizer_file = source.find_tokenizer()
     opened_tokenizer.check_fits(source.config.vocab_size)
     dtype = dtype or _DEFAULT_DTYPES.get(target)
     if target == "llama2c" and dtype != "float32":
@@ -227,10 +235,30 @@ def prepare_conversion(
         model=model,
         tensors=tensors,
         tokenizer_file=tokenizer_file,
+        notes=(
+            *source.text_notes(),
+            *_lost_facts(opened_tokenizer, source.config, target),
+        ),
         gguf_dtype=dtype or "float16",
         ranks=ranks,
         host_bytes=host_bytes,
     )
+
+
+def _lost_facts(
+    tokenizer: Tokenizer, config: LlamaConfig, target: FormatName
+) -> Iterator[str]:
+    """Yield a sentence about facts of a tokenizer that the target does not store."""
+    match target:
+        case "meta":
+            stored = Tokenizer(meta_tokenizer(tokenizer, config.vocab_size))
+        case "llama2c":
+            packed = pack_llama2c_tokenizer(tokenizer)
+            stored = Tokenizer(unpack_llama2c_tokenizer(packed, "tokenizer.bin"))
+        case _:
+            return
+    if facts := different_facts(tokenizer, stored, config.vocab_size):
+        yield f"the {target} format does not store {', '.join(facts)}"
 
 
 def _check_memory(src: Path, needed: int | None, limit: int) -> None:
@@ -294,7 +322,7 @@ def _new_tokenizer_bin(tokenizer: Tokenizer | None, dst: pathlib.Path) -> bytes 
     if tokenizer is None:
         return None
     file = dst.with_name("tokenizer.bin")
-    packed = pack_llama2c_tokenizer(tokenizer.model_proto)
+    packed = pack_llama2c_tokenizer(tokenizer)
     if not file.exists():
         return packed
     if file.read_bytes() != packed:

@@ -15,6 +15,8 @@ from llama_jax.text.sentencepiece_proto import (
     model_of_pieces,
     pieces_of_model,
 )
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.types import Path
 
 _SPACE = "▁"
 
@@ -22,19 +24,25 @@ _SPACE = "▁"
 def read_llama2c_tokenizer(path: pathlib.Path) -> bytes:
     """Return the SentencePiece model that a llama2.c `tokenizer.bin` was made from.
 
+    Raises:
+      TokenizerError: the file is damaged or of another kind.
+    """
+    return unpack_llama2c_tokenizer(path.read_bytes(), path)
+
+
+def unpack_llama2c_tokenizer(data: bytes, path: Path) -> bytes:
+    """Return the SentencePiece model in the contents of a `tokenizer.bin`.
+
     The file contains pieces and scores in the order of ids; everything else is the same
     for all Llama tokenizers.
 
     Args:
-      path: the file.
-
-    Returns:
-      The serialized model, as in a `tokenizer.model`.
+      data: contents of the file.
+      path: of the file, for messages.
 
     Raises:
       TokenizerError: the file is damaged or of another kind.
     """
-    data = path.read_bytes()
     pieces: list[Piece] = []
     offset, longest = 4, int.from_bytes(data[:4], "little")
     special = {0: ("<unk>", UNKNOWN), 1: ("\n<s>\n", CONTROL), 2: ("\n</s>\n", CONTROL)}
@@ -64,10 +72,21 @@ def read_llama2c_tokenizer(path: pathlib.Path) -> bytes:
     return model_of_pieces(pieces)
 
 
-def pack_llama2c_tokenizer(model_proto: bytes) -> bytes:
-    """Return a llama2.c `tokenizer.bin` with the pieces of a `tokenizer.model`."""
+def pack_llama2c_tokenizer(tokenizer: Tokenizer) -> bytes:
+    """Return a llama2.c `tokenizer.bin` with the pieces of a SentencePiece model.
+
+    Raises:
+      TokenizerError: it has added tokens, which llama2.c would read as pieces of text,
+        or is a byte-level BPE.
+    """
+    if tokenizer.added_tokens:
+        id, name = next(iter(tokenizer.added_tokens.items()))
+        raise TokenizerError(
+            f"tokenizer: its added token {name!r} (id {id}) has no place in llama2.c's "
+            "format, which has pieces of text only; choose another format"
+        )
     encoded = []
-    for id, piece in enumerate(pieces_of_model(model_proto)):
+    for id, piece in enumerate(pieces_of_model(tokenizer.model_proto)):
         text = piece.text.replace(_SPACE, " ")
         encoded.append(
             (piece.score, (f"\n{text}\n" if id in (1, 2) else text).encode())

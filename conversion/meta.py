@@ -19,6 +19,7 @@ from llama_jax.conversion.meta_params import (
     params_from_config,
     published_max_seq_len,
 )
+from llama_jax.conversion.meta_tokenizer import meta_tokenizer
 from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.conversion.pth_writer import PthWriter
 from llama_jax.conversion.source import LazyModel, Source, tensor_progress
@@ -214,9 +215,7 @@ def write_meta(
     params = params_from_config(model.config)
     tokenizer = None
     if model.tokenizer is not None:
-        tokenizer = model.tokenizer.contents
-        if model.tokenizer.file_name != _TOKENIZER:
-            tokenizer = model.tokenizer.model_proto
+        tokenizer = meta_tokenizer(model.tokenizer, model.config.vocab_size)
     check_ranks(model.config, ranks)
     tensors = tensors_from_leaves(META, model.leaves, model.config)
     written = tensor_progress(progress, tensors)

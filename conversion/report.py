@@ -68,6 +68,7 @@ def describe_conversion(
         limit = f"at most {prepared.host_bytes:,} bytes without the page cache"
         yield f"  {'host memory':<11} {limit}"
     yield f"  {'tokenizer':<11} {prepared.tokenizer_file}"
+    yield from (f"  {'note':<11} {note}" for note in prepared.notes)
 
 
 def describe_result(result: ConversionResult, dst: object) -> Iterator[str]:
@@ -85,6 +86,7 @@ def describe_result(result: ConversionResult, dst: object) -> Iterator[str]:
     )
     yield f"  config: {', '.join(f'{name} {value}' for name, value in fields.items())}"
     yield f"  tokenizer: {result.tokenizer_file}"
+    yield from (f"  note: {note}" for note in result.notes)
     if result.peak_host_bytes is not None:
         yield f"  peak host memory: {result.peak_host_bytes:,} bytes"
 

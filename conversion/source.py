@@ -12,6 +12,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.conversion.tensor_mapping import leaves_from_tensors
 from llama_jax.conversion.tensor_tables import Format
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.types import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,11 @@ class Source:
     text_notes: Callable[[], tuple[str, ...]] = tuple
     checksums: Mapping[pathlib.Path, str] = dataclasses.field(default_factory=dict)
     ranks: int = 1
+
+    def with_tokenizer(self, tokenizer: Tokenizer, file: Path) -> "Source":
+        """Return the source with another tokenizer, which is read from a file."""
+        found = tokenizer, pathlib.Path(file)
+        return dataclasses.replace(self, find_tokenizer=lambda: found, text_notes=tuple)
 
     def leaves(
         self, dtype: str | np.dtype | None = None, *, finite: bool = False

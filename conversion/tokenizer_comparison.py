@@ -1,6 +1,7 @@
 """Compare what two checkpoints say about text, by what their tokenizers do."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from llama_jax.text.settings import AddedToken
 from llama_jax.text.tokenizer import Tokenizer
@@ -25,14 +26,11 @@ def compare_tokenizers(a: Tokenizer, b: Tokenizer, vocab_size: int) -> Iterator[
       b: the other one.
       vocab_size: of the model; ids beyond it are not compared.
     """
-    for name in ("bos_id", "eos_id", "unk_id"):
-        yield from _differs(name, getattr(a, name), getattr(b, name))
-    ends = (sorted(id for id in t.end_ids if id < vocab_size) for t in (a, b))
-    yield from _differs("the ids that end an answer", *ends)
-    for name in ("add_bos", "add_eos", "chat_templates", "sampling"):
-        yield from _differs(name, getattr(a.settings, name), getattr(b.settings, name))
-    yield from _differs("the added tokens", *(_added(t, vocab_size) for t in (a, b)))
-    words = [token.text for token in _added(a, vocab_size).values()]
+    for name, (x, y) in different_facts(a, b, vocab_size).items():
+        if isinstance(x, dict) and isinstance(y, dict):
+            x, y = _without_equal(x, y), _without_equal(y, x)
+        yield f"{name}: {_short(x)} and {_short(y)}"
+    words = [token.text for id, token in a.tokens.items() if id < vocab_size]
     texts = [*_TEXTS, *(f"a {word} b{word}" for word in words)]
     for name in ("encode", "encode_marked"):
         for text in texts:
@@ -40,22 +38,46 @@ def compare_tokenizers(a: Tokenizer, b: Tokenizer, vocab_size: int) -> Iterator[
             if ids[0] != ids[1]:
                 yield f"{name} of {text!r}: {_short(ids[0])} and {_short(ids[1])}"
                 break  # one text is enough
-    for text in texts:
-        marked = _encode(a, "encode_marked", text)
-        decoded = [t.decode(marked) for t in (a, b)]
-        if decoded[0] != decoded[1]:
-            yield f"decode of {_short(marked)}: {decoded[0]!r} and {decoded[1]!r}"
+    unnamed = {*a.unnamed_ids(vocab_size), *b.unnamed_ids(vocab_size)}
+    named = [id for id in range(vocab_size) if id not in unnamed]
+    sequences = [a.encode_marked(text) for text in texts]
+    sequences += [named[first : first + 64] for first in range(0, len(named), 64)]
+    for sequence in sequences:
+        x, y = (tokenizer.decode(sequence) for tokenizer in (a, b))
+        if x != y:
+            yield f"decode of {_short(sequence)}: {_short(x)} and {_short(y)}"
             break
 
 
-def _added(tokenizer: Tokenizer, vocab_size: int) -> dict[int, AddedToken]:
-    """Added tokens, without control pieces that are special in any case."""
-    tokens = tokenizer.settings.added_tokens
-    return {
-        id: token
-        for id, token in sorted(tokens.items())
-        if id < vocab_size and (id >= tokenizer.vocab_size or not token.special)
+def different_facts(
+    a: Tokenizer, b: Tokenizer, vocab_size: int
+) -> dict[str, tuple[object, object]]:
+    """Return what two checkpoints say differently about text: names and values.
+
+    Args: as of `compare_tokenizers`.
+    """
+    facts: dict[str, tuple[object, object]] = {
+        "the added tokens": (_added(a, vocab_size), _added(b, vocab_size)),
+        "the ids that end an answer": (_ends(a, vocab_size), _ends(b, vocab_size)),
     }
+    for name in ("bos_id", "eos_id", "unk_id", "pad_id", "prefix_space"):
+        facts[name] = (getattr(a, name), getattr(b, name))
+    for name in ("add_bos", "add_eos", "chat_templates", "sampling"):
+        facts[name] = (getattr(a.settings, name), getattr(b.settings, name))
+    return {name: values for name, values in facts.items() if values[0] != values[1]}
+
+
+def _added(tokenizer: Tokenizer, vocab_size: int) -> dict[int, AddedToken | str]:
+    """Added tokens; of special ones the text, since no text encodes to them."""
+    return {
+        id: token.text if token.special else token
+        for id, token in sorted(tokenizer.tokens.items())
+        if id < vocab_size
+    }
+
+
+def _ends(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    return sorted(id for id in tokenizer.end_ids if id < vocab_size)
 
 
 def _encode(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
@@ -64,9 +86,8 @@ def _encode(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     return tokenizer.encode_marked(text)
 
 
-def _differs(name: str, a: object, b: object) -> Iterator[str]:
-    if a != b:
-        yield f"{name}: {_short(a)} and {_short(b)}"
+def _without_equal(x: dict[Any, Any], y: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in x.items() if y.get(key) != value}
 
 
 def _short(value: object) -> str:

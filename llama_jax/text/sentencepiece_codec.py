@@ -35,7 +35,7 @@ class SentencePieces:
       TokenizerError: the model is damaged, or lacks required pieces.
     """
 
-    holes: tuple[int, ...] = ()
+    holes: tuple[int, ...]
     prefix_space: PrefixSpace
 
     def __init__(
@@ -63,6 +63,7 @@ class SentencePieces:
         self.model_proto = bytes(model_proto)
         self.file_name = file_name
         self.vocab_size: int = sp.vocab_size()
+        self.holes = tuple(id for id in range(self.vocab_size) if sp.is_unused(id))
         self.bos_id: int = sp.bos_id()
         self.eos_id: int = sp.eos_id()
         self.unk_id: int = sp.unk_id()

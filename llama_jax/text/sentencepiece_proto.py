@@ -67,6 +67,11 @@ def pieces_of_model(model_proto: bytes) -> list[Piece]:
     return pieces
 
 
+def append_pieces(model_proto: bytes, pieces: Sequence[Piece]) -> bytes:
+    """Add pieces to the end of a `tokenizer.model`, of which all else remains."""
+    return model_proto + b"".join(_field(1, _encoded(piece)) for piece in pieces)
+
+
 def user_defined_ids(model_proto: bytes) -> set[int]:
     """The ids of pieces that a `tokenizer.model` finds anywhere in text."""
     # The kind is the last field of a piece. Reading all pieces takes 0.1 s.

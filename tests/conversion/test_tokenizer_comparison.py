@@ -40,9 +40,11 @@ def test_a_tokenizer_equals_itself(tokenizer: Tokenizer) -> None:
         ({"eos_id": 1}, "eos_id: 2 and 1"),
         ({"chat_templates": {}}, "chat_templates: {'default': "),
         ({"sampling": {}}, "sampling: {'top_p': 0.5} and {}"),
-        ({"added_tokens": {320: END}}, "the added tokens: {320: AddedToken("),
+        ({"added_tokens": {320: END}}, "the added tokens: {321: AddedToken("),
         ({"added_tokens": {320: WORD, 321: END}}, "encode_marked of 'a <|im_end|> b"),
         ({"added_tokens": {320: END}}, "encode of 'a zorblat bzorblat': ["),
+        ({"pad_id": 320}, "pad_id: -1 and 320"),
+        ({"prefix_space": "never"}, "prefix_space: 'always' and 'never'"),
         ({"prefix_space": "never"}, "encode of 'Once upon a time"),
     ],
 )
