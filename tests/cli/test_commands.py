@@ -9,6 +9,7 @@ from support.modules import MODULES
 
 import llama_jax
 from llama_jax.__main__ import COMMANDS, main
+from llama_jax.rlhf.__main__ import STAGES
 
 PARSERS = [
     *([name] for name in COMMANDS),
@@ -16,6 +17,7 @@ PARSERS = [
     *(["conversion", name] for name in ("verify", "inspect")),
     *(["bench", name] for name in ("train", "decode", "prefill", "kernels", "data")),
     ["bench", "conversion"],
+    *(["rlhf", stage] for stage in STAGES),
 ]
 
 
