@@ -101,6 +101,7 @@ class PromptBar:
         """
         import tqdm
 
+        self._done = done
         if self._bar is None:
             self._first, self._start = done, time.monotonic()
             self._bar = tqdm.tqdm(
@@ -122,9 +123,10 @@ class PromptBar:
             return
         self._bar.close()
         before = f" ({self._first:,} of them before)" if self._first else ""
+        of_all = f" of {self._total:,}" if self._done < self._total else ""
         print(
-            f"{self._total:,} prompts{before} in {path}: {self._tokens:,} new tokens, "
-            f"{self._rate():,.0f} tokens/s, seed {seed}",
+            f"{self._done:,}{of_all} prompts{before} in {path}: "
+            f"{self._tokens:,} new tokens, {self._rate():,.0f} tokens/s, seed {seed}",
             file=sys.stderr,
         )
 
