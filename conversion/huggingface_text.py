@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from llama_jax.checkpoint.json_files import read_json
 from llama_jax.conversion.huggingface_generation import read_ends, read_sampling
-from llama_jax.conversion.tokenizer_json import filler
 from llama_jax.errors import TokenizerError
 from llama_jax.text.byte_level_json import steps
 from llama_jax.text.sentencepiece_json import prefix_space_of
@@ -20,6 +19,7 @@ from llama_jax.text.settings import (
     PrefixSpace,
     TextSettings,
     added_token,
+    filler,
 )
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import JsonObject
@@ -152,7 +152,7 @@ class _Folder:
             )
         return {
             id: token
-            for id, token in tokens.items()
+            for id, token in sorted(tokens.items())
             if id not in (*beyond, *pieces_of_other_names)
         }
 

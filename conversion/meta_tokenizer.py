@@ -13,6 +13,7 @@ from llama_jax.text.sentencepiece_proto import (
     Piece,
     append_pieces,
 )
+from llama_jax.text.settings import filler
 from llama_jax.text.tokenizer import Tokenizer
 
 _SPACE = "▁"
@@ -42,7 +43,7 @@ def meta_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> bytes:
     for id in range(tokenizer.vocab_size, vocab_size):
         token = tokenizer.tokens.get(id)
         if token is None:
-            pieces.append(Piece(f"[PAD{id}]", 0.0, UNUSED))
+            pieces.append(Piece(filler(id), 0.0, UNUSED))
         elif token.special:
             pieces.append(Piece(token.text, 0.0, CONTROL))
         else:

@@ -9,6 +9,7 @@ from llama_jax.conversion.converter import ConversionResult, PreparedConversion
 from llama_jax.conversion.source import Source
 from llama_jax.conversion.tensor_mapping import foreign_names
 from llama_jax.conversion.tensor_tables import TABLES
+from llama_jax.errors import LlamaJaxError
 
 
 def describe_source(source: Source, *, all_layers: bool = False) -> Iterator[str]:
@@ -30,10 +31,24 @@ def describe_source(source: Source, *, all_layers: bool = False) -> Iterator[str
     yield f"  {'tensors':<16} {counts}; {_total_bytes(tensors.values()):,} bytes"
     if source.ranks > 1:
         yield f"  {'rank files':<16} {source.ranks}"
+    yield from _describe_text(source)
     listed = [name for name in tensors if all_layers or _in_first_layer(name)]
     width = max(map(len, listed), default=0)
     for name in listed:
         yield f"  {name:<{width}}  {_shape(tensors[name])}"
+
+
+def _describe_text(source: Source) -> Iterator[str]:
+    """Yield where the tokenizer is, and what is wrong with it."""
+    try:
+        tokenizer, file = source.find_tokenizer()
+    except LlamaJaxError:  # weights can be described without a tokenizer
+        return
+    added = len(tokenizer.settings.added_tokens)
+    ends = ", ".join(map(str, tokenizer.end_ids))
+    text = f"{file}; {added} added tokens, answers end with {ends}"
+    yield f"  {'tokenizer':<16} {text}"
+    yield from (f"  {'note':<16} {note}" for note in source.text_notes())
 
 
 def describe_conversion(

@@ -14,15 +14,10 @@ from llama_jax.text.sentencepiece_proto import (
     Piece,
     pieces_of_model,
 )
-from llama_jax.text.settings import AddedToken
+from llama_jax.text.settings import AddedToken, filler
 from llama_jax.text.tokenizer import Tokenizer
 
 _SPACE = "▁"
-
-
-def filler(id: int) -> str:
-    """The name of an id without a token, since files number tokens without gaps."""
-    return f"[PAD{id}]"
 
 
 def filled_tokens(tokenizer: Tokenizer) -> dict[int, AddedToken]:

@@ -67,7 +67,8 @@ def load(
       path: folder or file; defaults to the small model in the package.
       runtime: choices of this run; defaults to `default_runtime()`.
       mesh: devices to shard the weights over.
-      tokenizer: a tokenizer or its file; defaults to the checkpoint's.
+      tokenizer: a tokenizer or its file; defaults to that in the adapter's folder, or
+        the checkpoint's.
       max_seq_len: context length in tokens; defaults to the checkpoint's. Required for
         Meta's format if no published model has these sizes.
       quantize: store the layers' projections in eight or four bits; each is quantized
@@ -97,6 +98,11 @@ def load(
 
         context = with_context_of(adapter, opened.config, max_seq_len=max_seq_len)
         opened = opened._replace(config=context)
+        if tokenizer is None:
+            from llama_jax.conversion.peft_text import with_text_of
+
+            text = with_text_of(adapter, opened.tokenizer, context.vocab_size)
+            opened = opened._replace(tokenizer=text)
     params = read_weights(opened, runtime=runtime, mesh=mesh, quantize=quantize)
     model = model_for(opened.config, runtime, mesh)
     if adapter is not None:

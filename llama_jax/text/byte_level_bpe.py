@@ -22,7 +22,7 @@ from llama_jax.text.byte_level_json import (
     merges_of_ranks,
     steps,
 )
-from llama_jax.text.settings import AddedToken, PrefixSpace, added_token
+from llama_jax.text.settings import AddedToken, PrefixSpace, listed_tokens
 
 # Meta's Llama 3 code adds this pre-tokenization pattern, and 256 special tokens after
 # the pieces, to what is in its file.
@@ -237,8 +237,7 @@ def from_json(spec: Mapping[str, Any]) -> tuple[ByteLevel, dict[int, AddedToken]
         )
     package = _package("tokenizers")
     try:
-        tokens = spec.get("added_tokens") or ()
-        added = {int(token["id"]): added_token(token) for token in tokens}
+        added = listed_tokens(spec.get("added_tokens") or ())
         # Text must not encode to special tokens: they are no part of the model.
         special = {token.text for token in added.values() if token.special}
         vocab = {text: id for text, id in model["vocab"].items() if text not in special}

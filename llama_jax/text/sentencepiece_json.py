@@ -16,7 +16,7 @@ from llama_jax.text.sentencepiece_proto import (
     Piece,
     model_of_pieces,
 )
-from llama_jax.text.settings import AddedToken, PrefixSpace, added_token
+from llama_jax.text.settings import AddedToken, PrefixSpace, listed_tokens
 
 _MAX_EQUAL_SCORES = 64  # Code Llama has 23 pieces of equal score, Llama 2 has 16
 
@@ -70,7 +70,7 @@ def _from_json(spec: Mapping[str, Any]) -> FromJson:
     texts = sorted(vocab, key=vocab.__getitem__)
     if [vocab[text] for text in texts] != list(range(len(texts))):
         raise ValueError("an id has no piece, or two")
-    added = {int(t["id"]): added_token(t) for t in spec["added_tokens"]}
+    added = listed_tokens(spec["added_tokens"])
     words = {token.text for token in added.values() if not token.special}
     control = {token.text for token in added.values() if token.special}
     control |= {"<s>", "</s>"}

@@ -1,7 +1,7 @@
 """What a checkpoint says about text besides the pieces of its tokenizer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from llama_jax.arguments import checked
@@ -44,6 +44,21 @@ def added_token(fields: Mapping[str, Any]) -> AddedToken:
     }
     normalized = bool(fields.get("normalized", not special))
     return AddedToken(str(fields["content"]), special, normalized, **flags)
+
+
+def filler(id: int) -> str:
+    """The name of an id without a token in files that number tokens without gaps."""
+    return f"[PAD{id}]"
+
+
+def listed_tokens(listed: Iterable[Mapping[str, Any]]) -> dict[int, AddedToken]:
+    """Return the `added_tokens` of a `tokenizer.json` by id, without fillers.
+
+    Raises:
+      KeyError: an entry has no `id` or no `content`.
+    """
+    tokens = {int(fields["id"]): added_token(fields) for fields in listed}
+    return {id: token for id, token in tokens.items() if token.text != filler(id)}
 
 
 @checked(TokenizerError)

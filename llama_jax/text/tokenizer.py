@@ -231,8 +231,8 @@ class Tokenizer:
         """Decode ids as SentencePiece or tiktoken does.
 
         SentencePiece's leading space is dropped, special pieces decode to nothing, and
-        invalid UTF-8 to U+FFFD. Ids from `vocab_size` on decode to their added name,
-        or to nothing.
+        invalid UTF-8 to U+FFFD. Ids from `vocab_size` on decode to their added name (of
+        byte-level tokenizers if they are not special), or to nothing.
 
         Raises:
           TokenizerError: an id is negative.
@@ -315,7 +315,10 @@ class Tokenizer:
 
     def open_stream(self, *, inner: bool) -> TextStream:
         """Create the part of a `StreamDecoder` that depends on the kind of file."""
-        return self._codec.stream(self.added_tokens, inner=inner)
+        names = self.added_tokens
+        if not self.has_pieces:  # its special tokens are invisible, as in its file
+            names = {i: name for i, name in names.items() if not self.tokens[i].special}
+        return self._codec.stream(names, inner=inner)
 
 
 class StreamDecoder:

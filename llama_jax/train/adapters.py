@@ -12,6 +12,7 @@ from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.peft import read_peft, write_peft
 from llama_jax.conversion.peft_context import with_context_of
+from llama_jax.conversion.peft_text import with_text_of
 from llama_jax.distributed import barrier, is_main, to_host
 from llama_jax.errors import ConfigError
 from llama_jax.loading import open_model
@@ -71,7 +72,7 @@ def merge_checkpoint(
       base: any model that `load` takes; None is the bundled one.
       adapter: folder of `save_adapters` or of `peft`.
       output: new folder, for a model in the dtype of the base.
-      tokenizer: instead of the base's.
+      tokenizer: instead of the adapter's or the base's.
       progress: called with the bytes written so far.
 
     Raises:
@@ -96,7 +97,10 @@ def merge_checkpoint(
     }
     leaves = merged_leaves(checked, adapters, lora)
     config = with_context_of(adapter, opened.config)
-    save_params(output, leaves, config, tokenizer=opened.tokenizer, progress=progress)
+    text = opened.tokenizer
+    if tokenizer is None:
+        text = with_text_of(adapter, text, config.vocab_size)
+    save_params(output, leaves, config, tokenizer=text, progress=progress)
 
 
 def merged_leaves(

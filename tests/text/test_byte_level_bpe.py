@@ -337,7 +337,7 @@ def test_ids_of_a_json_are_named_hidden_or_holes(trained: dict[str, Any]) -> Non
         tokenizer.contents, settings=special_tokens({412: "<think>", 414: "<|x|>"})
     )
     assert dict(more.added_tokens) == {414: "<|x|>"}
-    assert more.decode([414, *ids]) == "<|x|>h<think>é"
+    assert more.decode([414, *ids]) == "h<think>é"  # special tokens are invisible
     with pytest.raises(TokenizerError, match=r"'<\|x\|>' has id 412, which is '<thi"):
         Tokenizer(tokenizer.contents, settings=special_tokens({412: "<|x|>"}))
 
