@@ -157,9 +157,9 @@ exit status:
 
 examples:
   {_PROGRAM} llama-2-7b-chat checkpoints/llama-2-7b-chat
-  {_PROGRAM} my-model my-model-hf --to hf --dtype bfloat16 --verify
-  {_PROGRAM} my-model my-model.gguf --dtype q8_0
-  {_PROGRAM} my-model my-model-meta --to meta --ranks 2 --dry-run""",
+  {_PROGRAM} my-model hf --to hf --dtype bfloat16 --verify
+  {_PROGRAM} my-model model.gguf --dtype q8_0
+  {_PROGRAM} my-model meta --to meta --ranks 2 --dry-run""",
         rules=RULES,
     )
     parser.add_argument(

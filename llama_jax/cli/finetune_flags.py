@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         usage=f"""
   {_PROGRAM} --data FILE --output DIR [options]
   {_PROGRAM} --resume --output DIR
-  {_PROGRAM} merge --help        merge adapters into their model
+  {_PROGRAM} merge --help        merge adapters
   {_PROGRAM} tokenizer --help    train a tokenizer""",
         description="Fine-tune a Llama on your data (all weights, or adapters), or "
         "train one from scratch.",

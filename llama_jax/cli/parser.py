@@ -5,6 +5,7 @@ Each command has a table of rules: when a flag has an effect. The same words are
 """
 
 import argparse
+import functools
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,8 +92,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(
         self, *, rules: Rules | None = None, check: bool = True, **options: Any
     ) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
         self._rules = rules or {}
+        formatter = functools.partial(_Help, rules=self._rules)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
         self._check = check
         add_version_argument(self)
 
@@ -171,10 +173,6 @@ class ArgumentParser(argparse.ArgumentParser):
         if self.usage is None:
             self.usage = " ".join([self.prog, *self._required(), "[options]"])
         self._action_groups.sort(key=lambda group: group is self._optionals)
-        for flag, action in self._option_string_actions.items():
-            for rule in _rules_of(self._rules, flag):
-                if rule.help:
-                    action.help = f"{rule.help}: {action.help}"
         return super().format_help()
 
     def _required(self) -> Iterator[str]:
@@ -187,7 +185,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _Help(argparse.HelpFormatter):
-    """Text with line ends is printed as it is; no line ends in the middle of a name."""
+    """Adds rules to help, keeps text with line ends, and does not hyphenate names."""
+
+    def __init__(self, *args: Any, rules: Rules, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._rules = rules
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        for flag in action.option_strings:
+            for rule in _rules_of(self._rules, flag):
+                text = f"{rule.help}: {text}" if rule.help else text
+        return text
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)

@@ -1,0 +1,318 @@
+"""What a command line decides, by the command's own code, without running a model.
+
+The effect of a command line is everything that is read of it: requests, batches, rates,
+plans, prepared conversions. A setting that nothing would read is left out, whether a
+configuration has a field for it or not.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import llama_jax.conversion.__main__ as conversion
+import llama_jax.conversion.converter as converter
+from llama_jax import __main__ as listing
+from llama_jax import finetune, plan, sample
+from llama_jax.bench import __main__ as bench
+from llama_jax.bench.attention_work import Work
+from llama_jax.bench.machine import Machine
+from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.cli import prompt_files
+from llama_jax.cli.parser import ArgumentParser
+from llama_jax.conversion.converter import PreparedConversion, prepare_conversion
+from llama_jax.conversion.report import describe_conversion
+from llama_jax.data.prompts import Prompt
+from llama_jax.data.records import OnBad
+from llama_jax.errors import LlamaJaxError
+from llama_jax.generation.request import Request
+from llama_jax.planning.search import Plan
+from llama_jax.planning.workload import Workload
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.train.finetune_config import FinetuneConfig
+
+MAINS: dict[str, Callable[[Sequence[str] | None], int]] = {
+    "": listing.main,
+    "sample": sample.main,
+    "finetune": finetune.main,
+    "conversion": conversion.main,
+    "plan": plan.main,
+    "bench": bench.main,
+}
+SUBCOMMANDS = ("finetune merge", "finetune tokenizer", "conversion verify",
+               "conversion inspect")  # fmt: skip
+"""Those whose parser is not part of their command's parser."""
+
+
+class _Decided(BaseException):
+    """Ends a command where everything is decided."""
+
+
+@dataclasses.dataclass
+class Decisions:
+    """Replaces what is slow in the commands by records of what it is called with.
+
+    Attributes:
+      loaded: the model of `sample`.
+      values: what was decided, in order.
+    """
+
+    loaded: Loaded
+    values: list[object] = dataclasses.field(default_factory=list)
+
+    def record(self, *values: object) -> None:
+        """Record a decision."""
+        self.values.extend(values)
+
+    def replace(self, patch: pytest.MonkeyPatch) -> None:
+        """Replace functions in the commands' modules."""
+        for module in (sample, finetune):
+            patch.setattr(module, "start_processes", self._start_processes)
+        self._replace_sample(patch)
+        self._replace_finetune(patch)
+        self._replace_conversion(patch)
+        self._replace_bench(patch)
+        patch.setattr(plan, "compile_plans", self._compile_plans)
+        patch.setattr(plan, "report_lines", self._report)
+        patch.setattr(plan, "describe", lambda *args: self._report("JSON", *args))
+        patch.setattr(plan, "what_fits", self.record)
+        patch.setattr(plan, "table_lines", lambda _: [])
+
+    def _end(self, name: str) -> Callable[..., None]:
+        def decided(*args: object, **options: object) -> None:
+            texts = (
+                arg.contents if isinstance(arg, Tokenizer) else arg for arg in args
+            )
+            self.record(name, *texts, options)
+            raise _Decided
+
+        return decided
+
+    def _start_processes(self, args: argparse.Namespace, **_: object) -> bool:
+        self.record(args.coordinator, args.num_processes, args.process_id)
+        return False
+
+    def _replace_sample(self, patch: pytest.MonkeyPatch) -> None:
+        loading = ("checkpoint", "tokenizer", "max_seq_len", "dtype", "mesh", "adapter")
+        loading += ("quantize", "cache_dtype")
+
+        def load_model(args: argparse.Namespace) -> Loaded:
+            self.record([getattr(args, name) for name in loading])
+            return self.loaded
+
+        def stream(_: Loaded, requests: Sequence[Request]) -> Iterator[None]:
+            self._request(*requests)
+            return iter(())
+
+        def complete_prompts(
+            _: Loaded, pairs: Any, output: str, *, settings: object, **more: object
+        ) -> None:
+            for _, request in pairs:
+                self._request(dataclasses.replace(request, logprobs=None))
+            self.record(output)
+            raise _Decided
+
+        class Conversation:
+            """Answers one message; nobody sees log-probabilities or other samples."""
+
+            def __init__(
+                self, ask: Any, answer: Any, context: int, system: str | None
+            ) -> None:
+                turns = [{"role": "user", "content": "Hi"}]
+                if system is not None:
+                    turns.insert(0, {"role": "system", "content": system})
+                request = ask(turns)
+                answer(dataclasses.replace(request, num_samples=1, logprobs=None))
+
+            def loop(self) -> None:
+                """End."""
+
+        def read(files: Sequence[str], on_bad: OnBad) -> list[Prompt]:
+            self.record(on_bad)
+            return prompts_of(files, on_bad)
+
+        prompts_of = prompt_files.read
+        patch.setattr(prompt_files, "read", read)
+        clock = types.SimpleNamespace(
+            loaded=lambda: None, watch=lambda deltas: deltas, report=self.record
+        )
+        patch.setattr(sample, "Clock", lambda: clock)
+        patch.setattr(sample.cli, "load_model", load_model)
+        patch.setattr(sample, "stream", stream)
+        patch.setattr(sample, "Conversation", Conversation)
+        patch.setattr(sample, "print_text", lambda *_: self.record("text"))
+        patch.setattr(sample, "print_json", lambda *_: self.record("JSON"))
+        patch.setattr(sample.secrets, "randbits", lambda _: 1)
+        patch.setattr(prompt_files, "complete_prompts", complete_prompts)
+
+    def _request(self, request: Request) -> None:
+        sampling = request.sampling
+        if sampling.temperature == 0:  # nothing is drawn
+            sampling = dataclasses.replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
+        self.record(dataclasses.replace(request, sampling=sampling))
+
+    def _replace_finetune(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(finetune, "count_steps", lambda *_: None)
+        patch.setattr(finetune, "run_training", self._train)
+        for name in ("merge_checkpoint", "train_tokenizer"):
+            patch.setattr(finetune, name, self._end(name))
+
+    def _train(
+        self, config: FinetuneConfig, opened: Any, mesh: Any, loader: Any,
+        held_out: Any, output: object, steps: object, *, resume: bool,
+    ) -> None:  # fmt: skip
+        method = finetune.make_method(config, opened, mesh)
+        self.record(
+            opened.config, opened.tokenizer.contents,
+            opened.tokenizer.settings, sorted(opened.leaves),
+            method.model, method.shapes, method.lora, method.base_model, config.seed,
+            [part.tolist() for part in next(loader)], config.on_bad,
+            config.learning_rates(40).tolist(), config.steps, config.epochs,
+            config.optimizer, config.weight_decay, config.clip, config.accumulate,
+            config.max_skipped, config.save_every, config.keep, config.tensorboard,
+            config.wandb, str(output), resume,
+        )  # fmt: skip
+        if config.method == "qlora":
+            self.record(config.quantize)
+        if config.method == "full":  # adapters are saved as they are trained
+            self.record(config.save_dtype)
+        if config.format != "infilling":  # whose texts are cut into windows
+            self.record(config.on_long)
+        if held_out is not None:
+            self.record(config.eval_data, config.eval_every)
+        if config.sample_prompt:
+            self.record(config.sample_prompt, config.sample_every, config.sample_tokens)
+        raise _Decided
+
+    def _replace_conversion(self, patch: pytest.MonkeyPatch) -> None:
+        def prepare(src: str, dst: str, **settings: Any) -> PreparedConversion:
+            prepared = prepare_conversion(src, dst, **settings)
+            self.record(prepared.source.config, prepared.gguf_dtype)
+            self.record(settings["max_host_bytes"])
+            if prepared.target_format == "meta":
+                self.record(prepared.ranks)
+            return prepared
+
+        def convert(src: str, dst: str, progress: object, **settings: Any) -> object:
+            prepared = prepare(src, dst, **settings)
+            self.record(list(describe_conversion(prepared, dst)))
+            return types.SimpleNamespace(config=prepared.source.config)
+
+        def compare(a: Any, b: Any, _: object) -> None:
+            self.record("compare", a.config)
+
+        def open_source(path: str, **options: Any) -> object:
+            # The target does not exist.
+            return opened(path, **options) if path != "new" else None
+
+        opened = conversion.open_source
+        patch.setattr(converter, "anonymous_bytes", lambda: 1 << 28)
+        patch.setattr(conversion, "prepare_conversion", prepare)
+        patch.setattr(conversion, "convert", convert)
+        patch.setattr(conversion, "describe_result", lambda *_: iter(()))
+        patch.setattr(conversion, "open_source", open_source)
+        patch.setattr(conversion, "compare", compare)
+        patch.setattr(conversion, "_print_comparison", lambda _: 0)
+
+    def _compile_plans(
+        self, args: argparse.Namespace, work: Workload, topology: Any, fixed: Any
+    ) -> None:
+        self.record("compile", args.json, work, topology, fixed)
+        if topology.chip.is_gpu:
+            self.record(args.gpu_target_config)
+        raise _Decided
+
+    def _report(self, *args: object) -> list[str]:
+        """Record the numbers of a plan, and no setting that they do not show."""
+        for arg in args:
+            if isinstance(arg, Plan):
+                self.record(arg.topology, arg.mesh, arg.footprint, arg.bound)
+                self.record(arg.work.batch)
+            else:
+                self.record(arg)
+        return []
+
+    def _replace_bench(self, patch: pytest.MonkeyPatch) -> None:
+        def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+            args = parsed(argv)
+            self.record(args.benchmark, args.json)
+            return args
+
+        def describe(work: Work) -> Work:
+            return work if work.kind == "decode" else work._replace(page=0, int8=False)
+
+        def compare(chip: str, shape: str, work: Work, *, sweep: bool) -> Iterator[Any]:
+            self.record(chip, shape, describe(work), sweep)
+            return iter(())
+
+        def measure_times(works: Sequence[tuple[str, Work]]) -> None:
+            self.record([(shape, describe(work)) for shape, work in works])
+            raise _Decided
+
+        parsed = bench.parse_args
+        machine = Machine(device="", host="", jax="", date="")
+        patch.setattr(bench, "describe_machine", lambda: machine)
+        patch.setattr(bench, "parse_args", parse_args)
+        patch.setattr(bench, "compare", compare)
+        patch.setattr(bench, "measure_times", measure_times)
+        for name in ("train", "decode", "prefill", "data", "conversion"):
+            patch.setattr(bench, f"measure_{name}", self._end(name))
+        package = types.SimpleNamespace(find_spec=bool, version=str)
+        patch.setattr(
+            bench, "importlib", types.SimpleNamespace(util=package, metadata=package)
+        )
+
+
+def effect(loaded: Loaded, argv: Sequence[str]) -> tuple[str, str]:
+    """The effect of a command line, and the error with which it is refused.
+
+    Args:
+      loaded: the model of `sample`.
+      argv: the command and its arguments.
+
+    Returns:
+      Texts, one of which is empty.
+    """
+    decisions, out, err = Decisions(loaded), io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        decisions.replace(patch)
+        try:
+            MAINS[argv[0]](argv[1:])
+        except LlamaJaxError as error:
+            return "", str(error)
+        except SystemExit as exit:
+            return "", err.getvalue() or f"status {exit.code}"
+        except _Decided:
+            pass
+    if "error: " in err.getvalue():  # of conversion, which prints its errors itself
+        return "", err.getvalue()
+    return f"{decisions.values}\n{out.getvalue()}", ""
+
+
+def parsers() -> dict[str, ArgumentParser]:
+    """The parsers of all commands, and of the commands inside them."""
+    found: dict[str, ArgumentParser] = {}
+    for command in (*MAINS, *SUBCOMMANDS):
+        name, *words = command.split() or [""]
+        with (
+            mock.patch.object(
+                ArgumentParser, "parse_known_args", autospec=True, side_effect=_Decided
+            ) as parse,
+            contextlib.suppress(_Decided),
+        ):
+            MAINS[name](words)
+        found[command] = parse.call_args.args[0]
+        for action in found[command]._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= {f"{command} {n}": p for n, p in action.choices.items()}
+    return found
