@@ -25,7 +25,6 @@ from llama_jax.cli.parser import (
     Rules,
     excludes,
     needs,
-    refuse_unused,
 )
 from llama_jax.cli.processes import add_process_arguments, start_processes
 from llama_jax.errors import PromptError
@@ -66,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = cli.load_model(args)
     clock.loaded()
     sampling = sampling_flags.make_sampling(loaded, given)
-    args.temperature = sampling.temperature
-    refuse_unused(RULES, args.given, args)
     settings: Settings = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": sampling,

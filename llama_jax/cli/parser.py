@@ -15,6 +15,7 @@ from llama_jax.cli.version import add_version_argument
 from llama_jax.errors import ConfigError, did_you_mean
 
 _UNSET = object()
+_USAGE_WIDTH = 72
 _ALIASES = {
     "--lr": "--learning-rate",
     "--model": "--checkpoint",
@@ -116,7 +117,7 @@ class ArgumentParser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if args is None else args)
         self._check_names(argv)
         parsed = argparse.Namespace()
-        actions = [a for a in self._actions if a.dest != argparse.SUPPRESS]
+        actions = [a for a in self._actions if a.default is not argparse.SUPPRESS]
         for action in actions:
             # An action that appends wants a list or None.
             appends = isinstance(action, argparse._AppendAction)
@@ -171,7 +172,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Short usage, and flags with their rules; --help and --version last."""
         if self.usage is None:
-            self.usage = " ".join([self.prog, *self._required(), "[options]"])
+            self.usage = textwrap.fill(
+                " ".join([self.prog, *self._required(), "[options]"]),
+                _USAGE_WIDTH,
+                subsequent_indent=" " * 7,
+                break_on_hyphens=False,
+            )
         self._action_groups.sort(key=lambda group: group is self._optionals)
         return super().format_help()
 

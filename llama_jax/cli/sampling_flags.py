@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
-from llama_jax.cli.parser import Rule, Rules
+from llama_jax.cli.parser import Rule, Rules, refuse_unused
 from llama_jax.generation.request import default_sampling
 from llama_jax.generation.sampling import Sampling
 
@@ -106,9 +106,16 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_sampling(loaded: Loaded, given: dict[str, Any]) -> Sampling:
-    """Add the checkpoint's settings to given ones, and say which they are."""
+    """Add the checkpoint's settings to given ones, and say which they are.
+
+    Raises:
+      ConfigError: a given setting has no effect with the checkpoint's temperature.
+    """
     sampling = default_sampling(loaded.tokenizer, **given)
     own = loaded.tokenizer.settings.sampling
     if taken := [f"{name} {own[name]}" for name in own if name not in given]:
         print(f"sampling of the checkpoint: {', '.join(taken)}", file=sys.stderr)
+    if "temperature" not in given:
+        flags = [f"--{name.replace('_', '-')}" for name in given]
+        refuse_unused(RULES, flags, sampling)
     return sampling

@@ -32,6 +32,9 @@ INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 # Words in braces are files of `files`.
 TRAIN = ("finetune", "--output", "{new}", "--batch-size", "4", "--data")
 SCRATCH = ("--from-scratch", "--preset", "L1,D8,N2,F8,V324", "--seq-length", "210")
+PPO = ("rlhf", "ppo", "--input", "{texts}", "--output", "{new}", "--steps", "9",
+       "--checkpoint", "{model}")  # fmt: skip
+REJECTION = ("rlhf", "rejection", "--input", "{texts}", "--output", "{new}")
 PLAN = ("plan", "--model", "L2,D64,N2,F64,V64", "--topology", "v5e:2x2")
 CONTEXTS: dict[str, tuple[str, ...]] = {
     "sample text": ("sample", "--prompt", "a cat"),
@@ -70,6 +73,18 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "plan and compile": ("plan", "--topology", "h100", "--batch", "1", "--compile"),
     "plan and compile for TPUs": (*PLAN, "--batch", "1", "--compile"),
     "plan a table": ("plan", "--table"),
+    "rlhf ghost-attention": (
+        "rlhf", "ghost-attention", "--input", "{texts}", "--instructions", "{texts}",
+        "--output", "{new}",
+    ),
+    "rlhf ppo": (*PPO, "--reward-model", "a"),
+    "rlhf ppo rloo": (
+        *PPO, "--judge", "a", "--estimator", "rloo", "--num-samples", "2",
+    ),
+    "rlhf rejection": (*REJECTION, "--reward", "a"),
+    "rlhf rejection greedily": (
+        *REJECTION, "--reward-model", "a", "--temperature", "0", "--num-samples", "1",
+    ),
     "bench train": ("bench", "train"),
     "bench decode": ("bench", "decode"),
     "bench prefill": ("bench", "prefill"),
@@ -81,9 +96,12 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 VALUES = {
     "--accumulate": ["2"],
+    "--batch-size": ["128"],
     "--chips": ["v4"],
+    "--critic": ["{other}"],
     "--checkpoint": ["{other}"],
     "--data": ["{texts}", "{pairs}", "{more}"],
+    "--estimator": ["rloo --num-samples 2"],
     "--eval-data": ["{texts}", "{more}"],
     "--folder": ["/tmp"],
     "--format": ["alpaca", "vicuna", "text", "infilling"],
@@ -95,10 +113,13 @@ VALUES = {
     "--max-host-bytes": ["9T"],
     "--max-seq-len": ["220"],
     "--mesh": ["data=4,tensor=2", "data=2,tensor=2"],
+    "--mini-batch": ["32"],
     "--model": ["L1,D64,N2,F64,V64"],
+    "--num-samples": ["3", "4"],
     "--preset": ["L2,D8,N2,F8,V324"],
     "--prompt-file": ["{texts}"],
     "--ranks": ["2", "4"],
+    "--reward-format": ["alpaca"],
     "--rope-scaling": ["linear,factor=2"],
     "--seq-length": ["200"],
     "--shapes": ["N4K4H64"],
@@ -202,7 +223,7 @@ def test_every_parser_of_the_library_is_tested() -> None:
     assert constructed == len(PARSERS.keys() - inner)
     tested = {" ".join(context[:2]) for context in CONTEXTS.values()}
     tested |= {context[0] for context in CONTEXTS.values()}
-    assert PARSERS.keys() - {""} <= tested
+    assert PARSERS.keys() - {"", "rlhf"} <= tested
 
 
 def test_rules_are_of_flags_that_exist() -> None:

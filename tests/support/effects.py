@@ -24,7 +24,13 @@ from llama_jax.bench import __main__ as bench
 from llama_jax.bench.attention_work import Work
 from llama_jax.bench.machine import Machine
 from llama_jax.checkpoint.model_folder import Loaded
-from llama_jax.cli import prompt_files
+from llama_jax.cli import (
+    prompt_files,
+    reward_flags,
+    rlhf_ghost_attention,
+    rlhf_ppo,
+    rlhf_rejection,
+)
 from llama_jax.cli.parser import ArgumentParser
 from llama_jax.conversion.converter import PreparedConversion, prepare_conversion
 from llama_jax.conversion.report import describe_conversion
@@ -34,16 +40,26 @@ from llama_jax.errors import LlamaJaxError
 from llama_jax.generation.request import Request
 from llama_jax.planning.search import Plan
 from llama_jax.planning.workload import Workload
+from llama_jax.rlhf import __main__ as rlhf
+from llama_jax.rlhf.optimization import PolicyMethod
+from llama_jax.rlhf.policy_config import PolicyConfig
+from llama_jax.rlhf.rewards import ModelReward
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.finetune_config import FinetuneConfig
 
-MAINS: dict[str, Callable[[Sequence[str] | None], int]] = {
+Main = Callable[[Sequence[str] | None], int]
+
+MAINS: dict[str, Main] = {
     "": listing.main,
     "sample": sample.main,
     "finetune": finetune.main,
     "conversion": conversion.main,
     "plan": plan.main,
     "bench": bench.main,
+    "rlhf": rlhf.main,
+    "rlhf ghost-attention": rlhf_ghost_attention.main,
+    "rlhf ppo": rlhf_ppo.main,
+    "rlhf rejection": rlhf_rejection.main,
 }
 SUBCOMMANDS = ("finetune merge", "finetune tokenizer", "conversion verify",
                "conversion inspect")  # fmt: skip
@@ -72,12 +88,13 @@ class Decisions:
 
     def replace(self, patch: pytest.MonkeyPatch) -> None:
         """Replace functions in the commands' modules."""
-        for module in (sample, finetune):
+        for module in (sample, finetune, rlhf_ghost_attention, rlhf_rejection):
             patch.setattr(module, "start_processes", self._start_processes)
         self._replace_sample(patch)
         self._replace_finetune(patch)
         self._replace_conversion(patch)
         self._replace_bench(patch)
+        self._replace_rlhf(patch)
         patch.setattr(plan, "compile_plans", self._compile_plans)
         patch.setattr(plan, "report_lines", self._report)
         patch.setattr(plan, "describe", lambda *args: self._report("JSON", *args))
@@ -148,7 +165,7 @@ class Decisions:
         patch.setattr(sample, "Conversation", Conversation)
         patch.setattr(sample, "print_text", lambda *_: self.record("text"))
         patch.setattr(sample, "print_json", lambda *_: self.record("JSON"))
-        patch.setattr(sample.secrets, "randbits", lambda _: 1)
+        patch.setattr(prompt_files.secrets, "randbits", lambda _: 1)
         patch.setattr(prompt_files, "complete_prompts", complete_prompts)
 
     def _request(self, request: Request) -> None:
@@ -268,6 +285,73 @@ class Decisions:
             bench, "importlib", types.SimpleNamespace(util=package, metadata=package)
         )
 
+    def _replace_rlhf(self, patch: pytest.MonkeyPatch) -> None:
+        def load_model(path: str, policy: object) -> Loaded:
+            self.record("reward", path)
+            return self.loaded
+
+        def make_reward(loaded: object, style: Any = None, *, name: str) -> Any:
+            self.record(getattr(style, "name", None), name)
+            reward = mock.MagicMock(spec=ModelReward)
+            reward.name = name
+            return reward
+
+        def sample_dialogs(
+            _: object, items: Sequence[Any], answer: Any, path: object, **more: Any
+        ) -> None:
+            self.record(items, path, more["seed"], more["settings"])
+            self._request(answer([{"role": "user", "content": "Hi"}]))
+            raise _Decided
+
+        def sample_and_score(
+            _: object, works: Sequence[Any], reward: object, path: object, **more: Any
+        ) -> None:
+            self.record(path, [work.prompt for work in works])
+            for work in works:
+                for request in work.requests:
+                    self._request(request)
+
+        def run(*_: object, resume: bool, **__: object) -> None:
+            self.record(resume)
+            raise _Decided
+
+        def select(_: object, *, allow_cut: bool) -> None:
+            self.record(allow_cut)
+            raise _Decided
+
+        patch.setattr(reward_flags, "_load", load_model)
+        patch.setattr(
+            reward_flags, "load_reward", lambda name: make_reward(None, name=name)
+        )
+        for name in ("JudgeReward", "ModelReward"):
+            patch.setattr(reward_flags, name, make_reward)
+        patch.setattr(
+            reward_flags,
+            "SafetyGatedReward",
+            lambda first, second, *, name: make_reward(None, name=name),
+        )
+        patch.setattr(rlhf_ghost_attention, "sample_dialogs", sample_dialogs)
+        patch.setattr(rlhf_rejection, "sample_and_score", sample_and_score)
+        patch.setattr(rlhf_rejection, "select", select)
+        patch.setattr(
+            rlhf_rejection, "read_earlier", lambda path: self.record(path) or {}
+        )
+        patch.setattr(rlhf_ppo, "optimize_policy", self._optimize_policy)
+        patch.setattr(rlhf_ppo, "run", run)
+
+    def _optimize_policy(
+        self, config: PolicyConfig, policy: Any, reward: Any, prompts: object,
+        tokenizer: Tokenizer, folder: object, *, critic: Any, format: object,
+    ) -> mock.MagicMock:  # fmt: skip
+        settings = dataclasses.asdict(config)
+        ours = ["critic_learning_rate", "clip_value", "discount", "decay"]
+        of_critic = [settings.pop(name) for name in ours]
+        self.record(settings, policy.model, policy.shapes, policy.lora)
+        self.record(policy.base_model, prompts, tokenizer.contents, folder, format)
+        if critic is not None:
+            self.record(of_critic, critic.fingerprint, critic.model)
+        return mock.MagicMock(spec=PolicyMethod)
+
 
 def effect(loaded: Loaded, argv: Sequence[str]) -> tuple[str, str]:
     """The effect of a command line, and the error with which it is refused.
@@ -287,7 +371,8 @@ def effect(loaded: Loaded, argv: Sequence[str]) -> tuple[str, str]:
     ):
         decisions.replace(patch)
         try:
-            MAINS[argv[0]](argv[1:])
+            words = 2 if " ".join(argv[:2]) in MAINS else 1
+            MAINS[" ".join(argv[:words])](argv[words:])
         except LlamaJaxError as error:
             return "", str(error)
         except SystemExit as exit:
@@ -303,7 +388,7 @@ def parsers() -> dict[str, ArgumentParser]:
     """The parsers of all commands, and of the commands inside them."""
     found: dict[str, ArgumentParser] = {}
     for command in (*MAINS, *SUBCOMMANDS):
-        name, *words = command.split() or [""]
+        name, *words = (command,) if command in MAINS else command.split()
         with (
             mock.patch.object(
                 ArgumentParser, "parse_known_args", autospec=True, side_effect=_Decided
