@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 from llama_jax.errors import CheckpointError, LlamaJaxError
 
 FileKind = Literal[
-    "safetensors", "PyTorch", "GGUF", "llama2.c", "Orbax", "JSON", "tokenizer"
-]
+    "safetensors", "PyTorch", "GGUF", "llama2.c", "Orbax", "JSON", "tokenizer", "gzip",
+    "Parquet", "text",
+]  # fmt: skip
 """What a reader expects."""
 
 _HEAD_BYTES = 512
@@ -39,6 +40,7 @@ _SIGNATURES = (
         (b"<!doctype", b"<html", b"<?xml", b"<error"),
         "a web page instead of the file, such as a login or an error",
         "download it again, with an access token if the model needs one",
+        ("text",),
     ),
     _Signature(
         (b"lmgg", b"fmgg", b"tjgg", b"algg"),
@@ -62,9 +64,9 @@ _SIGNATURES = (
         (b'{"', b"{\n", b"{ "),
         "JSON text, such as a server's error message",
         "download it again",
-        ("JSON", "tokenizer"),
+        ("JSON", "tokenizer", "text"),
     ),
-    _Signature((b"\x1f\x8b",), "compressed with gzip", "unpack it"),
+    _Signature((b"\x1f\x8b",), "compressed with gzip", "unpack it", ("gzip",)),
 )
 
 

@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from llama_jax.data.json_lines import check_json_lines
+from llama_jax.data.json_lines import check_encoding, check_json_lines
 from llama_jax.errors import DataError
+from llama_jax.file_kinds import check_file
 from llama_jax.types import Path
 
 Unit = Literal["line", "item", "row", "document"]
@@ -162,8 +163,10 @@ def _expand(
     """A file of lines or of documents with the records of `path`."""
     name, shown = path.name.lower(), path
     if name.endswith(".parquet"):
+        check_file(path, "Parquet", DataError)
         return _written(new_path(), _parquet(path)), "row"
     if name.endswith(".gz"):
+        check_file(path, "gzip", DataError)
         target = new_path()
         try:
             with gzip.open(path) as source, target.open("wb") as out:
@@ -171,7 +174,11 @@ def _expand(
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path}: is not gzip, or is cut off ({error})") from error
         path, name = target, name.removesuffix(".gz")
+    is_empty = path.stat().st_size == 0  # as a part of many files may be
     if name.endswith(".txt"):
+        if not is_empty:
+            check_file(path, "text", DataError, shown)
+            check_encoding(path, shown)
         return path, "document"
     if not name.endswith((".jsonl", ".json")):
         kind = (
@@ -187,7 +194,8 @@ def _expand(
         head = file.read(4096).removeprefix(_BOM).lstrip()
     if head.startswith(b"["):
         return _written(new_path(), _items(path, shown)), "item"
-    check_json_lines(path, shown)
+    if not is_empty:
+        check_json_lines(path, shown)
     return path, "line"
 
 

@@ -11,8 +11,25 @@ from llama_jax.errors import DataError
 from llama_jax.file_kinds import check_file
 
 _BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_ENCODINGS = {  # the longer marks first
+    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+}
 _LONGEST = 1 << 28  # bytes of a file that is parsed as a whole, to name its problem
+
+
+def check_encoding(path: pathlib.Path, shown: pathlib.Path) -> None:
+    """Raise a `DataError` if a text begins with the mark of another encoding.
+
+    Args:
+      path: of the file.
+      shown: its path for messages.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    for name, marks in _ENCODINGS.items():
+        if head.startswith(marks):
+            raise DataError(f"{shown}: is {name} text, not UTF-8; save it as UTF-8")
 
 
 def check_json_lines(path: pathlib.Path, shown: pathlib.Path) -> None:
@@ -23,6 +40,7 @@ def check_json_lines(path: pathlib.Path, shown: pathlib.Path) -> None:
       shown: its path for messages.
     """
     check_file(path, "JSON", DataError, shown)
+    check_encoding(path, shown)
     with path.open("rb") as file:
         line = b""
         number = 0
@@ -30,7 +48,7 @@ def check_json_lines(path: pathlib.Path, shown: pathlib.Path) -> None:
             if not (line := file.readline(_LONGEST)):
                 return
             number += 1
-    if line.startswith(_UTF16_BOMS) or b"\0" in line[:4]:
+    if b"\0" in line[:4]:  # without a mark
         raise DataError(f"{shown}: is UTF-16 text, not UTF-8; save it as UTF-8")
     try:
         json.loads(line.removeprefix(_BOM))
@@ -57,12 +75,17 @@ def _check_single_object(path: pathlib.Path, shown: pathlib.Path) -> None:
 def _check_whole(path: pathlib.Path, shown: pathlib.Path, number: int) -> None:
     """Name what a file is whose first line is not JSON: one value, or several."""
     try:
-        text = path.read_bytes().removeprefix(_BOM).decode()
-        value, end = json.JSONDecoder().raw_decode(text.lstrip())
+        text = path.read_bytes().removeprefix(_BOM).decode().lstrip()
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return  # the records name what is wrong with them
-    if not text.lstrip()[end:].strip():
+    if not text[end:].strip():
         _refuse_object(value, shown)
+        if shown.name.lower().removesuffix(".gz").endswith(".json"):
+            raise DataError(
+                f"{shown}: is one JSON object, not a list of records; put the records "
+                "into [ and ], with commas between them"
+            )
     raise DataError(
         f"{shown}, line {number}: begins a JSON value that goes on in the next line; "
         "write each record on one line, or all of them as one list in a .json"

@@ -145,6 +145,11 @@ def recognise(value: object, *, prefer_text: bool = False) -> Content:
             return _pair(value["prompt"], value[key], key)
     if "text" in value:
         return _text(value, "text")
+    if "chosen" in value and "rejected" in value:
+        raise DataError(
+            "is a preference between answers ('chosen' and 'rejected'), not an answer; "
+            "rename 'chosen' to 'completion' (or 'messages') to learn it alone"
+        )
     keys = ", ".join(f"{key!r:.40}" for key in sorted(value)[:8]) or "no keys"
     raise DataError(
         f"has {keys}, but neither text, prompt and response, instruction and output, "
@@ -171,7 +176,13 @@ def _pair(prompt: object, response: object, key: str) -> Pair | Dialog:
             messages.append({"role": role, "content": part})
         else:
             raise DataError(f"has {_kind(part)} as its {name!r}, not a text")
-    return _dialog(messages, f"prompt and {key}")
+    dialog = _dialog(messages, f"prompt and {key}")
+    size = len(prompt) if isinstance(prompt, list) else 1
+    if all(message["role"] != "assistant" for message in dialog.messages[:size]):
+        return dialog
+    answers = [message["role"] == "assistant" for message in dialog.messages]
+    learnt = dialog.learnt or answers  # answers in the prompt are its context
+    return dialog._replace(learnt=[False] * size + list(learnt[size:]))
 
 
 def parse_messages(value: object, key: str) -> list[Message]:
@@ -201,8 +212,7 @@ def _dialog(value: object, key: str) -> Dialog:
             if message.get(name):
                 raise DataError(f"{where} has {name!r}, which no format here can write")
         try:
-            read = _sharegpt if "from" in message and "role" not in message else _openai
-            messages.append(read(message))
+            messages.append(_message(message))
             flags.append(_learnt(message, messages[-1]["role"]))
         except DataError as error:
             raise DataError(f"{where} {error}") from error
@@ -237,6 +247,16 @@ def _learnt(message: Mapping[str, Any], role: str) -> bool | None:
             f"is the {role}'s and marked as learnt, but only the assistant's can be"
         )
     return learnt
+
+
+def _message(message: Mapping[str, Any]) -> Message:
+    """Read a message of either form; one that is of both must say the same twice."""
+    if "from" not in message:
+        return _openai(message)
+    sharegpt = _sharegpt(message)
+    if "role" in message and _openai(message) != sharegpt:
+        raise DataError("has 'role' and 'from' that contradict each other")
+    return sharegpt
 
 
 def _openai(message: Mapping[str, Any]) -> Message:

@@ -66,7 +66,14 @@ SHAPES = [
     ),
 ]
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BAD = [
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is a preference between"),
+    ({"chosen": [ASKED, SAID], "rejected": [ASKED, SAID]}, "is a preference between"),
+    (
+        {"messages": [{**ASKED, "from": "human", "value": "other"}]},
+        "message 1 of 1 has 'role' and 'from' that contradict each other",
+    ),
     ([1], "is a list, not an object"),
     (None, "is nothing, not an object"),
     ({}, "has no keys, but neither text"),
@@ -271,7 +278,12 @@ def test_any_json_is_a_record_or_refused(value: object) -> None:
         ),
         ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text"),
         ("e.jsonl", '{"text": "a"}'.encode("utf-16-le"), "is UTF-16 text"),
-        ("h.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS poin"),
+        ("j.txt", "a".encode("utf-16"), "is UTF-16 text"),
+        ("k.txt", "a".encode("utf-32"), "is UTF-32 text"),
+        ("l.jsonl", '{"text": "a"}'.encode("utf-32"), "is UTF-32 text"),
+        ("m.json", b'{\n"text": "a"\n}', "one JSON object, not a list of records; put"),
+        ("h.jsonl", LFS_POINTER, "is a Git LFS pointer"),
+        ("n.txt", LFS_POINTER, "is a Git LFS pointer"),
         ("i.json", b"<!DOCTYPE html>\n<html>", "is a web page"),
         ("f.csv", b"text\na", "is a table of comma-separated values"),
         ("g.jsonl", b'{"text": "\xe9"}', "not UTF-8 at byte 10; save the file as"),
@@ -286,6 +298,27 @@ def test_files_of_another_form_are_recognized(
     if not name.endswith(".csv"):
         with pytest.raises(DataError, match=complaint):
             contents(write(tmp_path / f"{name}.gz", data))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.parquet"])
+def test_a_pointer_to_a_compressed_file_is_recognized(
+    tmp_path: pathlib.Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(LFS_POINTER)
+    with pytest.raises(DataError, match="is a Git LFS pointer instead of the file"):
+        contents(tmp_path / name)
+
+
+def test_an_empty_file_among_others_has_no_records(tmp_path: pathlib.Path) -> None:
+    files = [write(tmp_path / name, "") for name in ("a.txt", "b.jsonl", "c.json.gz")]
+    assert contents(*files, write(tmp_path / "d.txt", "a")) == ["a"]
+
+
+def test_answers_in_a_prompt_are_not_learnt() -> None:
+    record = {"prompt": [ASKED, SAID, ASKED], "completion": [SAID]}
+    assert recognise(record) == Dialog(
+        [ASKED, SAID, ASKED, SAID], [False, False, False, True]
+    )
 
 
 def test_a_byte_order_mark_is_dropped(tmp_path: pathlib.Path) -> None:
