@@ -150,10 +150,9 @@ class ArgumentParser(argparse.ArgumentParser):
             if not name.startswith("--") or " " in argument:
                 continue
             if name not in self._option_string_actions:
-                self.error(f"there is no flag {name}{self._suggest_flag(name)}")
-
-    def _suggest_flag(self, name: str) -> str:
-        return did_you_mean(name, self._option_string_actions, aliases=_ALIASES)
+                known = self._option_string_actions
+                suggestion = did_you_mean(name, known, aliases=_ALIASES)
+                self.error(f"there is no flag {name}{suggestion}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

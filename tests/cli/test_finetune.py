@@ -281,6 +281,20 @@ def test_only_adapters_are_trained_and_saved(
     assert json.loads(out)["prompt"] == "once"
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--save-dtype", "float16"), "without --method full"),
+        (("--sample-tokens", "3"), "without --sample-prompt"),
+    ],
+)
+def test_a_resumed_run_refuses_flags_that_it_does_not_use(
+    lora: pathlib.Path, capsys: Any, flags: tuple[str, ...], words: str
+) -> None:
+    message = refused(capsys, "--output", str(lora), "--resume", *flags)
+    assert message.startswith(f"error: {flags[0]}: has no effect {words}")
+
+
 @pytest.mark.slow
 def test_adapters_are_trained_on_four_bit_weights(
     base: str, data: str, tmp_path: pathlib.Path
