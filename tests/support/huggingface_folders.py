@@ -85,10 +85,12 @@ CHATML = {
 """A folder that says everything."""
 
 
-def write_folder(path: pathlib.Path, files: Mapping[str, Any]) -> pathlib.Path:
+def write_folder(
+    path: pathlib.Path, files: Mapping[str, Any], *, vocab_size: int = CONFIG.vocab_size
+) -> pathlib.Path:
     """Write a model with these tokenizer files: bytes, text, or JSON."""
     path.mkdir()
-    config, weights = _model()
+    config, weights = _model(vocab_size)
     fields = json.loads(config) | files.get("config.json", {})
     files = {**files, "config.json": fields, "model.safetensors": weights}
     for name, content in files.items():
@@ -102,12 +104,13 @@ def write_folder(path: pathlib.Path, files: Mapping[str, Any]) -> pathlib.Path:
 
 
 @functools.cache
-def _model() -> tuple[bytes, bytes]:
+def _model(vocab_size: int) -> tuple[bytes, bytes]:
     """Configuration and weights."""
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = pathlib.Path(folder) / "ours", pathlib.Path(folder) / "hf"
         tokenizer = Tokenizer(small_model())
-        save_params(ours, random_params(CONFIG), CONFIG, tokenizer=tokenizer)
+        model = CONFIG.replace(vocab_size=vocab_size)
+        save_params(ours, random_params(model), model, tokenizer=tokenizer)
         convert(ours, theirs, target_format="hf")
         config = json.loads((theirs / "config.json").read_text())
         del config["eos_token_id"], config["bos_token_id"]
