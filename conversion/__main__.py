@@ -230,8 +230,8 @@ def _verify_parser() -> ArgumentParser:
         description="Compare two checkpoints of any formats: every weight bit for bit, "
         "then the logits of both models on fixed prompts, layer by layer, and what "
         "both say about text.",
-        epilog="Exit status: 0 if tokenizers are equal, and all weights, or equal after "
-        "rounding to the dtype of B; 1 if they differ; 2 on errors.",
+        epilog="Exit status: 0 if tokenizers are equal, and all weights are, or are "
+        "after rounding to the dtype of B; 1 if they differ; 2 on errors.",
     )
     parser.add_argument("a", metavar="A", help="folder or file, the reference")
     parser.add_argument("b", metavar="B", help="folder or file, the other one")

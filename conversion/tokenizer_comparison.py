@@ -56,8 +56,11 @@ def different_facts(
 
     Args: as of `compare_tokenizers`.
     """
+    added = _added(a, vocab_size), _added(b, vocab_size)
+    x, y = ({id: t if type(t) is str else t[0] for id, t in d.items()} for d in added)
+    what = "the added tokens" if x != y else "flags of the added tokens"
     facts: dict[str, tuple[object, object]] = {
-        "the added tokens": (_added(a, vocab_size), _added(b, vocab_size)),
+        what: added,
         "the ids that end an answer": (_ends(a, vocab_size), _ends(b, vocab_size)),
     }
     for name in ("bos_id", "eos_id", "unk_id", "pad_id", "prefix_space"):

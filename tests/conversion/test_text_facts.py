@@ -377,8 +377,8 @@ def test_metas_format_has_a_piece_for_each_added_token(
     out = tmp_path / "meta"
     assert main([str(folder), str(out), "--to", "meta"]) == 0
     assert (
-        "note: the meta format does not store the added tokens, the ids that end an "
-        "answer, eos_id, pad_id, add_bos, chat_templates, sampling\n"
+        "note: the meta format does not store flags of the added tokens, the ids that "
+        "end an answer, eos_id, pad_id, add_bos, chat_templates, sampling\n"
     ) in capsys.readouterr().out
     model = (out / "tokenizer.model").read_bytes()
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
