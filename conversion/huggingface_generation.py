@@ -15,7 +15,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def read_ends(
-    folder: pathlib.Path, tokenizer: Tokenizer, vocab_size: int
+    folder: pathlib.Path, special: Mapping[str, int], vocab_size: int
 ) -> tuple[tuple[int, ...], list[str]]:
     """Return the ids that end an answer according to any file, and notes.
 
@@ -24,7 +24,7 @@ def read_ends(
 
     Args:
       folder: of the checkpoint.
-      tokenizer: of the folder.
+      special: ids `bos`, `eos`, `unk` and `pad` of the tokenizer.
       vocab_size: of the model.
 
     Raises:
@@ -32,12 +32,15 @@ def read_ends(
     """
     ends: dict[int, None] = {}
     notes = []
-    wrong = {"begin of sequence": tokenizer.bos_id, "unknown text": tokenizer.unk_id}
-    wrong["padding"] = tokenizer.pad_id
+    wrong = {
+        "begin of sequence": special["bos"],
+        "unknown text": special["unk"],
+        "padding": special["pad"],
+    }
     for name in (GENERATION, "config.json"):
         for id in _end_ids(folder / name):
-            kind = next((k for k, special in wrong.items() if special == id), None)
-            if id == tokenizer.eos_id:
+            kind = next((kind for kind in wrong if wrong[kind] == id), None)
+            if id == special["eos"]:
                 continue
             if not 0 <= id < vocab_size:
                 kind = "no token of the model"

@@ -88,16 +88,22 @@ class _Folder:
     def read(self) -> HuggingFaceText:
         tokens = self.added_tokens()
         texts = {token.text: id for id, token in tokens.items()}
-        bos, eos, unk, pad = (self.special_id(name, texts) for name in _NAMES)
-        add_bos, add_eos = self.begin_and_end(bos)
+        named = {name: self.special_id(name, texts) for name in _NAMES}
+        ids = {
+            name: getattr(self.base, f"{name}_id") if id is None else id
+            for name, id in named.items()
+        }
+        ends, notes = read_ends(self.folder, ids, self.vocab_size)
+        add_bos, add_eos = self.begin_and_end(ids["bos"])
         tokenizer = Tokenizer(
             self.base.contents,
             settings=TextSettings(
                 added_tokens=tokens,
-                bos_id=bos,
-                eos_id=eos,
-                unk_id=unk,
-                pad_id=pad,
+                bos_id=ids["bos"],
+                eos_id=ids["eos"],
+                unk_id=ids["unk"],
+                pad_id=ids["pad"],
+                end_ids=ends,
                 add_bos=add_bos,
                 add_eos=add_eos,
                 prefix_space=self.prefix_space(),
@@ -105,8 +111,6 @@ class _Folder:
                 sampling=read_sampling(self.folder),
             ),
         )
-        ends, notes = read_ends(self.folder, tokenizer, self.vocab_size)
-        tokenizer = tokenizer.replace_settings(end_ids=ends)
         return HuggingFaceText(tokenizer, self.file, (*self.notes, *notes))
 
     def added_tokens(self) -> dict[int, AddedToken]:
@@ -186,13 +190,13 @@ class _Folder:
             return None
         return id
 
-    def begin_and_end(self, bos_id: int | None) -> tuple[bool, bool]:
+    def begin_and_end(self, bos_id: int) -> tuple[bool, bool]:
         """Whether a prompt begins with BOS and ends with EOS."""
         rule = self.post_processor() if self.spec else None
         kind = str(self.config.get("tokenizer_class") or "Llama")
         if rule is not None and "Llama" not in kind:
             return rule
-        add_bos, add_eos = rule or (self.base.bos_id >= 0 or bos_id is not None, False)
+        add_bos, add_eos = rule or (bos_id >= 0, False)
         flags = self.flag("add_bos_token"), self.flag("add_eos_token")
         return (
             add_bos if flags[0] is None else flags[0],
