@@ -7,6 +7,7 @@ from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.conversion.config_fields import number
 from llama_jax.errors import ConfigError
 from llama_jax.model.rope import default_attention_factor
+from llama_jax.types import JsonObject
 
 _ORIGINAL = "original_max_position_embeddings"
 # Fields by kind, and those of YaRN that have defaults.
@@ -24,9 +25,7 @@ _YARN_OPTIONAL = (
 _ANY_KIND = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
-def read_rope(
-    values: Mapping[str, Any], max_seq_len: int
-) -> tuple[float, RopeScaling | None]:
+def read_rope(values: JsonObject, max_seq_len: int) -> tuple[float, RopeScaling | None]:
     """Return theta and the scaling in the fields of a `config.json`.
 
     Args:
@@ -80,7 +79,7 @@ def read_rope(
     return theta, RopeScaling.from_dict(scaling)
 
 
-def rope_fields(config: LlamaConfig) -> dict[str, Any]:
+def rope_fields(config: LlamaConfig) -> dict[str, object]:
     """Return the fields of a `config.json`; the inverse of `read_rope`.
 
     Raises:
@@ -88,7 +87,7 @@ def rope_fields(config: LlamaConfig) -> dict[str, Any]:
         began with, for which there is no field.
     """
     scaling = config.rope_scaling
-    fields = {"rope_theta": config.rope_theta, "rope_scaling": None}
+    fields: dict[str, object] = {"rope_theta": config.rope_theta, "rope_scaling": None}
     if scaling is None:
         return fields
     renamed = scaling.to_dict() | {"rope_type": scaling.kind}

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +29,7 @@ from llama_jax.conversion.tensor_mapping import (
 from llama_jax.conversion.tensor_tables import META
 from llama_jax.conversion.tokenizer_files import find_tokenizer
 from llama_jax.errors import CheckpointError
+from llama_jax.types import JsonObject
 
 _PARAMS, _TOKENIZER = "params.json", "tokenizer.model"
 _EMBEDDING, _QUERY = "tok_embeddings.weight", "layers.0.attention.wq.weight"
@@ -109,7 +108,7 @@ def _rank_files(path: pathlib.Path) -> list[pathlib.Path]:
 def _check_rank_count(
     path: pathlib.Path,
     first: dict[str, np.ndarray],
-    fields: Mapping[str, Any],
+    fields: JsonObject,
     count: int,
 ) -> None:
     """Raise a `CheckpointError` if the first rank's shapes show another count."""

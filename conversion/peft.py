@@ -26,7 +26,7 @@ from llama_jax.conversion.tensor_tables import HUGGING_FACE
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.model.lora import Lora, lora_shapes
 from llama_jax.params import flatten, leaf_paths, unflatten
-from llama_jax.types import Params, Path
+from llama_jax.types import JsonObject, Params, Path, PyTree
 
 _CONFIG, _TENSORS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _OLD_TENSORS = "adapter_model.bin"
@@ -56,7 +56,7 @@ _READ = {"init_lora_weights", "lora_alpha", "peft_type", "r", "use_rslora"}
 _INERT_INITS = ("gaussian", "eva", "orthogonal")
 
 
-def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, Any], Lora]:
+def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, PyTree], Lora]:
     """Read the adapters of a folder that `peft` saved.
 
     Args:
@@ -210,7 +210,7 @@ def _read_settings(file: pathlib.Path) -> dict[str, Any]:
 def _lora(
     file: pathlib.Path,
     tensors: pathlib.Path,
-    settings: Mapping[str, Any],
+    settings: JsonObject,
     targets: tuple[str, ...],
 ) -> Lora:
     rank, alpha = settings.get("r"), settings.get("lora_alpha", 0.0)

@@ -1,7 +1,5 @@
 """Find weights that are not numbers: NaN, or infinity after an overflow."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import numpy as np
 from llama_jax.distributed import to_host
 from llama_jax.errors import CheckpointError
 from llama_jax.params import LAYERS
-from llama_jax.types import Array
+from llama_jax.types import Array, Params
 
 # Bits of the exponent, all of which are set in NaN and infinity and nowhere else.
 _EXPONENTS: dict[np.dtype, int] = {
@@ -65,7 +63,7 @@ def check_cast(array: np.ndarray, where: object, name: str) -> None:
         )
 
 
-def find_non_finite(params: Any) -> str | None:
+def find_non_finite(params: Params) -> str | None:
     """The path of the first weight with NaN or infinity; None if all are finite.
 
     Args:

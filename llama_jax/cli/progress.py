@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -134,7 +134,7 @@ class PromptBar:
         return self._tokens / max(time.monotonic() - self._start, 1e-9)
 
 
-def _is_terminal(channel: Any) -> bool:
+def _is_terminal(channel: TextIO) -> bool:
     """Whether it is a terminal with a size; some have none, and show no bar."""
     try:
         return bool(channel.isatty() and all(os.get_terminal_size(channel.fileno())))
@@ -209,7 +209,7 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
     """Let SIGTERM and Ctrl-C request a stop; a second one acts as it did before."""
     before = {int(number): signal.getsignal(number) for number in _SIGNALS}
 
-    def handle(number: int, _: Any) -> None:
+    def handle(number: int, _: object) -> None:
         stop.request()
         signal.signal(number, before[number])
 

@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llama_jax.errors import DataError
-from llama_jax.types import Array, Float, Int
+from llama_jax.types import Array, Float, Int, PyTree
 
 
 class Batch(NamedTuple):
@@ -150,7 +150,7 @@ def assemble(rows: Sequence[Sequence[Example]], length: int) -> Batch:
             segment_ids[b, slots] = segment
             positions[b, slots] = np.arange(example.size)
             start += example.size
-    arrays: list[Any] = [tokens, targets, loss_mask, segment_ids, positions]
+    arrays: list[PyTree] = [tokens, targets, loss_mask, segment_ids, positions]
     return Batch(*arrays)
 
 

@@ -16,15 +16,15 @@ import shutil
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from llama_jax.data.json_lines import check_encoding, check_json_lines
 from llama_jax.errors import DataError
 from llama_jax.file_kinds import check_file
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path
 
 Unit = Literal["line", "item", "row", "document"]
 
@@ -215,7 +215,7 @@ def _items(path: pathlib.Path, shown: pathlib.Path) -> Iterator[object]:
     yield from values
 
 
-def _parquet(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: pathlib.Path) -> Iterator[JsonObject]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -240,9 +240,9 @@ def _parquet(path: pathlib.Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{path}: is not Parquet, or damaged ({reason})") from error
 
 
-def _table(starts: Any, stops: Any, numbers: Any) -> np.ndarray:
-    columns = [np.asarray(column, np.int64) for column in (starts, stops, numbers)]
-    return np.stack(columns, axis=1)
+def _table(*columns: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Starts, stops and numbers of lines as columns."""
+    return np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
 
 
 def _lines(data: mmap.mmap | bytes) -> np.ndarray:

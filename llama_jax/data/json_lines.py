@@ -5,7 +5,6 @@ The first line decides whether to look closer, so that a good file costs one lin
 
 import json
 import pathlib
-from typing import Any
 
 from llama_jax.errors import DataError
 from llama_jax.file_kinds import check_file
@@ -92,7 +91,7 @@ def _check_whole(path: pathlib.Path, shown: pathlib.Path, number: int) -> None:
     )
 
 
-def _refuse_object(value: Any, shown: pathlib.Path) -> None:
+def _refuse_object(value: object, shown: pathlib.Path) -> None:
     """Refuse one object that is not itself a record."""
     if not isinstance(value, dict):
         return
@@ -104,7 +103,7 @@ def _refuse_object(value: Any, shown: pathlib.Path) -> None:
         )
 
 
-def _is_records(part: Any) -> bool:
+def _is_records(part: object) -> bool:
     """Whether a value is a list of objects that are no messages."""
     return (
         isinstance(part, list)

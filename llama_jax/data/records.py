@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from llama_jax.data.files import Corpus, Location, Raw
 from llama_jax.errors import DataError
 from llama_jax.text.dialogs import Message
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path
 
 OnBad = Literal["drop", "refuse"]
 
@@ -157,7 +157,7 @@ def recognise(value: object, *, prefer_text: bool = False) -> Content:
     )
 
 
-def _alpaca(value: Mapping[str, Any]) -> list[Message]:
+def _alpaca(value: JsonObject) -> list[Message]:
     instruction = Message(role="user", content=_text(value, "instruction"))
     if value.get("input", ""):
         instruction["input"] = _text(value, "input")
@@ -228,7 +228,7 @@ def _dialog(value: object, key: str) -> Dialog:
     )
 
 
-def _learnt(message: Mapping[str, Any], role: str) -> bool | None:
+def _learnt(message: JsonObject, role: str) -> bool | None:
     """What a message says on whether it is learnt; None if it says nothing."""
     flags = set()
     for name, values in (("weight", (0, 1)), ("train", (False, True))):
@@ -249,7 +249,7 @@ def _learnt(message: Mapping[str, Any], role: str) -> bool | None:
     return learnt
 
 
-def _message(message: Mapping[str, Any]) -> Message:
+def _message(message: JsonObject) -> Message:
     """Read a message of either form; one that is of both must say the same twice."""
     if "from" not in message:
         return _openai(message)
@@ -259,7 +259,7 @@ def _message(message: Mapping[str, Any]) -> Message:
     return sharegpt
 
 
-def _openai(message: Mapping[str, Any]) -> Message:
+def _openai(message: JsonObject) -> Message:
     roles = {role: role for role in ("system", "user", "assistant")}
     content = message.get("content")
     if isinstance(content, list):  # a list of parts, of which only text is text
@@ -284,13 +284,13 @@ _SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def _sharegpt(message: Mapping[str, Any]) -> Message:
+def _sharegpt(message: JsonObject) -> Message:
     role = _role(message, "from", _SHAREGPT_ROLES)
     return Message(role=role, content=_text(message, "value"))
 
 
 def _role(
-    message: Mapping[str, Any], key: str, roles: Mapping[str, str]
+    message: JsonObject, key: str, roles: Mapping[str, str]
 ) -> Literal["system", "user", "assistant"]:
     name = message.get(key)
     if not isinstance(name, str) or name not in roles:
@@ -300,7 +300,7 @@ def _role(
     return cast(Literal["system", "user", "assistant"], roles[name])
 
 
-def _text(value: Mapping[str, Any], key: str) -> str:
+def _text(value: JsonObject, key: str) -> str:
     text = value.get(key)
     if not isinstance(text, str):
         raise DataError(f"has {_kind(text)} as its {key!r}, not a text")

@@ -11,7 +11,7 @@ import concurrent.futures as futures
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from llama_jax.data.batch import Example, pack
@@ -20,6 +20,7 @@ from llama_jax.data.files import Corpus
 from llama_jax.data.order import shuffled
 from llama_jax.data.records import OnBad, parse
 from llama_jax.errors import DataError
+from llama_jax.types import JsonObject
 
 Packing = Literal["pack", "pad", "split"]
 _BLOCK = 32  # records that a thread encodes at a time
@@ -113,7 +114,7 @@ class RowStream:
         """Epochs read so far, a fraction included."""
         return self._epoch + self._record / len(self.corpus)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What the batches depend on, besides the state."""
         return {
             "data": self.corpus.fingerprint,
@@ -136,7 +137,7 @@ class RowStream:
             "statistics": dataclasses.asdict(self.statistics),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Go to the position of a state, of a stream with the same settings.
 
         Raises:

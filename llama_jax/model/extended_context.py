@@ -1,7 +1,7 @@
 """A longer context for a model: `yarn,factor=4`."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from llama_jax.config import LlamaConfig, RopeScaling, RopeScalingKind
@@ -15,7 +15,7 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
     "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
     "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
-_VALUES: dict[str, tuple[Callable[[str], Any], str]] = {
+_VALUES: dict[str, tuple[Callable[[str], float | int | bool], str]] = {
     "original_max_seq_len": (int, "an integer"),
     "truncate": ({"true": True, "false": False}.__getitem__, "true or false"),
 }
@@ -101,7 +101,9 @@ def _value(text: str, name: str, value: str) -> float | int | bool:
         ) from None
 
 
-def _error(text: str, what: str, expected: str, word: str, choices: Any) -> ConfigError:
+def _error(
+    text: str, what: str, expected: str, word: str, choices: Iterable[str]
+) -> ConfigError:
     close = difflib.get_close_matches(word, list(choices), n=1)
     return ConfigError(
         f"rope_scaling {text!r}: {what} is not a {expected}; "
