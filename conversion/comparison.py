@@ -7,7 +7,7 @@ layer, with one layer of each in memory at a time.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,7 @@ def _check_same_config(a: Source, b: Source) -> None:
             )
 
 
-def _close(a: Any, b: Any) -> bool:
+def _close(a: object, b: object) -> bool:
     """Whether two values of a configuration are equal in float32, as in GGUF files."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_close(a[name], b[name]) for name in a)

@@ -37,7 +37,7 @@ _HEAD_DIMS = (
     "llama.rope.dimension_count",
 )  # fmt: skip
 # Keys of which only the values of a Llama are supported; the first is the default.
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[object, ...]] = {
     "general.type": ("model",),
     "split.count": (0, 1),
     "llama.expert_count": (0,),

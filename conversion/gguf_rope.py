@@ -30,7 +30,7 @@ _ATTENTION = f"{_PREFIX}attn_factor"
 _YARN: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """What llama.cpp computes for every Llama."""
 
-FIXED_SCALING: dict[str, tuple[Any, ...]] = {
+FIXED_SCALING: dict[str, tuple[object, ...]] = {
     f"{_PREFIX}yarn_ext_factor": (1.0, -1.0),
     f"{_PREFIX}yarn_attn_factor": (1.0,),
     f"{_PREFIX}yarn_beta_fast": (32.0,),

@@ -15,6 +15,7 @@ from llama_jax.conversion.config_fields import (
 )
 from llama_jax.conversion.huggingface_rope import read_rope, rope_fields
 from llama_jax.errors import ConfigError
+from llama_jax.types import JsonObject
 
 _INTEGERS = {
     "vocab_size": "vocab_size",
@@ -31,7 +32,7 @@ _OPTIONAL = (
 # Of transformers, for the first LLaMA folders, which lack the field.
 _DEFAULT_MAX_SEQ_LEN = 2048
 # Fields of which only the values of a Llama are supported; the first is the default.
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[object, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -91,7 +92,7 @@ _INERT = {
 }  # fmt: skip
 
 
-def config_from_hugging_face(fields: Mapping[str, Any]) -> LlamaConfig:
+def config_from_hugging_face(fields: JsonObject) -> LlamaConfig:
     """Return the configuration in a `config.json`.
 
     Args:

@@ -106,7 +106,7 @@ def rope_fields(config: LlamaConfig) -> dict[str, object]:
     return fields | {"rope_scaling": renamed}
 
 
-def _nested(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _nested(values: JsonObject) -> tuple[str, dict[str, Any]]:
     """Return the object that describes the scaling, without nulls, and its name."""
     both = {
         name: values[name]

@@ -1,10 +1,13 @@
 """Compare what two checkpoints say about text, by what their tokenizers do."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 from llama_jax.text.settings import AddedToken
 from llama_jax.text.tokenizer import Tokenizer
+
+_Key = TypeVar("_Key")
+_Item = TypeVar("_Item")
 
 _TEXTS = (
     "Once upon a time, there was a little girl named Lily.",
@@ -89,7 +92,7 @@ def _encode(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
     return tokenizer.encode_marked(text)
 
 
-def _without_equal(x: dict[Any, Any], y: dict[Any, Any]) -> dict[Any, Any]:
+def _without_equal(x: dict[_Key, _Item], y: dict[_Key, _Item]) -> dict[_Key, _Item]:
     return {key: value for key, value in x.items() if y.get(key) != value}
 
 

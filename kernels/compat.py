@@ -43,7 +43,7 @@ def mosaic_gpu_layout(along: Literal["rows", "columns"]) -> Any:
     """Register layout of a vector with one number per row or column of a product."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    layout: Any = plgpu.Layout
+    layout = plgpu.Layout
     if hasattr(layout, "WGMMA_ROW"):
         rows, columns = layout.WGMMA_ROW, layout.WGMMA_COL
     else:

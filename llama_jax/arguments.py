@@ -6,7 +6,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_origin
 
 from jaxtyping import AbstractArray, PyTree
@@ -15,7 +15,7 @@ from llama_jax.errors import LlamaJaxError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_NAMES: dict[Any, str] = {
+_NAMES: dict[object, str] = {
     type(None): "None",
     str: "a string",
     SupportsIndex: "an integer",
@@ -79,7 +79,7 @@ def _checked(function: Any, name: str, error: type[LlamaJaxError]) -> Any:
     signature = inspect.signature(function)
 
     @functools.cache
-    def kinds() -> dict[str, Any]:  # when first called: all names are defined then
+    def kinds() -> dict[str, object]:  # when first called: all names are defined then
         kinds = typing.get_type_hints(inspect.unwrap(function))
         for parameter in signature.parameters.values():
             kind = kinds.get(parameter.name)
@@ -106,7 +106,7 @@ def _checked(function: Any, name: str, error: type[LlamaJaxError]) -> Any:
     return call
 
 
-def _matches(value: Any, kind: Any) -> bool:
+def _matches(value: object, kind: Any) -> bool:
     """Whether a value is what an annotation says, as far as that is fast to check."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
@@ -145,11 +145,11 @@ def _matches(value: Any, kind: Any) -> bool:
         return True
 
 
-def _one_of_each_type(items: Any) -> Collection[Any]:
+def _one_of_each_type(items: Iterable[object]) -> Collection[object]:
     return {type(item): item for item in items}.values()
 
 
-def _problem(value: Any, kind: Any) -> str:
+def _problem(value: object, kind: object) -> str:
     choices = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]
     if get_origin(choices[0]) is Literal and {type(None)}.issuperset(choices[1:]):
         words = [*get_args(choices[0]), *[None] * (len(choices) - 1)]
@@ -166,7 +166,7 @@ def _problem(value: Any, kind: Any) -> str:
     return text
 
 
-def _describe(kind: Any, *, plural: bool = False) -> str:
+def _describe(kind: object, *, plural: bool = False) -> str:
     """What an annotation allows, in words."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):

@@ -104,7 +104,7 @@ class RopeScaling:
                     "it must be smaller"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields that are not None, for JSON."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if value is not None}
@@ -213,7 +213,7 @@ class LlamaConfig:
                 f"rope_scaling kind {kind!r}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields by name, for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if self.rope_scaling is not None:
@@ -261,7 +261,7 @@ def _check_positive(value: Any, *, integer: bool) -> tuple[str, bool]:
     return allowed, number and 0 < value < math.inf
 
 
-def _check_names(what: str, fields: Any) -> dict[str, Any]:
+def _check_names(what: str, fields: object) -> dict[str, Any]:
     """The fields; raises a `ConfigError` if they are no dict by name."""
     if not isinstance(fields, dict) or not all(
         isinstance(name, str) for name in fields

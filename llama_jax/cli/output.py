@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -75,7 +74,7 @@ def print_logprobs(loaded: Loaded, delta: Delta) -> None:
 
 
 def print_json(
-    loaded: Loaded, deltas: Iterator[Delta], request: Request, facts: dict[str, Any]
+    loaded: Loaded, deltas: Iterator[Delta], request: Request, facts: dict[str, object]
 ) -> None:
     """Print a JSON object per completion, in the order in which they end.
 
@@ -125,7 +124,7 @@ class Clock:
         self._tokens = 0
         jax.monitoring.register_event_duration_secs_listener(self._event)
 
-    def _event(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _event(self, event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
             self._compile += duration_secs
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -134,7 +134,7 @@ class PromptBar:
         return self._tokens / max(time.monotonic() - self._start, 1e-9)
 
 
-def _is_terminal(channel: TextIO) -> bool:
+def _is_terminal(channel: Any) -> bool:
     """Whether it is a terminal with a size; some have none, and show no bar."""
     try:
         return bool(channel.isatty() and all(os.get_terminal_size(channel.fileno())))

@@ -226,7 +226,7 @@ def complete(
         bar.close(args.output, args.seed)
 
 
-def run_facts(args: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
+def run_facts(args: argparse.Namespace, sampling: Sampling) -> dict[str, object]:
     """Return the settings that completions depend on, without those without effect."""
     names = ("adapter", "quantize", "format", "system", "stop", "max_new_tokens")
     facts = {name: vars(args)[name] for name in names if vars(args)[name]}

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class RecordEncoder(Protocol):
           key: numbers of epoch and record, for what is random.
         """
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What the examples depend on, for JSON; a resumed run must have the same."""
 
 
@@ -109,7 +109,7 @@ class FunctionEncoder:
             raise error_at(record, error) from error
         return Encoded(examples)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """The function's name, and the sequence length."""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return {"encoder": name, "sequence length": self.length}
@@ -197,7 +197,7 @@ class Encoder:
         """Whether an example may be cut anywhere: only text."""
         return self.format == "text"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What the examples depend on, for JSON."""
         rules = self.tokenizer.settings.to_dict()
         for name in ("chat_templates", "sampling"):  # the format names its template

@@ -19,7 +19,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.arguments import checked
@@ -39,7 +39,10 @@ from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing, RowStream, Statistics
 from llama_jax.errors import DataError
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Path
+from llama_jax.types import JsonObject, Path
+
+_Read = tuple[Batch, dict[str, Any]]
+"""A batch, and the position after it."""
 
 _SMALLEST_PIECE = 1 << 14
 _BYTES_PER_TOKEN = 8  # more than text has
@@ -182,7 +185,7 @@ class Loader:
         share = batch_size // process_count
         self._rows = slice(process_index * share, (process_index + 1) * share)
         self._prefetch = prefetch
-        self._source: Iterator[tuple[Batch, dict[str, Any]]] | None = None
+        self._source: Iterator[_Read] | None = None
         self._state = self._new_stream().state()
         self._tokens_before = 0
 
@@ -248,7 +251,7 @@ class Loader:
         """The position after the last batch, for JSON; the same in every process."""
         return copy.deepcopy(self._state)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Go to the position of a state.
 
         Raises:
@@ -274,14 +277,14 @@ class Loader:
         """Close it."""
         self.close()
 
-    def _open(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def _open(self) -> Iterator[_Read]:
         stream = self._new_stream()
         stream.restore(self._state)
         made = _make(stream, self._rows)
         return _ahead(made, self._prefetch) if self._prefetch > 0 else made
 
 
-def _make(stream: RowStream, own: slice) -> Iterator[tuple[Batch, dict[str, Any]]]:
+def _make(stream: RowStream, own: slice) -> Iterator[_Read]:
     """The rows `own` of each batch, and the state after it."""
     for rows in stream.batches():
         if not any(example.mask[1:].any() for row in rows for example in row):
@@ -289,14 +292,12 @@ def _make(stream: RowStream, own: slice) -> Iterator[tuple[Batch, dict[str, Any]
         yield assemble(rows[own], stream.encoder.length), stream.state()
 
 
-def _ahead(
-    source: Iterator[tuple[Batch, dict[str, Any]]], count: int
-) -> Iterator[tuple[Batch, dict[str, Any]]]:
+def _ahead(source: Iterator[_Read], count: int) -> Iterator[_Read]:
     """The same items, made by a thread that is up to `count` ahead."""
     made: queue.Queue[Any] = queue.Queue(count)
     stopped = threading.Event()
 
-    def put(item: Any) -> None:
+    def put(item: object) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 made.put(item, timeout=0.1)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def free_bytes(mesh: Mesh | None) -> int:
     devices = devices[:1] if mesh is None else devices
     free = []
     for device in devices:
-        stats: Any = device.memory_stats() if device.platform != "cpu" else None
+        stats = device.memory_stats() if device.platform != "cpu" else None
         if stats and "bytes_limit" in stats:
             free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     if not free:

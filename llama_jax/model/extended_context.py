@@ -9,7 +9,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.model.rope import default_attention_factor
 
 EXAMPLE_SCALING = "yarn,factor=4"
-_OPTIONAL: dict[str, dict[str, Any]] = {
+_OPTIONAL: dict[str, dict[str, float | bool]] = {
     "linear": {},
     "dynamic": {},
     "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},

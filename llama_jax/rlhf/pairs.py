@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from llama_jax.rlhf.preferences import (
 )
 from llama_jax.text.dialogs import Message, PromptFormat
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.types import Array, Bool, Float, Int
+from llama_jax.types import Array, Bool, Float, Int, JsonObject, PyTree
 
 UNKNOWN = -1  # rating or safety label
 
@@ -151,7 +151,7 @@ class PairSource:
         progress = self._epoch + self._record / len(self.corpus)
         return {"epoch": round(progress, 6)}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What the batches depend on, for JSON."""
         return {
             "data": self.corpus.fingerprint,
@@ -165,7 +165,7 @@ class PairSource:
             "seed": self.seed,
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """The position after the last batch, for JSON."""
         return {
             "settings": self.settings(),
@@ -174,7 +174,7 @@ class PairSource:
             "dropped": dict(self._dropped),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Go to the position of a state.
 
         Raises:
@@ -219,7 +219,7 @@ class PairSource:
             ) from error
         return preference, chosen, rejected
 
-    def _encode_dialog(self, dialog: Any) -> _Encoded:
+    def _encode_dialog(self, dialog: Sequence[Message]) -> _Encoded:
         messages: list[Message] = list(dialog)
         spans = self.format.spans(self.tokenizer, messages)
         ids = [id for span in spans for id in span.ids]
@@ -256,5 +256,5 @@ class PairSource:
                 rating[row] = preference.rating
             if preference.safe is not None:
                 safe[row] = preference.safe
-        arrays: list[Any] = [tokens, answer, last, margins, rating, safe, weight]
+        arrays: list[PyTree] = [tokens, answer, last, margins, rating, safe, weight]
         return PairBatch(*arrays)

@@ -15,12 +15,13 @@ words), and `chosen_safe` and `rejected_safe`.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from llama_jax.data.files import Location, Raw
 from llama_jax.data.records import parse_messages
 from llama_jax.errors import DataError
 from llama_jax.text.dialogs import Message
+from llama_jax.types import JsonObject
 
 Margins = Literal["none", "small", "large"]
 """Margins of the ranking loss by rating (arXiv:2307.09288, table 27)."""
@@ -113,7 +114,7 @@ def _preference(location: Location, value: object) -> Preference:
     return Preference(location, chosen, rejected, _rating(value), _safe(value))
 
 
-def _prompt(value: Mapping[str, Any]) -> list[Message]:
+def _prompt(value: JsonObject) -> list[Message]:
     """The messages that both answers follow; none if the dialogs are whole."""
     for key in ("prompt", "messages", "conversations"):
         if key in value:
@@ -155,7 +156,7 @@ def _hh_dialog(text: str, key: str) -> list[Message]:
     return messages
 
 
-def _rating(value: Mapping[str, Any]) -> int | None:
+def _rating(value: JsonObject) -> int | None:
     rating = value.get("rating")
     if rating is None:
         return None
@@ -168,7 +169,7 @@ def _rating(value: Mapping[str, Any]) -> int | None:
     )
 
 
-def _safe(value: Mapping[str, Any]) -> tuple[bool, bool] | None:
+def _safe(value: JsonObject) -> tuple[bool, bool] | None:
     flags = [value.get(f"{key}_safe") for key in ("chosen", "rejected")]
     if flags == [None, None]:
         return None

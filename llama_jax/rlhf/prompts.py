@@ -1,14 +1,14 @@
 """Prompts of a policy: batches of their numbers, in a new order each epoch."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from llama_jax.data.order import shuffled
 from llama_jax.errors import ConfigError
-from llama_jax.types import Array
+from llama_jax.types import Array, JsonObject
 
 
 class PromptBatch(NamedTuple):
@@ -46,7 +46,7 @@ class PromptSource:
         """The position after the last batch."""
         return {"position": self._position, "count": self.count}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: JsonObject) -> None:
         """Go to a position.
 
         Raises:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def reward_loss(*, safety_weight: float = 0.0) -> ModelLoss:
             f"safety_weight: must be 0 or a positive number, got {safety_weight!r}"
         )
 
-    def loss(model: Llama | ScalarModel, params: Params, batch: Any) -> LossSums:
+    def loss(model: Llama | ScalarModel, params: Params, batch: PairBatch) -> LossSums:
         assert isinstance(model, ScalarModel)
         scores = pair_scores(model, params, batch)
         losses = ranking_losses(scores[:, 0], scores[:, 1], batch.margin)

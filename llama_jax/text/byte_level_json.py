@@ -69,7 +69,7 @@ def split_patterns(spec: Mapping[str, Any]) -> tuple[str, ...] | None:
     return (*patterns, *[GPT2_PATTERN] * bool(last.get("use_regex", True)))
 
 
-def merge_pairs(merges: Iterable[Any]) -> list[tuple[str, str]]:
+def merge_pairs(merges: Iterable[str | Sequence[str]]) -> list[tuple[str, str]]:
     """The merges of a model, which files list as pairs or joined by a space.
 
     Raises:

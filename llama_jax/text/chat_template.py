@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from llama_jax.errors import PromptError
 from llama_jax.text.dialogs import (
@@ -224,7 +223,7 @@ class _ChatTemplate:
         }
         return {n: self.tokenizer.piece(id) for n, id in ids.items() if id >= 0}
 
-    def variables(self, dialog: Dialog, *, prompt: bool) -> dict[str, Any]:
+    def variables(self, dialog: Dialog, *, prompt: bool) -> dict[str, object]:
         """The variables of a template."""
         now = self.now or datetime.datetime.now()
         return {

@@ -13,7 +13,7 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from jinja2 import nodes
@@ -25,6 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from llama_jax.errors import PromptError
+
+_Value = TypeVar("_Value")
 
 MAX_SIZE = 1 << 26
 """Most characters and items that a template builds in one rendering."""
@@ -66,7 +68,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 def render(
     template: jinja2.Template,
-    variables: Mapping[str, Any],
+    variables: Mapping[str, object],
     *,
     marks: tuple[str, str] = ("", ""),
 ) -> str:
@@ -116,7 +118,7 @@ def _spend(size: int) -> None:
         raise _TooLarge(f"it builds more than {MAX_SIZE:,} characters")
 
 
-def _spent(value: Any) -> Any:
+def _spent(value: _Value) -> _Value:
     """The value, after what it adds to memory is counted."""
     if isinstance(value, str | list | tuple | dict):
         _spend(len(value))
@@ -261,7 +263,7 @@ class _Namespace(Namespace):
             _check_name(name)
         Namespace.__init__(self, fields)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         Namespace.__setitem__(self, name, value)
 
@@ -275,7 +277,7 @@ def _are_numbers(*values: object) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
-def _finalize(value: Any) -> Any:
+def _finalize(value: _Value) -> _Value:
     _size(value)  # before it becomes text
     return value
 
@@ -285,7 +287,7 @@ def _raise_exception(message: object) -> None:
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
