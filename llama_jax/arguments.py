@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, SupportsIndex, TypeVar, Union, get_args, get_origin
 
-from jaxtyping import AbstractArray, PyTree
+from jaxtyping import AbstractArray
 
 from llama_jax.errors import LlamaJaxError
 
@@ -25,7 +25,6 @@ _NAMES: dict[object, str] = {
     bytes: "bytes",
     os.PathLike: "a path",
     Mapping: "a dict",
-    PyTree: "a tree of arrays",
     Callable: "a function",
 }
 _REMEDIES = {
@@ -182,7 +181,7 @@ def _describe(kind: object, *, plural: bool = False) -> str:
     if origin in (Sequence, Collection):
         lists = "lists" if plural else "a list"
         return f"{lists} of {_describe(inner[0], plural=True)}"
-    if origin is Mapping and inner[1] not in (Any, PyTree):
+    if origin is Mapping and Any not in inner:
         keys, values = (_describe(part, plural=True) for part in inner)
         return f"a dict of {keys} to {values}"
     name = getattr(origin or kind, "__name__", str(kind))

@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-Params: TypeAlias = Mapping[str, PyTree]
+Params: TypeAlias = Mapping[str, Any]
 """A nested dict whose leaves are arrays, or shapes or lazy leaves of arrays."""
 
-FlatParams: TypeAlias = Mapping[str, PyTree]
+FlatParams: TypeAlias = Mapping[str, Any]
 """The same tree as one dict: `"transformer/layers/0/attention/q_proj"` to leaf."""
 
 JsonObject: TypeAlias = Mapping[str, Any]
