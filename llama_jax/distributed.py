@@ -203,8 +203,8 @@ def from_host_rows(
     """Make global arrays from the rows that each process has read.
 
     Args:
-      rows: tree of [B, T] or [B] arrays, the rows of the global batch that
-        `share_of_rows` names, complete in T.
+      rows: tree of [B, T], [B] or other [B, ...] arrays, the rows of the global batch
+        that `share_of_rows` names, complete in T.
       mesh: mesh of all processes; without one the rows are the batch.
       rules: how B and T are split.
 
@@ -218,8 +218,9 @@ def from_host_rows(
     def global_array(leaf: np.ndarray) -> jax.Array:
         local = np.asarray(leaf)
         shape = (local.shape[0] * num_shares, *local.shape[1:])
-        axes = " ".join(("B", "T")[: local.ndim])
-        sharding = NamedSharding(mesh, activation_spec(shape, axes, rules, mesh))
+        axes = "B T" if local.ndim == 2 else "B"
+        spec = activation_spec(shape[: len(axes.split())], axes, rules, mesh)
+        sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_process_local_data(sharding, local, shape)
 
     return jax.tree.map(global_array, rows)

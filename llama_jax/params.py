@@ -42,6 +42,8 @@ AXES: dict[str, str] = {
 'L D NH'
 """
 
+SCALAR_HEAD = "scalar_head"
+
 LAYERS = "transformer/layers/"
 """The prefix of every layer weight's path, in either layout."""
 
@@ -102,7 +104,7 @@ def weight_shape(config: LlamaConfig, axes: str) -> tuple[int, ...]:
 
 def leaf_paths(config: LlamaConfig, layout: LayerLayout = "unrolled") -> Iterator[str]:
     """The path of every leaf, in the order of the forward pass."""
-    absent = {"scalar": "lm_head", "lm": "scalar_head"}[config.head]
+    absent = {"scalar": "lm_head", "lm": SCALAR_HEAD}[config.head]
     tied = config.tied_embeddings
     layer_rows = [path for path in AXES if path.startswith(LAYERS)]
     for path in AXES:

@@ -8,14 +8,13 @@ from llama_jax.cli import command as cli
 from llama_jax.cli.command import Group
 from llama_jax.cli.parser import ArgumentParser, Rule, Rules, needs
 from llama_jax.cli.processes import add_process_arguments
+from llama_jax.cli.run_flags import add_output_arguments, add_training_arguments
 from llama_jax.config import RopeScalingKind
 from llama_jax.data.encode import DATA_FORMATS, OnLong
 from llama_jax.data.records import OnBad
 from llama_jax.data.stream import Packing
 from llama_jax.model.extended_context import EXAMPLE_SCALING
 from llama_jax.model.quantize import PROJECTIONS
-from llama_jax.runtime import DType, Remat
-from llama_jax.train.optimizer import OptimizerName, ScheduleName
 from llama_jax.weights import Kind
 
 _PROGRAM = "python -m llama_jax.finetune"
@@ -67,8 +66,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_first(parser.add_argument_group("a first run"))
     _add_data(parser.add_argument_group("data"))
     _add_method(parser.add_argument_group("method"))
-    _add_training(parser.add_argument_group("training"))
-    _add_output(parser.add_argument_group("output"))
+    add_training_arguments(
+        parser.add_argument_group("training"),
+        epochs="2; from scratch 1",
+        learning_rate="2e-5; adapters 2e-4; from scratch 3e-4",
+        warmup="3 %%; from scratch 10 %%, up to 2000",
+        seeded="data order, initial weights and infilling",
+    )
+    group = parser.add_argument_group("output")
+    add_output_arguments(group)
+    _add_samples(group)
     cli.add_model_arguments(parser.add_argument_group("model"))
     add_process_arguments(parser)
     args = parser.parse_args(argv)
@@ -216,118 +223,7 @@ def _add_method(group: Group) -> None:
     )
 
 
-def _add_training(group: Group) -> None:
-    group.add_argument(
-        "--epochs",
-        type=cli.positive_int,
-        metavar="E",
-        help="passes over the data (default: 2; from scratch 1)",
-    )
-    group.add_argument(
-        "--steps",
-        type=cli.positive_int,
-        metavar="N",
-        help="total steps, instead of --epochs",
-    )
-    group.add_argument(
-        "--accumulate",
-        type=cli.positive_int,
-        metavar="G",
-        help="parts of a batch that are processed one after another, to save memory "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--optimizer", choices=get_args(OptimizerName), help="(default: adamw)"
-    )
-    group.add_argument(
-        "--learning-rate",
-        type=float,
-        metavar="RATE",
-        help="peak rate (default: 2e-5; adapters 2e-4; from scratch 3e-4)",
-    )
-    group.add_argument(
-        "--schedule",
-        choices=get_args(ScheduleName),
-        help="decay after the peak (default: cosine)",
-    )
-    group.add_argument(
-        "--final",
-        type=float,
-        metavar="FRACTION",
-        help="rate at the end of the decay, as a fraction of the peak (default: 0.1)",
-    )
-    group.add_argument(
-        "--warmup",
-        type=int,
-        metavar="N",
-        help="steps of warm-up (default: 3 %%; from scratch 10 %%, up to 2000)",
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=float,
-        metavar="X",
-        help="of all weights but norms (default: 0.1; adapters 0)",
-    )
-    group.add_argument(
-        "--clip",
-        type=float,
-        metavar="X",
-        help="maximum of the global gradient norm; 0 is no limit (default: 1)",
-    )
-    group.add_argument(
-        "--param-dtype",
-        choices=get_args(DType),
-        help="of trained weights and their moments (default: float32)",
-    )
-    group.add_argument(
-        "--remat",
-        choices=get_args(Remat),
-        help="what the backward pass recomputes: nothing, blocks, or all of a block "
-        "but its matrix products (default: block)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        help="of data order, initial weights and infilling (default: 0)",
-    )
-    group.add_argument(
-        "--max-skipped",
-        type=int,
-        metavar="N",
-        help="steps with a loss or gradient that is not finite, after which the run "
-        "ends; such steps are skipped and their batches saved (default: 10)",
-    )
-
-
-def _add_output(group: Group) -> None:
-    group.add_argument(
-        "--save-dtype",
-        choices=get_args(DType),
-        help="dtype of the saved model (default: --param-dtype)",
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in --output; flags default to those of "
-        "the run, and --mesh may change",
-    )
-    for flag, what in (
-        ("--save-every", "checkpoints"),
-        ("--eval-every", "evaluations (also at start and end)"),
-        ("--sample-every", "samples"),
-    ):
-        group.add_argument(
-            flag,
-            type=cli.positive_int,
-            metavar="N",
-            help=f"steps between {what} (default: 100)",
-        )
-    group.add_argument(
-        "--keep",
-        type=cli.positive_int,
-        metavar="N",
-        help="latest checkpoints to keep, besides the best (default: 2)",
-    )
+def _add_samples(group: Group) -> None:
     group.add_argument(
         "--sample-prompt",
         nargs="+",
@@ -341,13 +237,8 @@ def _add_output(group: Group) -> None:
         help="most tokens of a sample (default: 128)",
     )
     group.add_argument(
-        "--tensorboard",
-        action="store_const",
-        const=True,
-        help='also write event files; pip install "llama-jax[tensorboard]"',
-    )
-    group.add_argument(
-        "--wandb",
-        metavar="PROJECT",
-        help='also log to Weights & Biases; pip install "llama-jax[wandb]"',
+        "--sample-every",
+        type=cli.positive_int,
+        metavar="N",
+        help="steps between samples (default: 100)",
     )

@@ -3,7 +3,8 @@
 y = x W + (x a) b · α / R, with a [I, R] and b [R, O] (arXiv:2106.09685). A tree of
 adapters has the parameters' paths, with `{"a", "b"}` in place of the weight:
 `params.stack_layers` and `unstack_layers` convert it between layouts, and it can be
-saved, sharded and optimized like any other tree.
+saved, sharded and optimized like any other tree. It may also have a `scalar_head`,
+which is trained as it is.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from llama_jax.kernels.precision import matmul_precision
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.params import (
     AXES,
+    SCALAR_HEAD,
     axes_of,
     flatten,
     leaf_paths,
@@ -202,7 +204,7 @@ def adapt(params: Params, adapters: Params, scaling: float) -> dict[str, PyTree]
     >>> adapt({"up_proj": jnp.ones((4, 3))}, {"up_proj": pair}, 2.0)["up_proj"].shape
     (4, 3)
     """
-    flat = flatten(params)
+    flat = flatten(params) | _head(adapters)
     for path, a, b in _pairs(adapters):
         flat[path] = Adapted(_base(flat, path, a, b), a, b, float(scaling))
     return unflatten(flat)
@@ -234,7 +236,7 @@ def merge(
     >>> merge({"up_proj": jnp.ones((4, 3))}, {"up_proj": pair}, 2.0)["up_proj"][0]
     Array([3., 3., 3.], dtype=float32)
     """
-    flat = flatten(params)
+    flat = flatten(params) | _head(adapters)
     pairs = {path: (a, b) for path, a, b in _pairs(adapters)}
     merged = {path: _base(flat, path, a, b) for path, (a, b) in pairs.items()}
     for path, leaf in flat.items():
@@ -245,9 +247,16 @@ def merge(
     return unflatten(flat)
 
 
+def _head(adapters: Params) -> dict[str, PyTree]:
+    """The trained head, if there is one."""
+    return {SCALAR_HEAD: adapters[SCALAR_HEAD]} if SCALAR_HEAD in adapters else {}
+
+
 def _pairs(adapters: Params) -> list[tuple[str, PyTree, PyTree]]:
     """Path, a and b of every adapter."""
-    flat = flatten(adapters)
+    flat = {
+        path: leaf for path, leaf in flatten(adapters).items() if path != SCALAR_HEAD
+    }
     paths = dict.fromkeys(path.rpartition("/")[0] for path in flat)
     if unpaired := {f"{path}/{name}" for path in paths for name in "ab"} ^ flat.keys():
         raise ConfigError(

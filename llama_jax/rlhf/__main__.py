@@ -9,6 +9,9 @@ from llama_jax.cli.parser import ArgumentParser
 
 STAGES = {
     "ghost-attention": "make dialogs in which an instruction lasts",
+    "reward": "train a reward model on preferences",
+    "score": "score answers with a reward model",
+    "dpo": "learn preferences without a reward model (DPO or IPO)",
     "rejection": "select the best of K answers to each prompt",
     "ppo": "optimize a policy for a reward (PPO, RLOO or GRPO)",
 }

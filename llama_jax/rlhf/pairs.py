@@ -49,11 +49,37 @@ class PairBatch(NamedTuple):
     weight: Float[Array, " B"]
 
 
-class _Encoded(NamedTuple):
+class EncodedDialog(NamedTuple):
     """A dialog as ids, and the number of those before its last answer."""
 
     ids: list[int]
     prompt_length: int
+
+
+def encode_dialog(
+    dialog: Sequence[Message], tokenizer: Tokenizer, format: PromptFormat, length: int
+) -> EncodedDialog:
+    """Encode a dialog that ends with an answer.
+
+    Raises:
+      DataError: it cannot be written in this format, or has more than `length` tokens.
+    """
+    try:
+        spans = format.spans(tokenizer, list(dialog))
+    except (PromptError, TokenizerError) as error:
+        raise DataError(str(error), reason="unsuitable") from error
+    ids = [id for span in spans for id in span.ids]
+    if len(ids) > length:
+        raise DataError(
+            f"has a dialog of {len(ids)} tokens, more than {length}; raise the length",
+            reason="long",
+        )
+    answer = 0
+    for span in reversed(spans):
+        if not span.is_answer:
+            break
+        answer += len(span.ids)
+    return EncodedDialog(ids, len(ids) - answer)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -122,7 +148,7 @@ class PairSource:
             first = self.process_index * share
             yield self._batch(group[first : first + share], share)
 
-    def pairs(self) -> Iterator[tuple[Preference, _Encoded, _Encoded]]:
+    def pairs(self) -> Iterator[tuple[Preference, EncodedDialog, EncodedDialog]]:
         """Records from the current position, with their encoded dialogs."""
         while self.epochs is None or self._epoch < self.epochs:
             any_pair = self._record > 0
@@ -203,41 +229,22 @@ class PairSource:
             self._dropped[error.reason] = self._dropped.get(error.reason, 0) + 1
             self.problems = [*self.problems, str(error)][:100]
 
-    def _encode(self, preference: Preference) -> tuple[Preference, _Encoded, _Encoded]:
+    def _encode(
+        self, preference: Preference
+    ) -> tuple[Preference, EncodedDialog, EncodedDialog]:
         try:
             margin(preference.rating, self.margins)
             chosen, rejected = (
-                self._encode_dialog(dialog)
+                encode_dialog(dialog, self.tokenizer, self.format, self.length)
                 for dialog in (preference.chosen, preference.rejected)
             )
         except DataError as error:
             where = f"{preference.location}: {error}"
             raise DataError(where, reason=error.reason) from error
-        except (PromptError, TokenizerError) as error:
-            raise DataError(
-                f"{preference.location}: {error}", reason="unsuitable"
-            ) from error
         return preference, chosen, rejected
 
-    def _encode_dialog(self, dialog: Sequence[Message]) -> _Encoded:
-        messages: list[Message] = list(dialog)
-        spans = self.format.spans(self.tokenizer, messages)
-        ids = [id for span in spans for id in span.ids]
-        if len(ids) > self.length:
-            raise DataError(
-                f"has a dialog of {len(ids)} tokens, more than {self.length}; raise "
-                "the length",
-                reason="long",
-            )
-        answer = 0
-        for span in reversed(spans):
-            if not span.is_answer:
-                break
-            answer += len(span.ids)
-        return _Encoded(ids, len(ids) - answer)
-
     def _batch(
-        self, group: list[tuple[Preference, _Encoded, _Encoded]], rows: int
+        self, group: list[tuple[Preference, EncodedDialog, EncodedDialog]], rows: int
     ) -> PairBatch:
         tokens = np.zeros((rows, 2, self.length), np.int32)
         answer = np.zeros(tokens.shape, bool)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,26 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.model_folder import Loaded
+from llama_jax.data.files import Location
 from llama_jax.distributed import to_host
-from llama_jax.errors import ConfigError, DataError
+from llama_jax.errors import ConfigError
+from llama_jax.generation.batching import bucket
 from llama_jax.model.transformer import Llama, ScalarModel, apply
 from llama_jax.rlhf.losses import ranking_losses, safety_losses
-from llama_jax.rlhf.pairs import UNKNOWN, PairBatch
+from llama_jax.rlhf.pairs import UNKNOWN, PairBatch, PairSource
 from llama_jax.rlhf.preferences import RATINGS
 from llama_jax.train.losses import LossSums, ModelLoss
-from llama_jax.types import Array, Float, Params
+from llama_jax.types import Array, Float, Int, Params, Tokens
 
 
 def pair_scores(
     model: ScalarModel, params: Params, batch: PairBatch
 ) -> Float[Array, "B 2"]:
     """Compute the score of each dialog: the scalar of its last token."""
-    pairs, sides, length = batch.tokens.shape
-    rows = batch.tokens.reshape(pairs * sides, length)
-    scalars, _ = apply(model, params, rows)
-    last = batch.last.reshape(-1)[:, None]
-    scores = jnp.take_along_axis(scalars.astype(jnp.float32), last, axis=1)
-    return scores.reshape(pairs, sides)
+    rows = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+    return last_scalars(model, params, rows, batch.last.reshape(-1)).reshape(-1, 2)
+
+
+def last_scalars(
+    model: ScalarModel, params: Params, tokens: Tokens, last: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """Compute the scalar of one token of each row, the last of a dialog."""
+    scalars, _ = apply(model, params, tokens)
+    scalars = scalars.astype(jnp.float32)
+    return jnp.take_along_axis(scalars, last[:, None], axis=1)[:, 0]
 
 
 def reward_loss(*, safety_weight: float = 0.0) -> ModelLoss:
@@ -76,6 +83,40 @@ def reward_loss(*, safety_weight: float = 0.0) -> ModelLoss:
     return loss
 
 
+def score_rows(
+    loaded: Loaded, rows: Sequence[Sequence[int]], *, batch_size: int = 8
+) -> Float[np.ndarray, " N"]:
+    """Compute the scores of token ids with a reward model: the scalar of the last one.
+
+    Args:
+      loaded: a model with a scalar head.
+      rows: ids of dialogs, each no longer than the context.
+      batch_size: rows of every batch.
+
+    Raises:
+      ConfigError: the model has no scalar head.
+    """
+    loaded.model.config.check_head("scalar", "scoring")
+    assert isinstance(loaded.model, ScalarModel)
+    limit = loaded.model.config.max_seq_len
+    by_width: dict[int, list[int]] = {}
+    for index, ids in enumerate(rows):
+        by_width.setdefault(bucket(len(ids), limit), []).append(index)
+    scores = np.zeros(len(rows), np.float32)
+    for width, indices in sorted(by_width.items()):
+        for first in range(0, len(indices), batch_size):
+            group = indices[first : first + batch_size]
+            tokens = np.zeros((batch_size, width), np.int32)
+            last = np.zeros(batch_size, np.int32)
+            for row, index in enumerate(group):
+                tokens[row, : len(rows[index])] = rows[index]
+                last[row] = len(rows[index]) - 1
+            on_device = jnp.asarray(tokens), jnp.asarray(last)
+            result = to_host(_jitted_scores(loaded.model, loaded.params, *on_device))
+            scores[group] = result[: len(group)]
+    return scores
+
+
 class PairScores(NamedTuple):
     """Scores of pairs, as NumPy arrays.
 
@@ -83,43 +124,46 @@ class PairScores(NamedTuple):
       scores: of the chosen and the rejected dialog, `[N, 2]`.
       lengths: their numbers of tokens, `[N, 2]`.
       rating: index in `RATINGS`, or -1, `[N]`.
+      locations: of the records, `[N]`.
     """
 
     scores: np.ndarray
     lengths: np.ndarray
     rating: np.ndarray
+    locations: Sequence[Location] = ()
 
 
-def score_pairs(loaded: Loaded, batches: Iterable[PairBatch]) -> PairScores:
+def score_pairs(
+    loaded: Loaded, source: PairSource, *, batch_size: int = 8
+) -> PairScores:
     """Score all pairs of a source with a reward model.
 
     Args:
       loaded: a model with a scalar head.
-      batches: pairs, such as a `PairSource` of one epoch.
+      source: pairs of one epoch.
+      batch_size: dialogs of every batch.
 
     Raises:
       ConfigError: the model has no scalar head.
       DataError: there is no pair.
     """
-    loaded.model.config.check_head("scalar", "scoring pairs")
-    assert isinstance(loaded.model, ScalarModel)
-    parts: list[PairScores] = []
-    for batch in batches:
-        real = np.asarray(batch.weight) > 0
-        on_device = jax.tree.map(jnp.asarray, batch)
-        scores = to_host(_jitted_scores(loaded.model, loaded.params, on_device))
-        lengths, rating = np.asarray(batch.last) + 1, np.asarray(batch.rating)
-        parts.append(PairScores(scores[real], lengths[real], rating[real]))
-    if not parts:
-        raise DataError("data: there is no pair to score; give a file with some")
-    return PairScores(*map(np.concatenate, zip(*parts, strict=True)))
+    pairs = list(source.pairs())
+    rows = [dialog.ids for _, *both in pairs for dialog in both]
+    scores = score_rows(loaded, rows, batch_size=batch_size)
+    unknown = [UNKNOWN if p.rating is None else p.rating for p, *_ in pairs]
+    return PairScores(
+        scores.reshape(-1, 2),
+        np.asarray([len(ids) for ids in rows], np.int32).reshape(-1, 2),
+        np.asarray(unknown, np.int32),
+        [preference.location for preference, *_ in pairs],
+    )
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _jitted_scores(
-    model: ScalarModel, params: Params, batch: PairBatch
-) -> Float[Array, "B 2"]:
-    return pair_scores(model, params, batch)
+    model: ScalarModel, params: Params, tokens: Tokens, last: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    return last_scalars(model, params, tokens, last)
 
 
 @dataclasses.dataclass(frozen=True)

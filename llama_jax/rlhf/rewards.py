@@ -5,7 +5,6 @@ language model that judges, or a weighted sum of rewards.
 """
 
 import dataclasses
-import functools
 import importlib
 import math
 import numbers
@@ -17,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.model_folder import Loaded
-from llama_jax.distributed import to_host
 from llama_jax.errors import RewardError
-from llama_jax.generation.batching import bucket
 from llama_jax.generation.request import chat_request
 from llama_jax.generation.scoring import score
-from llama_jax.model.transformer import ScalarModel, apply
 from llama_jax.rlhf.estimators import combine_rewards
+from llama_jax.rlhf.reward_model import score_rows
 from llama_jax.text.dialogs import Dialog, Message, PromptFormat
-from llama_jax.types import Array, Float, Lengths, Params, Tokens
+from llama_jax.types import Float
 
 Prompt = str | Dialog
 """A text to continue, or a dialog to answer."""
@@ -200,26 +197,7 @@ class ModelReward:
                 f"reward {self.name}: an answer with its prompt has {longest} tokens, "
                 f"but the reward model's context holds {limit}; sample shorter answers"
             )
-        scores = np.zeros(len(rows), np.float32)
-        by_width: dict[int, list[int]] = {}
-        for index, ids in enumerate(rows):
-            by_width.setdefault(bucket(len(ids), limit), []).append(index)
-        for width, indices in sorted(by_width.items()):
-            for first in range(0, len(indices), self.batch_size):
-                group = indices[first : first + self.batch_size]
-                tokens = np.zeros((self.batch_size, width), np.int32)
-                lengths = np.ones(self.batch_size, np.int32)
-                for row, index in enumerate(group):
-                    tokens[row, : len(rows[index])] = rows[index]
-                    lengths[row] = len(rows[index])
-                model = self.loaded.model
-                assert isinstance(model, ScalarModel)
-                result = to_host(
-                    _last_scalars(
-                        model, self.loaded.params, jnp.asarray(tokens), lengths
-                    )
-                )
-                scores[group] = result[: len(group)]
+        scores = score_rows(self.loaded, rows, batch_size=self.batch_size)
         return check_rewards(self.name, scores.tolist(), answers)
 
     def _ids(self, answer: Answer) -> list[int]:
@@ -233,15 +211,6 @@ class ModelReward:
         dialog = [*question, Message(role="assistant", content=answer.text)]
         spans = self.format.spans(self.loaded.tokenizer, dialog, allow_tags=True)
         return [id for span in spans for id in span.ids]
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _last_scalars(
-    model: ScalarModel, params: Params, tokens: Tokens, lengths: Lengths
-) -> Float[Array, " B"]:
-    scalars, _ = apply(model, params, tokens)
-    last = jnp.asarray(lengths)[:, None] - 1
-    return jnp.take_along_axis(scalars.astype(jnp.float32), last, axis=1)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.arguments import checked
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, Progress, lazy_leaf
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.peft import read_peft, write_peft
@@ -17,7 +17,7 @@ from llama_jax.distributed import barrier, is_main, to_host
 from llama_jax.errors import ConfigError
 from llama_jax.loading import open_model
 from llama_jax.model.lora import Lora, merge
-from llama_jax.params import flatten, unflatten
+from llama_jax.params import SCALAR_HEAD, flatten, unflatten
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import Params, Path
 
@@ -106,7 +106,13 @@ def merge_checkpoint(
 def merged_leaves(
     leaves: Mapping[str, LazyLeaf], adapters: Params, lora: Lora
 ) -> dict[str, LazyLeaf]:
-    """The weights with adapters merged into them, each computed when it is read."""
+    """The weights with adapters merged into them, each computed when it is read.
+
+    Args:
+      leaves: one per layer and weight.
+      adapters: unrolled; a scalar head among them is added.
+      lora: their configuration.
+    """
     flat = flatten(adapters)
 
     def merged(path: str, leaf: LazyLeaf) -> LazyLeaf:
@@ -123,4 +129,5 @@ def merged_leaves(
             leaf, read=read, host_bytes=leaf.host_bytes + leaf.nbytes
         )
 
-    return {path: merged(path, leaf) for path, leaf in leaves.items()}
+    head = {SCALAR_HEAD: lazy_leaf(flat[SCALAR_HEAD])} if SCALAR_HEAD in flat else {}
+    return {path: merged(path, leaf) for path, leaf in leaves.items()} | head

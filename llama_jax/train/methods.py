@@ -14,28 +14,33 @@ import numpy as np
 import optax
 
 from llama_jax.arguments import checked
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
 from llama_jax.checkpoint.model_folder import Loaded, save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.distributed import to_host
-from llama_jax.errors import TrainError
+from llama_jax.errors import ConfigError, TrainError
 from llama_jax.loading import Opened, read_weights
 from llama_jax.model.init import init_params
 from llama_jax.model.lora import Lora, adapt, init_lora, lora_shapes
 from llama_jax.model.transformer import Llama, ScalarModel, model_for
-from llama_jax.params import flatten, init_std, param_shapes, unflatten
+from llama_jax.params import (
+    SCALAR_HEAD,
+    flatten,
+    init_std,
+    param_shapes,
+    unflatten,
+    unstack_layers,
+)
 from llama_jax.runtime import DType, Runtime
 from llama_jax.sharding import weight_shardings
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train.adapters import save_adapters
+from llama_jax.train.adapters import merged_leaves, save_adapters
 from llama_jax.train.for_generation import for_generation
 from llama_jax.train.losses import Loss, ModelLoss, next_token_loss, trained_loss
 from llama_jax.train.pump import StepFunction
 from llama_jax.train.step import make_train_step
 from llama_jax.types import Mesh, Params, Path
 from llama_jax.weights import Kind
-
-_SCALAR_HEAD = "scalar_head"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,12 @@ class Method:
     @property
     def result_name(self) -> str:
         """The folder of a run that has the result: `model` or `adapter`."""
-        return "model" if self.lora is None else "adapter"
+        return "adapter" if self._saves_adapters else "model"
+
+    @property
+    def _saves_adapters(self) -> bool:
+        """The format of adapters has no head, so a `ScalarModel` is saved whole."""
+        return self.lora is not None and self.model.config.head == "lm"
 
     def save(
         self,
@@ -98,6 +108,8 @@ class Method:
     ) -> None:
         """Save the model, or its adapters; with several processes all must call this.
 
+        Adapters of a model with a scalar head are merged into it.
+
         Args:
           path: of a new folder, for `load` (or its `adapter`).
           trained: trained leaves.
@@ -108,10 +120,13 @@ class Method:
           CheckpointError: `path` exists or cannot be written.
         """
         config = self.model.config
-        if self.lora is None:
-            save_params(path, trained, config, tokenizer=tokenizer, dtype=dtype)
+        if self.lora is not None and self._saves_adapters:
+            save_adapters(path, trained, config, self.lora, base_model=self.base_model)
             return
-        save_adapters(path, trained, config, self.lora, base_model=self.base_model)
+        if self.lora is not None:
+            adapters = to_host(unstack_layers(trained))
+            trained = merged_leaves(lazy_leaves(self.frozen), adapters, self.lora)
+        save_params(path, trained, config, tokenizer=tokenizer, dtype=dtype)
 
 
 @checked(TrainError)
@@ -179,8 +194,11 @@ def train_adapters(
 ) -> Method:
     """Train adapters; the weights are read now, and frozen.
 
+    A scalar head is trained with them.
+
     Args:
-      opened: the model.
+      opened: the model; `head="scalar"` trains a `ScalarModel`, with a random head if
+        its weights lack one.
       runtime: of the step; frozen weights are stored in its `weight_dtype`.
       lora: configuration of the adapters.
       mesh: devices.
@@ -190,6 +208,9 @@ def train_adapters(
       loss: loss of a model, its parameters and a batch.
       base_model: path of the model, to be named in the adapter's folder.
 
+    Raises:
+      ConfigError: the model has a scalar head, and `quantize` is given.
+
     >>> import llama_jax
     >>> lora = llama_jax.Lora(rank=2, alpha=4.0, targets=("q_proj",))
     >>> method = train_adapters(
@@ -198,19 +219,33 @@ def train_adapters(
     >>> method.shapes["transformer"]["layers"]["attention"]["q_proj"]["a"].shape
     (5, 192, 2)
     """
-    config = opened.config
+    config, has_head = opened.config, opened.config.head == "scalar"
+    if has_head and quantize is not None:
+        raise ConfigError(
+            f"quantize: {quantize} weights cannot be saved with a trained scalar head; "
+            "train adapters on plain weights"
+        )
     model = model_for(config, runtime.replace(layer_layout="stacked"), mesh)
+    opened = opened._replace(leaves=_with_head(opened.leaves, config, seed))
     frozen = read_weights(opened, runtime=model.runtime, mesh=mesh, quantize=quantize)
+    shapes = lora_shapes(config, lora, dtype=dtype)
+    head = None
+    if has_head:
+        head = frozen.pop(SCALAR_HEAD)
+        shapes[SCALAR_HEAD] = jax.ShapeDtypeStruct(head.shape, dtype)
 
     def init() -> Params:
         key = jax.random.key(seed)
-        return init_lora(
+        adapters = init_lora(
             config, key, lora, runtime=model.runtime, dtype=dtype, mesh=mesh
         )
+        if head is not None:  # a copy, since steps donate it
+            adapters[SCALAR_HEAD] = jnp.array(head, dtype)
+        return adapters
 
     return Method(
         model=model,
-        shapes=_with_shardings(lora_shapes(config, lora, dtype=dtype), model),
+        shapes=_with_shardings(shapes, model),
         init=init,
         frozen=frozen,
         loss=trained_loss(model, loss, lora),
@@ -230,16 +265,16 @@ def _with_head(
     leaves: Mapping[str, LazyLeaf], config: LlamaConfig, seed: int
 ) -> Mapping[str, LazyLeaf]:
     """The leaves, with a random scalar head if the configuration wants one."""
-    if config.head != "scalar" or _SCALAR_HEAD in leaves:
+    if config.head != "scalar" or SCALAR_HEAD in leaves:
         return leaves
-    shape, std = (config.embed_dim,), init_std(_SCALAR_HEAD, config) or 0.0
+    shape, std = (config.embed_dim,), init_std(SCALAR_HEAD, config) or 0.0
 
     def read() -> np.ndarray:
         draw = np.random.Generator(np.random.Philox(seed))
         return std * draw.standard_normal(shape, np.float32)
 
     head = LazyLeaf(shape, np.dtype(np.float32), read, 4 * config.embed_dim)
-    return {**leaves, _SCALAR_HEAD: head}
+    return {**leaves, SCALAR_HEAD: head}
 
 
 def _with_shardings(shapes: Params, model: Llama | ScalarModel) -> Params:

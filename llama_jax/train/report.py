@@ -27,6 +27,7 @@ def write_report(
     settings: Mapping[str, object],
     *,
     facts: Mapping[str, object] | None = None,
+    tables: Mapping[str, Table] | None = None,
     samples: Sequence[Record] = (),
 ) -> list[pathlib.Path]:
     """Write report.md, report.html and, if matplotlib is installed, loss.png.
@@ -35,6 +36,7 @@ def write_report(
       folder: of the run, with its metrics.jsonl.
       settings: of the run, by name.
       facts: more results, by name.
+      tables: more tables, by title; the first row has the names of the columns.
       samples: records `{"step", "samples": [{"prompt", "text"}]}`.
 
     Returns:
@@ -43,10 +45,11 @@ def write_report(
     folder = pathlib.Path(folder)
     records = read_metrics(folder / FILE_NAME)
     results = {**summary(records), **(facts or {})}
-    tables: dict[str, Table] = {
-        "Results": list(results.items()),
+    tables = {
+        "Results": [("", ""), *results.items()],
         "Loss": loss_table(records),
-        "Settings": list(_changed(settings).items()),
+        **(tables or {}),
+        "Settings": [("", ""), *_changed(settings).items()],
     }
     picture = folder / _PICTURE if draw_losses(folder / _PICTURE, records) else None
     files = [] if picture is None else [picture]
@@ -170,8 +173,7 @@ def _markdown(
         lines += [f"![loss by step]({picture.name})", ""]
     for title, table in tables.items():
         lines += [f"## {title}", ""]
-        rows = [["", ""], *table] if title != "Loss" else [*table]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(table):
             lines.append(f"| {' | '.join(map(_cell, row))} |")
             if number == 0:
                 lines.append("|" + "---|" * len(row))

@@ -26,7 +26,7 @@ from llama_jax.train.loop import Callbacks, FitResult, fit
 from llama_jax.train.methods import Method
 from llama_jax.train.metrics import Record, read_metrics
 from llama_jax.train.pump import Describe
-from llama_jax.train.report import peak_memory_bytes, write_report
+from llama_jax.train.report import Table, peak_memory_bytes, write_report
 from llama_jax.train.reporter import Quiet, Reporter, RunStart, Sample
 from llama_jax.train.run_config import RunConfig
 from llama_jax.train.run_folder import (
@@ -96,6 +96,7 @@ def run(
     flops_per_step: float = 0.0,
     peak_flops: float = 0.0,
     report_facts: Callable[[], Mapping[str, str]] = dict,
+    report_tables: Callable[[], Mapping[str, Table]] = dict,
 ) -> RunResult:
     """Train, evaluate, sample, save and report; with several processes all call this.
 
@@ -117,7 +118,8 @@ def run(
       signals: context in which signals request a stop, while training.
       flops_per_step: FLOPs of a step, for the reported model FLOP utilization.
       peak_flops: peak FLOP/s of all devices together; 0 if unknown.
-      report_facts: called at the end for facts that the report adds.
+      report_facts: called for facts that the report adds, when the result is saved.
+      report_tables: called for tables that it adds, after that.
 
     Returns:
       The result; the trained leaves are in its `path`, for `load`.
@@ -174,7 +176,9 @@ def run(
             reporter=reporter or Quiet(),
             mfu_per_second=flops_per_step / peak_flops if peak_flops else 0.0,
         )
-        return session.run(stop or Stop(), signals, describe, report_facts)
+        return session.run(
+            stop or Stop(), signals, describe, report_facts, report_tables
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -213,6 +217,7 @@ class _Session:
         signals: Callable[[Stop], contextlib.AbstractContextManager[object]] | None,
         describe: Describe | None,
         report_facts: Callable[[], Mapping[str, str]],
+        report_tables: Callable[[], Mapping[str, Table]],
     ) -> RunResult:
         """Train from the start or the last checkpoint to the end."""
         method, checkpoints = self.method, self.checkpoints
@@ -267,7 +272,9 @@ class _Session:
         if best is not None and best != step:
             self.save_result(self.folder / "best", checkpoints.restore(best, shapes))
         seconds = time.perf_counter() - start
-        files = self.write_report(seconds, report_facts()) if is_main_process() else []
+        files: list[pathlib.Path] = []
+        if is_main_process():
+            files = self.write_report(seconds, report_facts(), report_tables())
         return RunResult("finished", step, self.path, files)
 
     def fit(
@@ -353,7 +360,10 @@ class _Session:
             )
 
     def write_report(
-        self, seconds: float, more_facts: Mapping[str, str]
+        self,
+        seconds: float,
+        more_facts: Mapping[str, str],
+        tables: Mapping[str, Table],
     ) -> list[pathlib.Path]:
         facts = {"time of this call": f"{seconds:,.1f} s"}
         if memory := peak_memory_bytes():
@@ -362,5 +372,6 @@ class _Session:
             self.folder,
             self.config.to_dict(),
             facts=facts | dict(more_facts),
+            tables=tables,
             samples=read_metrics(self.folder / SAMPLES_FILE),
         )

@@ -143,5 +143,5 @@ def test_a_reward_model_learns_from_a_file_of_preferences(
     measured = agreement(score_pairs(loaded, pairs(1)))
     assert measured.pairs == 25
     assert measured.accuracy == 1.0
-    with pytest.raises(ConfigError, match="scoring pairs: needs a model with head"):
+    with pytest.raises(ConfigError, match="scoring: needs a model with head"):
         score_pairs(llama_jax.load(tmp_path / "base"), pairs(1))
