@@ -34,6 +34,7 @@ TRAIN = ("finetune", "--output", "{new}", "--batch-size", "4", "--data")
 SCRATCH = ("--from-scratch", "--preset", "L1,D8,N2,F8,V324", "--seq-length", "210")
 PPO = ("rlhf", "ppo", "--input", "{texts}", "--output", "{new}", "--steps", "9",
        "--checkpoint", "{model}")  # fmt: skip
+PREFERENCES = ("--data", "{preferences}", "--checkpoint", "{model}")
 REJECTION = ("rlhf", "rejection", "--input", "{texts}", "--output", "{new}")
 PLAN = ("plan", "--model", "L2,D64,N2,F64,V64", "--topology", "v5e:2x2")
 CONTEXTS: dict[str, tuple[str, ...]] = {
@@ -85,6 +86,17 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "rlhf rejection greedily": (
         *REJECTION, "--reward-model", "a", "--temperature", "0", "--num-samples", "1",
     ),
+    "rlhf reward": ("rlhf", "reward", "--output", "{new}", *PREFERENCES),
+    "rlhf reward of adapters": (
+        "rlhf", "reward", "--output", "{new}", *PREFERENCES, "--lora-rank", "2",
+        "--eval-data", "{preferences}",
+    ),
+    "rlhf score": ("rlhf", "score", *PREFERENCES),
+    "rlhf dpo": ("rlhf", "dpo", "--output", "{new}", *PREFERENCES),
+    "rlhf dpo with ipo": (
+        "rlhf", "dpo", "--output", "{new}", *PREFERENCES, "--loss", "ipo",
+        "--lora-rank", "2", "--schedule", "constant",
+    ),
     "bench train": ("bench", "train"),
     "bench decode": ("bench", "decode"),
     "bench prefill": ("bench", "prefill"),
@@ -102,7 +114,7 @@ VALUES = {
     "--checkpoint": ["{other}"],
     "--data": ["{texts}", "{pairs}", "{more}"],
     "--estimator": ["rloo --num-samples 2"],
-    "--eval-data": ["{texts}", "{more}"],
+    "--eval-data": ["{texts}", "{more}", "{preferences}"],
     "--folder": ["/tmp"],
     "--format": ["alpaca", "vicuna", "text", "infilling"],
     "--from-scratch": ["--preset L1,D8,N2,F8,V324"],
@@ -135,11 +147,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths by the names in braces that stand for them in command lines."""
     folder = tmp_path_factory.mktemp("files")
     names = ("new", "model", "other", "texts.jsonl", "pairs.jsonl", "more.jsonl")
+    names += ("preferences.jsonl",)
     paths = {name.partition(".")[0]: str(folder / name) for name in names}
     for name, records in {
         "texts": [{"text": f"the cat {'and the sun ' * n}"} for n in range(6)],
         "pairs": [{"instruction": "a", "output": f"cat {n}"} for n in range(6)],
         "more": 6 * [{"instruction": "b", "output": "the sun", "text": "a cat"}],
+        "preferences": 6
+        * [{"prompt": "a", "chosen": "the sun", "rejected": "a cat", "rating": 2}],
     }.items():
         pathlib.Path(paths[name]).write_text("\n".join(map(json.dumps, records)))
     for name, norm_eps in (("model", 1e-5), ("other", 1e-3)):

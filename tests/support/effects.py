@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import llama_jax.conversion.__main__ as conversion
@@ -25,11 +26,15 @@ from llama_jax.bench.attention_work import Work
 from llama_jax.bench.machine import Machine
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import (
+    preference_runs,
     prompt_files,
     reward_flags,
+    rlhf_dpo,
     rlhf_ghost_attention,
     rlhf_ppo,
     rlhf_rejection,
+    rlhf_reward,
+    rlhf_score,
 )
 from llama_jax.cli.parser import ArgumentParser
 from llama_jax.conversion.converter import PreparedConversion, prepare_conversion
@@ -38,12 +43,17 @@ from llama_jax.data.prompts import Prompt
 from llama_jax.data.records import OnBad
 from llama_jax.errors import LlamaJaxError
 from llama_jax.generation.request import Request
+from llama_jax.model.transformer import ScalarModel
 from llama_jax.planning.search import Plan
 from llama_jax.planning.workload import Workload
 from llama_jax.rlhf import __main__ as rlhf
 from llama_jax.rlhf.optimization import PolicyMethod
+from llama_jax.rlhf.pairs import PairSource
 from llama_jax.rlhf.policy_config import PolicyConfig
+from llama_jax.rlhf.preference_config import RewardConfig
+from llama_jax.rlhf.reward_model import PairScores
 from llama_jax.rlhf.rewards import ModelReward
+from llama_jax.runtime import Runtime
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.finetune_config import FinetuneConfig
 
@@ -60,6 +70,9 @@ MAINS: dict[str, Main] = {
     "rlhf ghost-attention": rlhf_ghost_attention.main,
     "rlhf ppo": rlhf_ppo.main,
     "rlhf rejection": rlhf_rejection.main,
+    "rlhf reward": rlhf_reward.main,
+    "rlhf score": rlhf_score.main,
+    "rlhf dpo": rlhf_dpo.main,
 }
 SUBCOMMANDS = ("finetune merge", "finetune tokenizer", "conversion verify",
                "conversion inspect")  # fmt: skip
@@ -338,6 +351,46 @@ class Decisions:
         )
         patch.setattr(rlhf_ppo, "optimize_policy", self._optimize_policy)
         patch.setattr(rlhf_ppo, "run", run)
+        self._replace_preferences(patch)
+
+    def _replace_preferences(self, patch: pytest.MonkeyPatch) -> None:
+        def load(path: str, **settings: Any) -> Loaded:
+            self.record(path, settings)
+            config = self.loaded.model.config.replace(head="scalar")
+            return self.loaded._replace(model=ScalarModel(config, Runtime()))
+
+        def score_pairs(_: object, source: PairSource, *, batch_size: int) -> Any:
+            self.record(source.on_bad, source.on_long, source.format.name, batch_size)
+            zeros = np.zeros((1, 2))
+            return PairScores(zeros, zeros + 1, np.zeros(1, int), ("line 1",))
+
+        patch.setattr(preference_runs, "run", self._learn_preferences)
+        patch.setattr(rlhf_score, "load", load)
+        patch.setattr(rlhf_score, "score_pairs", score_pairs)
+        patch.setattr(rlhf_score, "write_file", lambda path, _: self.record(path))
+
+    def _learn_preferences(
+        self, config: Any, method: Any, source: PairSource, folder: object, *,
+        resume: bool, total_steps: int | None, eval_batches: PairSource | None,
+        **_: object,
+    ) -> None:  # fmt: skip
+        self.record(
+            method.model, method.shapes, method.lora, method.base_model, config.seed,
+            [part.tobytes() for part in next(iter(source))], source.on_bad,
+            source.on_long, source.settings(), total_steps, config.epochs,
+            config.learning_rates(40).tolist(), config.optimizer, config.weight_decay,
+            config.clip, config.accumulate, config.max_skipped, config.save_every,
+            config.keep, config.tensorboard, config.wandb, str(folder), resume,
+        )  # fmt: skip
+        if config.lora is None or method.model.config.head == "scalar":
+            self.record(config.save_dtype)
+        if isinstance(config, RewardConfig):
+            self.record(config.safety_weight)
+        else:
+            self.record(config.loss, config.beta)
+        if eval_batches is not None:
+            self.record(eval_batches.settings(), config.eval_every)
+        raise _Decided
 
     def _optimize_policy(
         self, config: PolicyConfig, policy: Any, reward: Any, prompts: object,
