@@ -134,7 +134,11 @@ def _dialog(prompt: list[Message], answer: object, key: str) -> list[Message]:
         whole = parts[: len(prompt)] == prompt
         messages = parts if whole else [*prompt, *parts]
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"has no answer at the end of {key!r}", reason="empty")
+        raise DataError(
+            f"has no answer at the end of {key!r}; add it, or drop such records "
+            "(on_bad, --on-bad drop)",
+            reason="empty",
+        )
     return messages
 
 

@@ -117,6 +117,14 @@ def test_prompt_tokens_and_padding_do_not_count(batch: PairBatch) -> None:
     assert (np.asarray(answer_logprobs(model, params, everything)) < sums).all()
 
 
+def test_no_token_spans_prompt_and_answer(folder: pathlib.Path) -> None:
+    source = pairs(folder, epochs=1)
+    for preference, *dialogs in source.pairs():
+        prompt = source.format.encode(source.tokenizer, preference.chosen[:-1])
+        for ids, prompt_length in dialogs:
+            assert ids[:prompt_length] == prompt
+
+
 @pytest.mark.parametrize("loss", get_args(DirectLoss))
 def test_the_loss_is_the_papers(batch: PairBatch, loss: DirectLoss) -> None:
     draw = np.random.default_rng(0)

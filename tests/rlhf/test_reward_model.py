@@ -100,6 +100,16 @@ def test_the_loss_is_the_papers(model: ScalarModel) -> None:
         reward_loss(safety_weight=-1.0)
 
 
+def test_a_margin_belongs_to_its_own_pair(model: ScalarModel) -> None:
+    params = stack_layers(random_params(SCALAR))
+    batch = draw_batch()
+    totals = [
+        float(reward_loss()(model, params, on_device(given)).total)
+        for given in (batch, batch._replace(margin=batch.margin[::-1].copy()))
+    ]
+    assert abs(totals[0] - totals[1]) > 1e-3, "B margins against [B, 1] scores"
+
+
 def test_a_reward_model_learns_from_a_file_of_preferences(
     tmp_path: pathlib.Path,
 ) -> None:
