@@ -360,7 +360,7 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(
         records(tmp_path / "one"), records(tmp_path / "mesh"), strict=True
     ):
         assert one["loss"] == pytest.approx(other["loss"], rel=EQUAL_FORWARD)
-    mesh = ("--mesh", "data=8")
+    mesh = ("--mesh", "data=8", "--format", "text")
     said = refused(capsys, *flags, "--output", str(tmp_path / "no"), *mesh)
     assert "4 rows at a time, which the 8 devices" in said
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from support.models import TALKING, random_params, tiny_tokenizer
 from support.ports import free_port
 
@@ -122,8 +123,9 @@ def ended(running: Sequence[Any]) -> list[tuple[int, str, str]]:
 def make_runs(folder: pathlib.Path, *, broken: bool = False) -> Runs:
     """A random model, whose loss may be no number, and records that differ."""
     params = random_params(TALKING)
-    if broken:
-        params["transformer"]["embedding"] *= math.nan
+    if broken:  # All weights are numbers, but the logits overflow.
+        norm = params["transformer"]["final_norm"]
+        norm["scale"] = jnp.full_like(norm["scale"], 3e38)
     save_params(folder / "base", params, TALKING, tokenizer=tiny_tokenizer())
     with (folder / "records.jsonl").open("w") as file:
         for number in range(RECORDS):
