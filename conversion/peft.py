@@ -3,13 +3,15 @@
 `adapter_config.json` has their settings, `adapter_model.safetensors` (before peft 0.6
 `adapter_model.bin`) the tensors under Hugging Face's weight names: lora_A [R, I] and
 lora_B [O, R]. Both use the half-split rotary layout of this library, so nothing is
-permuted.
+permuted. Adapters of a reward model or critic have a scalar head too: for `peft` the
+module `score` [1, D] of a sequence classifier with one label.
 """
 
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +20,7 @@ from llama_jax.checkpoint.json_files import read_json, write_json
 from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaf, lazy_leaves
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.other_folders import ADAPTER_CONFIG, why_no_adapter
+from llama_jax.conversion.peft_base import write_base
 from llama_jax.conversion.peft_context import write_context
 from llama_jax.conversion.pth_reader import read_pth
 from llama_jax.conversion.safetensors import read_safetensors, write_safetensors
@@ -25,13 +28,14 @@ from llama_jax.conversion.tensor_mapping import foreign_names
 from llama_jax.conversion.tensor_tables import HUGGING_FACE
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.model.lora import Lora, lora_shapes
-from llama_jax.params import flatten, leaf_paths, unflatten
+from llama_jax.params import SCALAR_HEAD, flatten, leaf_paths, unflatten
 from llama_jax.types import JsonObject, Params, Path, PyTree
 
 _CONFIG, _TENSORS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _OLD_TENSORS = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_HEAD, _HEAD_TENSOR = "score", f"{_PREFIX}score.weight"
 
 # Fields that do not change what the adapters compute.
 _INERT = {
@@ -64,8 +68,9 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, PyTree], Lora]
       config: of the base model.
 
     Returns:
-      The adapters, unrolled, on the default device, in the file's dtype; and their
-      description, of which `lora.adapt` needs `scaling`.
+      The adapters, unrolled, on the default device, in the file's dtype, with a scalar
+      head if there is one; and their description, of which `lora.adapt` needs
+      `scaling`.
 
     Raises:
       CheckpointError: a file is missing or damaged; a number is not finite; the
@@ -77,6 +82,7 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, PyTree], Lora]
         raise CheckpointError(f"{folder}: {why_no_adapter(folder)}")
     settings = _read_settings(folder / _CONFIG)
     file, tensors = _read_tensors(folder)
+    head = tensors.pop(_HEAD_TENSOR, None)
     names = _names(config)
     known = {
         f"{_PREFIX}{name}.{part}": f"{ours}/{leaf}"
@@ -109,7 +115,20 @@ def read_peft(path: Path, config: LlamaConfig) -> tuple[dict[str, PyTree], Lora]
             )
         array = tensor.checked(file, _foreign_name(leaf, names)).read()
         adapters[leaf] = jnp.asarray(np.ascontiguousarray(array.T))
+    if head is not None:
+        adapters[SCALAR_HEAD] = jnp.asarray(_scalar_head(file, head, config))
     return unflatten(adapters), lora
+
+
+def _scalar_head(
+    file: pathlib.Path, tensor: LazyLeaf, config: LlamaConfig
+) -> np.ndarray:
+    if tensor.shape != (1, config.embed_dim):
+        raise CheckpointError(
+            f"{file}: {_HEAD_TENSOR} has the shape {list(tensor.shape)}, but a head "
+            f"that gives this model's tokens a score has [1, {config.embed_dim}]"
+        )
+    return np.ascontiguousarray(tensor.checked(file, _HEAD_TENSOR).read()[0])
 
 
 def write_peft(
@@ -119,15 +138,17 @@ def write_peft(
     lora: Lora,
     *,
     base_model: str | None = None,
+    base_weights: str | None = None,
 ) -> None:
     """Write adapters as a folder that `peft` loads; it appears complete or not at all.
 
     Args:
       path: of the folder; must not exist, or be empty.
-      adapters: in either layout.
+      adapters: in either layout; with a scalar head if `config` has one.
       config: of the base model.
       lora: description of the adapters.
       base_model: name or folder of the base model, for `peft` to load it.
+      base_weights: fingerprint of its weights.
 
     Raises:
       CheckpointError: `path` exists.
@@ -135,6 +156,9 @@ def write_peft(
     """
     leaves = lazy_leaves(adapters)
     shapes = flatten(lora_shapes(config, lora, layout="unrolled"))
+    has_head = config.head == "scalar"
+    if has_head:
+        shapes[SCALAR_HEAD] = jax.ShapeDtypeStruct((config.embed_dim,), jnp.float32)
     for name in sorted(leaves.keys() ^ shapes.keys()):
         raise ConfigError(
             f"lora: {name} is {'missing' if name in shapes else 'not expected'}; "
@@ -148,7 +172,10 @@ def write_peft(
                 f"lora: {name} has the shape {list(leaf.shape)}, but model and rank "
                 f"require {list(shapes[name].shape)}"
             )
-        tensors[_foreign_name(name, names)] = _transposed(leaf)
+        if name == SCALAR_HEAD:
+            tensors[_HEAD_TENSOR] = lazy_leaf(leaf.read()[None])
+        else:
+            tensors[_foreign_name(name, names)] = _transposed(leaf)
     settings = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -157,11 +184,11 @@ def write_peft(
         "init_lora_weights": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": [_HEAD] if has_head else None,
         "peft_type": "LORA",
         "r": lora.rank,
         "target_modules": list(lora.targets),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": lora.rank_stabilized,
     }
@@ -169,6 +196,7 @@ def write_peft(
         write_safetensors(folder / _TENSORS, tensors)
         write_json(folder / _CONFIG, settings)
         write_context(folder, config)
+        write_base(folder, base_model, base_weights)
 
 
 def _read_tensors(
@@ -194,6 +222,8 @@ def _read_settings(file: pathlib.Path) -> dict[str, Any]:
             continue
         if name == "bias" and value == "none":
             continue
+        if name == "modules_to_save" and set(value) <= {_HEAD, "classifier"}:
+            continue  # of a sequence classifier; the tensors show which it has
         raise CheckpointError(
             f"{file}: {name} is {value!r}, which is not supported; merge the adapter "
             "into its model with peft (merge_and_unload), and convert the result"
@@ -235,6 +265,7 @@ def _lora(
 
 def _names(config: LlamaConfig) -> dict[str, str]:
     """Return Hugging Face's name, without `.weight`, of each projection."""
+    config = config.replace(head="lm")  # heads have no adapters
     pairs = zip(leaf_paths(config), foreign_names(HUGGING_FACE, config), strict=True)
     return {
         ours: name.removesuffix(".weight")

@@ -23,7 +23,7 @@ from llama_jax.errors import CheckpointError, ConfigError, TokenizerError
 from llama_jax.model.lora import Lora, adapt
 from llama_jax.model.quantize import check_kind, quantize_leaf
 from llama_jax.model.transformer import Llama, ScalarModel, model_for
-from llama_jax.params import stack_layers
+from llama_jax.params import SCALAR_HEAD, stack_layers
 from llama_jax.runtime import Runtime
 from llama_jax.sharding import weight_shardings
 from llama_jax.text.tokenizer import Tokenizer
@@ -74,7 +74,8 @@ def load(
       quantize: store the layers' projections in eight or four bits; each is quantized
         before the next is read.
       adapter: folder of LoRA adapters (of `save_adapters` or `peft`), which are not
-        merged. Rotary positions that they were trained with replace the checkpoint's.
+        merged. Rotary positions that they were trained with replace the checkpoint's,
+        and so does a scalar head.
 
     Returns:
       The model, its parameters and its tokenizer. The model is a `Llama`, or a
@@ -107,6 +108,9 @@ def load(
     model = model_for(opened.config, runtime, mesh)
     if adapter is not None:
         adapters, lora = read_adapters(adapter, model)
+        if SCALAR_HEAD in adapters:
+            params.pop("lm_head", None)
+            model = model_for(opened.config.replace(head="scalar"), runtime, mesh)
         params = adapt(params, adapters, lora.scaling)
     return Loaded(model, params, opened.tokenizer)
 
@@ -186,6 +190,8 @@ def read_adapters(
 ) -> tuple[dict[str, PyTree], Lora]:
     """Read the adapters in a PEFT folder, in float32 and the model's layout and mesh.
 
+    A scalar head is among them if the folder has one.
+
     Raises:
       CheckpointError: they are damaged, of another model, or not plain LoRA.
     """
@@ -196,7 +202,10 @@ def read_adapters(
         adapters = stack_layers(adapters)
     adapters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapters)
     if model.mesh is not None:
-        shardings = weight_shardings(adapters, model.config, model.runtime, model.mesh)
+        config = model.config
+        if SCALAR_HEAD in adapters:
+            config = config.replace(head="scalar")
+        shardings = weight_shardings(adapters, config, model.runtime, model.mesh)
         adapters = jax.tree.map(jax.device_put, adapters, shardings)
     return adapters, lora
 

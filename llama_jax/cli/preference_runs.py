@@ -11,16 +11,17 @@ from typing import TypeVar, get_args
 
 import numpy as np
 
+from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import command as cli
 from llama_jax.cli import prompt_files
 from llama_jax.cli.output import print_format_note
-from llama_jax.cli.parser import ArgumentParser, Rules, needs, refuse_unused
+from llama_jax.cli.parser import ArgumentParser, Rules, excludes, needs, refuse_unused
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
 from llama_jax.cli.run_flags import add_output_arguments, add_training_arguments
 from llama_jax.data.files import Corpus
 from llama_jax.data.records import OnBad
 from llama_jax.errors import TrainError
-from llama_jax.loading import Opened, default_runtime, open_model
+from llama_jax.loading import Opened, default_runtime, load, open_model
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.rlhf.pairs import PairBatch, PairSource
 from llama_jax.rlhf.preference_config import PreferenceConfig
@@ -42,6 +43,7 @@ RULES: Rules = {
     "--final": needs("--schedule", "cosine", "linear"),
     "--lora-alpha": needs("--lora-rank"),
     "--lora-targets": needs("--lora-rank"),
+    "--save-dtype": excludes("--lora-rank"),
 }
 """When flags have an effect, by the settings of the run: a `PreferenceConfig`."""
 
@@ -146,7 +148,7 @@ def train(
     kind: type[_Config],
     rules: Rules,
     make: Callable[[_Config, Opened], Method],
-    measure: Callable[[pathlib.Path, PairSource], Mapping[str, Table]] | None = None,
+    measure: Callable[[Loaded, PairSource], Mapping[str, Table]] | None = None,
 ) -> RunResult:
     """Train on preferences as the flags say, and report on standard error.
 
@@ -155,8 +157,7 @@ def train(
       kind: of its settings.
       rules: of its flags.
       make: makes the method of a run.
-      measure: maps the saved model and the held-out pairs to tables
-        of the report.
+      measure: maps the saved model and the held-out pairs to tables of the report.
     """
     output = pathlib.Path(args.output)
     saved = find_run(output, resume=args.resume)
@@ -194,7 +195,14 @@ def train(
     def tables() -> Mapping[str, Table]:
         if measure is None or held_out is None:
             return {}
-        return measure(output / method.result_name, restarted(held_out))
+        result = output / method.result_name
+        adapters = method.lora is not None
+        loaded = load(
+            config.checkpoint if adapters else result,
+            tokenizer=tokenizer,
+            adapter=result if adapters else None,
+        )
+        return measure(loaded, restarted(held_out))
 
     return run(
         config,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from llama_jax.cli import preference_runs
-from llama_jax.cli.parser import ArgumentParser, Rules, excludes, needs
+from llama_jax.cli.parser import ArgumentParser, Rules, needs
 from llama_jax.loading import Opened
 from llama_jax.rlhf.direct_preference import DirectLoss, prefer_directly
 from llama_jax.rlhf.preference_config import DirectConfig
@@ -13,7 +13,6 @@ from llama_jax.train.methods import Method
 RULES: Rules = {
     **preference_runs.RULES,
     "--margins": needs("--loss", "dpo"),
-    "--save-dtype": excludes("--lora-rank"),
 }
 """When flags have an effect, by the settings of the run."""
 

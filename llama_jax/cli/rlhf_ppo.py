@@ -21,10 +21,12 @@ from llama_jax.rlhf.optimization import PolicyMethod, optimize_policy
 from llama_jax.rlhf.policy_config import Estimator, PolicyConfig
 from llama_jax.rlhf.prompts import PromptSource
 from llama_jax.rlhf.rewards import Prompt
-from llama_jax.runtime import TRAINING_RULES, DType, Runtime
+from llama_jax.runtime import TRAINING_RULES, DType, Remat, Runtime
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.train.methods import train_adapters, train_weights
 from llama_jax.train.run import run
+from llama_jax.train.shared_base import train_critic_on
+from llama_jax.weights import Kind
 
 _GAE = Rule(
     lambda args: args.estimator in (None, "gae"),
@@ -39,6 +41,7 @@ RULES: Rules = {
     "--discount": _GAE,
     "--decay": _GAE,
     "--lora-alpha": needs("--lora-rank"),
+    "--quantize": needs("--lora-rank"),
 }
 """When flags have an effect."""
 
@@ -129,9 +132,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="adapters are scaled by A / R (default: 2 R)",
     )
     group.add_argument(
+        "--quantize",
+        choices=get_args(Kind),
+        help="store the layers' frozen projections in eight or four bits",
+    )
+    group.add_argument(
         "--critic",
         metavar="DIR",
-        help="initial critic: a reward model (default: the policy with a new head)",
+        help="initial critic: a reward model (default: the policy with a new head). "
+        "With --lora-rank an adapter of `rlhf reward` on the same checkpoint",
+    )
+    group.add_argument(
+        "--remat",
+        choices=get_args(Remat),
+        default="block",
+        help="what the backward pass recomputes: nothing, all of a block, or all but "
+        "its matrix products (default: %(default)s)",
     )
     group = parser.add_argument_group("data")
     prompt_files.add_input_argument(group, required=True)
@@ -172,7 +188,7 @@ def make_method(
     """Make what the run trains."""
     mesh = make_mesh(parse_mesh(args.mesh)) if args.mesh else None
     dtype = args.dtype or default_runtime().dtype
-    runtime = Runtime(dtype=dtype, rules=TRAINING_RULES)
+    runtime = Runtime(dtype=dtype, remat=args.remat, rules=TRAINING_RULES)
     trained = runtime.replace(param_dtype=args.param_dtype)
     if args.lora_rank is None:
         policy = train_weights(opened.config, trained, mesh=mesh, opened=opened)
@@ -184,12 +200,17 @@ def make_method(
             runtime,
             lora,
             mesh=mesh,
+            quantize=args.quantize,
             dtype=args.param_dtype,
             seed=config.seed,
             base_model=args.checkpoint,
         )
     critic = None
-    if config.estimator == "gae":
+    if config.estimator == "gae" and policy.lora is not None:
+        critic = train_critic_on(
+            policy, adapter=args.critic, dtype=args.param_dtype, seed=config.seed
+        )
+    elif config.estimator == "gae":
         start = opened if args.critic is None else open_critic(args.critic, opened)
         scalar = start.config.replace(head="scalar")
         critic = train_weights(
@@ -200,7 +221,7 @@ def make_method(
     return optimize_policy(
         config,
         policy,
-        reward_flags.make_reward(args, reader),
+        reward_flags.make_reward(args, reader, base=policy),
         prompts,
         opened.tokenizer,
         args.output,

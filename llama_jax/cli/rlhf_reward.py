@@ -1,11 +1,11 @@
 """`python -m llama_jax.rlhf reward`: train a reward model on preferences."""
 
-import pathlib
 from collections.abc import Mapping, Sequence
 
+from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.cli import preference_runs
 from llama_jax.cli.parser import ArgumentParser
-from llama_jax.loading import Opened, load
+from llama_jax.loading import Opened
 from llama_jax.rlhf.pairs import PairSource
 from llama_jax.rlhf.preference_config import RewardConfig
 from llama_jax.rlhf.reward_model import agreement, reward_loss, score_pairs
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train a reward model on preferences: a chat model with a scalar "
         "head, which gives chosen answers higher scores than rejected ones.",
         epilog="The output folder is that of a fine-tuning run, with the reward model "
-        "in model/ (adapters are merged into it), for `rlhf score` and --reward-model. "
+        "in model/ (adapters and head in adapter/), for `rlhf score` and "
+        "--reward-model. "
         "Ctrl-C and SIGTERM save and end the run; --resume continues it. Defaults are "
         "the settings of the Llama 2 paper.",
         rules=RULES,
@@ -54,9 +55,9 @@ def make_method(config: RewardConfig, opened: Opened) -> Method:
     return preference_runs.make_method(config, scalar, loss)
 
 
-def measure(model: pathlib.Path, held_out: PairSource) -> Mapping[str, Table]:
+def measure(loaded: Loaded, held_out: PairSource) -> Mapping[str, Table]:
     """Tables of how well a reward model agrees with held-out preferences."""
-    scores = score_pairs(load(model, tokenizer=held_out.tokenizer), held_out)
+    scores = score_pairs(loaded, held_out)
     return {
         "Agreement with held-out preferences": [
             ("", ""),

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh=make_mesh(parse_mesh(args.mesh)) if args.mesh else None,
         tokenizer=args.tokenizer,
         max_seq_len=args.max_seq_len,
+        adapter=args.adapter,
     )
     loaded.model.config.check_head("scalar", "rlhf score")
     print_format_note(loaded.tokenizer, args.format)
@@ -93,7 +94,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a reward model"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a reward model, or with --adapter the checkpoint that it is based on",
+    )
+    group.add_argument(
+        "--adapter", metavar="DIR", help="adapters and head of `rlhf reward`"
     )
     cli.add_model_arguments(group)
     return parser.parse_args(argv)

@@ -71,13 +71,14 @@ class Iteration:
         iteration = int(state.step)
         rollout, rewards = self.rollout(state, iteration, np.asarray(batch.numbers))
         trained = state.params
-        old = self.score(trained["policy"], frozen["policy"], rollout)
-        reference = self.score(frozen["reference"], frozen["policy"], rollout)
+        base = frozen["base"]
+        old = self.score(trained["policy"], base, rollout)
+        reference = self.score(frozen["reference"], base, rollout)
         values = np.zeros_like(old)
         if self.setup.models.critic is not None:
 
             def of_rows(part: Rollout) -> Array:
-                return self.values(trained["critic"], frozen["critic"], part)
+                return self.values(trained["critic"], base, part)
 
             values = self.by_rows(of_rows, rollout)
         advantages, returns = self.advantages(rollout, rewards, old, reference, values)

@@ -83,23 +83,20 @@ def optimize_policy(
       tokenizer: of the policy.
       folder: of the run; rollouts and rewards are saved there before the first update
         on them, so that a resumed run never asks for a reward twice.
-      critic: of the estimator "gae": a model with a scalar head, from `train_weights`.
+      critic: of the estimator "gae": a model with a scalar head, from `train_weights`,
+        or from `train_critic_on` if the policy trains adapters.
       format: prompt format of dialogs; None is the tokenizer's default.
 
     Raises:
-      ConfigError: the critic is missing or not needed, there is no prompt, or there are
-        several processes.
+      ConfigError: the critic is missing or not needed, or has frozen weights of its
+        own; there is no prompt, or there are several processes.
     """
     if (critic is None) == (config.estimator == "gae"):
         needs = "needs a" if critic is None else "has no use for a"
         raise ConfigError(f"estimator: {config.estimator} {needs} critic")
     if critic is not None:
         critic.model.config.check_head("scalar", "a critic")
-        if critic.lora is not None:
-            raise ConfigError(
-                "critic: adapters on a critic are not supported; train all its "
-                "weights, or choose --estimator rloo or grpo, which need no critic"
-            )
+        check_shares_base(policy, critic)
     if not prompts:
         raise ConfigError("prompts: there is none; give at least one")
     if jax.process_count() > 1:
@@ -109,13 +106,12 @@ def optimize_policy(
         )
     policy.model.config.check_head("lm", "a policy")
     parts = {"policy": policy} | ({} if critic is None else {"critic": critic})
-    frozen = {name: part.frozen for name, part in parts.items()}
     models = PolicyModels(config, policy, critic)
     return PolicyMethod(
         model=policy.model,
         shapes={name: part.shapes for name, part in parts.items()},
         init=lambda: {name: part.init() for name, part in parts.items()},
-        frozen=frozen | {"reference": policy.init()},
+        frozen={"base": policy.frozen, "reference": policy.init()},
         loss=models.loss,
         lora=policy.lora,
         fingerprint=policy.fingerprint,
@@ -123,4 +119,20 @@ def optimize_policy(
         setup=PolicySetup(
             models, reward, tokenizer, prompts, format, pathlib.Path(folder)
         ),
+    )
+
+
+def check_shares_base(policy: Method, critic: Method) -> None:
+    """Raise a `ConfigError` if frozen weights of a critic are not the policy's.
+
+    Either both train all their weights, or both train adapters on the same arrays.
+    """
+    ours, theirs = policy.lora is not None, critic.lora is not None
+    if ours == theirs and (not ours or critic.frozen is policy.frozen):
+        return
+    raise ConfigError(
+        f"critic: {'adapters on' if theirs else 'trains all of'} the weights "
+        f"{critic.fingerprint}, the policy {'adapters on' if ours else 'all of'} the "
+        f"weights {policy.fingerprint}; with adapters both share one set of weights "
+        "(train_critic_on)"
     )

@@ -25,8 +25,9 @@ from llama_jax.types import Array, Float, Params, PyTree
 class PolicyModels:
     """Losses and outputs as functions of trained and frozen leaves.
 
-    Trained leaves are `{"policy": …, "critic": …}`, frozen ones the same and
-    `"reference"`: the policy's initial trained leaves.
+    Trained leaves are `{"policy": …, "critic": …}`. Frozen ones are `"base"`, which all
+    models share (empty if weights are trained), and `"reference"`: the policy's initial
+    trained leaves.
 
     Attributes:
       config: settings.
@@ -46,12 +47,12 @@ class PolicyModels:
     def _loss_and_logprobs(
         self, trained: Params, frozen: Params, batch: PolicyBatch
     ) -> tuple[LossSums, Array]:
-        logprobs = self.logprobs(trained["policy"], frozen["policy"], batch)
+        logprobs = self.logprobs(trained["policy"], frozen["base"], batch)
         clip, normalizer = self.config.clip_ratio, self.config.normalizer
         sums = policy_sums(logprobs, batch, clip=clip, normalizer=normalizer)
         if self.critic is None:
             return sums, logprobs
-        values = self.values(trained["critic"], frozen["critic"], batch)
+        values = self.values(trained["critic"], frozen["base"], batch)
         of_critic = critic_sums(values, batch, clip=self.config.clip_value)
         total = sums.total + of_critic.total
         metrics = {**sums.metrics, **of_critic.metrics}
@@ -64,7 +65,7 @@ class PolicyModels:
 
         Args:
           trained: trained leaves of either.
-          frozen: the policy's frozen leaves.
+          frozen: the base.
           batch: with `tokens` and `targets`.
         """
         assert isinstance(self.policy.model, Llama)

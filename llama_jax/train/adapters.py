@@ -30,15 +30,18 @@ def save_adapters(
     lora: Lora,
     *,
     base_model: str | None = None,
+    base_weights: str | None = None,
 ) -> None:
     """Save adapters in a folder of `peft`; with several processes all must call this.
 
     Args:
       path: of the folder; must not exist, or be empty.
-      adapters: tree of adapters, in either layout.
+      adapters: tree of adapters, in either layout; with a scalar head if the model
+        has one.
       config: of their model.
       lora: their configuration.
       base_model: path or name of their model.
+      base_weights: fingerprint of its weights, see `checkpoint.fingerprint`.
 
     Raises:
       CheckpointError: `path` exists or cannot be written.
@@ -53,7 +56,14 @@ def save_adapters(
     """
     on_host = to_host(adapters)
     if is_main():
-        write_peft(path, on_host, config, lora, base_model=base_model)
+        write_peft(
+            path,
+            on_host,
+            config,
+            lora,
+            base_model=base_model,
+            base_weights=base_weights,
+        )
     barrier("the adapters are saved")
 
 
@@ -97,6 +107,9 @@ def merge_checkpoint(
     }
     leaves = merged_leaves(checked, adapters, lora)
     config = with_context_of(adapter, opened.config)
+    if SCALAR_HEAD in adapters:
+        config = config.replace(head="scalar")
+        leaves.pop("lm_head", None)
     text = opened.tokenizer
     if tokenizer is None:
         text = with_text_of(adapter, text, config.vocab_size)

@@ -5,8 +5,8 @@ trained and frozen leaves from it.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 from llama_jax.arguments import checked
-from llama_jax.checkpoint.lazy_leaf import LazyLeaf, lazy_leaves
+from llama_jax.checkpoint.fingerprint import fingerprint
+from llama_jax.checkpoint.lazy_leaf import LazyLeaf
 from llama_jax.checkpoint.model_folder import Loaded, save_params
 from llama_jax.config import LlamaConfig
-from llama_jax.distributed import to_host
-from llama_jax.errors import ConfigError, TrainError
+from llama_jax.errors import TrainError
 from llama_jax.loading import Opened, read_weights
 from llama_jax.model.init import init_params
 from llama_jax.model.lora import Lora, adapt, init_lora, lora_shapes
@@ -29,12 +29,11 @@ from llama_jax.params import (
     init_std,
     param_shapes,
     unflatten,
-    unstack_layers,
 )
 from llama_jax.runtime import DType, Runtime
 from llama_jax.sharding import weight_shardings
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.train.adapters import merged_leaves, save_adapters
+from llama_jax.train.adapters import save_adapters
 from llama_jax.train.for_generation import for_generation
 from llama_jax.train.losses import Loss, ModelLoss, next_token_loss, trained_loss
 from llama_jax.train.pump import StepFunction
@@ -91,12 +90,7 @@ class Method:
     @property
     def result_name(self) -> str:
         """The folder of a run that has the result: `model` or `adapter`."""
-        return "adapter" if self._saves_adapters else "model"
-
-    @property
-    def _saves_adapters(self) -> bool:
-        """The format of adapters has no head, so a `ScalarModel` is saved whole."""
-        return self.lora is not None and self.model.config.head == "lm"
+        return "model" if self.lora is None else "adapter"
 
     def save(
         self,
@@ -108,7 +102,7 @@ class Method:
     ) -> None:
         """Save the model, or its adapters; with several processes all must call this.
 
-        Adapters of a model with a scalar head are merged into it.
+        A scalar head is saved with the adapters.
 
         Args:
           path: of a new folder, for `load` (or its `adapter`).
@@ -120,12 +114,16 @@ class Method:
           CheckpointError: `path` exists or cannot be written.
         """
         config = self.model.config
-        if self.lora is not None and self._saves_adapters:
-            save_adapters(path, trained, config, self.lora, base_model=self.base_model)
-            return
         if self.lora is not None:
-            adapters = to_host(unstack_layers(trained))
-            trained = merged_leaves(lazy_leaves(self.frozen), adapters, self.lora)
+            save_adapters(
+                path,
+                trained,
+                config,
+                self.lora,
+                base_model=self.base_model,
+                base_weights=self.fingerprint,
+            )
+            return
         save_params(path, trained, config, tokenizer=tokenizer, dtype=dtype)
 
 
@@ -208,9 +206,6 @@ def train_adapters(
       loss: loss of a model, its parameters and a batch.
       base_model: path of the model, to be named in the adapter's folder.
 
-    Raises:
-      ConfigError: the model has a scalar head, and `quantize` is given.
-
     >>> import llama_jax
     >>> lora = llama_jax.Lora(rank=2, alpha=4.0, targets=("q_proj",))
     >>> method = train_adapters(
@@ -219,46 +214,78 @@ def train_adapters(
     >>> method.shapes["transformer"]["layers"]["attention"]["q_proj"]["a"].shape
     (5, 192, 2)
     """
-    config, has_head = opened.config, opened.config.head == "scalar"
-    if has_head and quantize is not None:
-        raise ConfigError(
-            f"quantize: {quantize} weights cannot be saved with a trained scalar head; "
-            "train adapters on plain weights"
-        )
+    config = opened.config
     model = model_for(config, runtime.replace(layer_layout="stacked"), mesh)
-    opened = opened._replace(leaves=_with_head(opened.leaves, config, seed))
-    frozen = read_weights(opened, runtime=model.runtime, mesh=mesh, quantize=quantize)
+    whole = opened._replace(leaves=_with_head(opened.leaves, config, seed))
+    frozen = read_weights(whole, runtime=model.runtime, mesh=mesh, quantize=quantize)
+    initial = {SCALAR_HEAD: frozen.pop(SCALAR_HEAD)} if SCALAR_HEAD in frozen else {}
+    base = Base(frozen, fingerprint(opened.leaves), base_model)
+    return adapters_on(
+        base, model, lora, dtype=dtype, seed=seed, loss=loss, initial=initial
+    )
+
+
+class Base(NamedTuple):
+    """Frozen weights, which several methods may share.
+
+    Attributes:
+      frozen: weights of all but a scalar head, with stacked layers.
+      fingerprint: of these weights.
+      path: of the model.
+    """
+
+    frozen: Params
+    fingerprint: str | None
+    path: str | None
+
+
+def adapters_on(
+    base: Base,
+    model: Llama | ScalarModel,
+    lora: Lora,
+    *,
+    dtype: DType,
+    seed: int,
+    loss: ModelLoss,
+    initial: Params,
+) -> Method:
+    """Train adapters on frozen weights, which are neither read nor copied.
+
+    Args:
+      base: the weights.
+      model: as training runs it.
+      lora: configuration of the adapters.
+      dtype: of the adapters.
+      seed: of the initial adapters.
+      loss: loss of a model, its parameters and a batch.
+      initial: initial leaves that are not drawn: those of adapters, a scalar head.
+    """
+    config, mesh = model.config, model.mesh
     shapes = lora_shapes(config, lora, dtype=dtype)
-    head = None
-    if has_head:
-        head = frozen.pop(SCALAR_HEAD)
-        shapes[SCALAR_HEAD] = jax.ShapeDtypeStruct(head.shape, dtype)
+    if config.head == "scalar":
+        shapes[SCALAR_HEAD] = jax.ShapeDtypeStruct((config.embed_dim,), dtype)
 
     def init() -> Params:
+        # Copies, since steps donate them.
+        given = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), dict(initial))
+        if given.keys() == shapes.keys():
+            return given
         key = jax.random.key(seed)
-        adapters = init_lora(
+        drawn = init_lora(
             config, key, lora, runtime=model.runtime, dtype=dtype, mesh=mesh
         )
-        if head is not None:  # a copy, since steps donate it
-            adapters[SCALAR_HEAD] = jnp.array(head, dtype)
-        return adapters
+        return drawn | given
 
     return Method(
         model=model,
         shapes=_with_shardings(shapes, model),
         init=init,
-        frozen=frozen,
+        frozen=base.frozen,
         loss=trained_loss(model, loss, lora),
         lora=lora,
-        fingerprint=fingerprint(opened.leaves),
-        base_model=base_model,
+        fingerprint=base.fingerprint,
+        base_model=base.path,
     )
-
-
-def fingerprint(leaves: Mapping[str, LazyLeaf]) -> str:
-    """A short hash that identifies a set of weights: of the final norm's scale."""
-    scale = np.asarray(to_host(leaves["transformer/final_norm/scale"].read()))
-    return hashlib.sha256(scale.astype(np.float32).tobytes()).hexdigest()[:16]
 
 
 def _with_head(
@@ -267,14 +294,18 @@ def _with_head(
     """The leaves, with a random scalar head if the configuration wants one."""
     if config.head != "scalar" or SCALAR_HEAD in leaves:
         return leaves
-    shape, std = (config.embed_dim,), init_std(SCALAR_HEAD, config) or 0.0
-
-    def read() -> np.ndarray:
-        draw = np.random.Generator(np.random.Philox(seed))
-        return std * draw.standard_normal(shape, np.float32)
-
-    head = LazyLeaf(shape, np.dtype(np.float32), read, 4 * config.embed_dim)
+    shape, size = (config.embed_dim,), 4 * config.embed_dim
+    head = LazyLeaf(
+        shape, np.dtype(np.float32), lambda: random_head(config, seed), size
+    )
     return {**leaves, SCALAR_HEAD: head}
+
+
+def random_head(config: LlamaConfig, seed: int) -> np.ndarray:
+    """A random scalar head `[D]`."""
+    draw = np.random.Generator(np.random.Philox(seed))
+    std = init_std(SCALAR_HEAD, config) or 0.0
+    return std * draw.standard_normal(config.embed_dim, np.float32)
 
 
 def _with_shardings(shapes: Params, model: Llama | ScalarModel) -> Params:

@@ -82,6 +82,7 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "rlhf ppo rloo": (
         *PPO, "--judge", "a", "--estimator", "rloo", "--num-samples", "2",
     ),
+    "rlhf ppo of adapters": (*PPO, "--reward-model", "a", "--lora-rank", "2"),
     "rlhf rejection": (*REJECTION, "--reward", "a"),
     "rlhf rejection greedily": (
         *REJECTION, "--reward-model", "a", "--temperature", "0", "--num-samples", "1",

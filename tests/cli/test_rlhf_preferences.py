@@ -53,7 +53,7 @@ def in_folder(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def reward_model(folder: pathlib.Path) -> str:
-    """A trained reward model, of adapters that were merged."""
+    """The run of a reward model of adapters."""
     run = str(folder / "reward")
     argv = ["reward", *TRAIN, "--output", run, "--lora-rank", "4", "--margins", "small"]
     with pytest.MonkeyPatch.context() as patch:
@@ -78,13 +78,15 @@ def test_a_reward_model_of_adapters_is_trained_and_reported(
         "| score | chosen | rejected |",
     ):
         assert words in report
-    assert llama_jax.load(folder / "reward" / "model").model.config.head == "scalar"
+    loaded = llama_jax.load(folder / "base", adapter=folder / "reward" / "adapter")
+    assert loaded.model.config.head == "scalar"
 
 
 def test_scores_of_pairs_and_of_answers_agree(
     reward_model: str, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ("score", "--checkpoint", f"{reward_model}/model", "--format", "wizardlm-7b")
+    argv = ("score", "--checkpoint", "base", "--adapter", f"{reward_model}/adapter")
+    argv = (*argv, "--format", "wizardlm-7b")
     status, out, err = run_command(main, capsys, *argv, "--data", "pairs.jsonl")
     assert status == 0, err
     assert "pairs: 25\naccuracy: " in err
@@ -105,6 +107,37 @@ def test_scores_of_pairs_and_of_answers_agree(
         [line["score"] for line in answers], [last["chosen"], last["rejected"]], 1e-5
     )
     assert [line["tokens"] for line in answers] == last["tokens"]
+
+
+def test_a_policy_shares_its_weights_with_reward_model_and_critic(
+    reward_model: str,
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "prompts.jsonl").write_text(json.dumps({"text": "the tea"}))
+    argv = (
+        "ppo", "--checkpoint", "base", "--input", "prompts.jsonl", "--steps", "1",
+        "--batch-size", "4", "--mini-batch", "4", "--seq-length", "16",
+        "--max-new-tokens", "4", "--lora-rank", "2", "--quantize", "int8",
+        "--reward-model", f"{reward_model}/adapter",
+    )  # fmt: skip
+    critic = ("--critic", f"{reward_model}/adapter")
+    output = ("--output", str(tmp_path / "run"))
+    status, _, err = run_command(main, capsys, *argv, *critic, *output)
+    assert status == 0, err
+    record = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert record["kl"] == 0.0
+    save_params(
+        folder / "another", random_params(TALKING, 5), TALKING,
+        tokenizer=tiny_tokenizer(),
+    )  # fmt: skip
+    output = ("--output", str(tmp_path / "other"))
+    status, _, err = run_command(
+        main, capsys, *argv, "--checkpoint", "another", *output
+    )
+    assert status == 2
+    assert "so they cannot share them" in err
 
 
 def test_a_run_resumes_and_refuses_another_setting(

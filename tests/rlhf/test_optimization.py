@@ -24,8 +24,9 @@ from llama_jax.rlhf.prompts import PromptSource
 from llama_jax.rlhf.rewards import Answer
 from llama_jax.rlhf.rollout import check_sampling, sample_rollout
 from llama_jax.runtime import TRAINING_RULES, Runtime
-from llama_jax.train.methods import train_weights
+from llama_jax.train.methods import train_adapters, train_weights
 from llama_jax.train.metrics import read_metrics
+from llama_jax.train.shared_base import train_critic_on
 
 PROMPTS = ("the", "tea", "he", "she", "a")
 TARGET = 40
@@ -72,6 +73,38 @@ def method(
     return optimize_policy(
         config, policy, reward, PROMPTS, opened.tokenizer, folder, critic=critic
     )
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_with_adapters_all_models_share_one_base_and_the_first_kl_is_exactly_0(
+    base: pathlib.Path, tmp_path: pathlib.Path, quantize: Any
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=2, mini_batch=CONFIG.batch_size)
+    opened = llama_jax.open_model(base)
+    runtime = Runtime(rules=TRAINING_RULES, dtype="bfloat16", remat="block")
+    lora = llama_jax.Lora(rank=2, alpha=4.0)
+    policy = train_adapters(opened, runtime, lora, quantize=quantize)
+    critic = train_critic_on(policy)
+    trained = optimize_policy(
+        config, policy, TargetReward(), PROMPTS, opened.tokenizer, tmp_path,
+        critic=critic,
+    )  # fmt: skip
+    assert trained.frozen["base"] is policy.frozen
+    assert trained.frozen.keys() == {"base", "reference"}
+    source = PromptSource(len(PROMPTS), config.prompts_per_step, config.seed)
+    llama_jax.run(config, trained, source, tmp_path, tokenizer=opened.tokenizer)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["kl"], first["first_ratio_error"]) == (0.0, 0.0)
+    assert second["kl"] > 0.0
+    assert second["value_error"] > 0.0
+    other = train_critic_on(train_adapters(opened, runtime, lora))
+    weights = train_weights(TALKING.replace(head="scalar"), runtime, opened=opened)
+    for wrong in (other, weights):
+        with pytest.raises(ConfigError, match="share one set of weights"):
+            optimize_policy(
+                config, policy, TargetReward(), PROMPTS, opened.tokenizer, tmp_path,
+                critic=wrong,
+            )  # fmt: skip
 
 
 def run(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
@@ -56,6 +57,8 @@ from llama_jax.rlhf.rewards import ModelReward
 from llama_jax.runtime import Runtime
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.train.finetune_config import FinetuneConfig
+from llama_jax.train.methods import Method
+from llama_jax.train.shared_base import train_critic_on
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -349,6 +352,12 @@ class Decisions:
         patch.setattr(
             rlhf_rejection, "read_earlier", lambda path: self.record(path) or {}
         )
+
+        def make_critic(policy: Method, *, adapter: object, **more: Any) -> Method:
+            self.record(adapter)
+            return train_critic_on(policy, **more)
+
+        patch.setattr(rlhf_ppo, "train_critic_on", make_critic)
         patch.setattr(rlhf_ppo, "optimize_policy", self._optimize_policy)
         patch.setattr(rlhf_ppo, "run", run)
         self._replace_preferences(patch)
@@ -382,7 +391,7 @@ class Decisions:
             config.clip, config.accumulate, config.max_skipped, config.save_every,
             config.keep, config.tensorboard, config.wandb, str(folder), resume,
         )  # fmt: skip
-        if config.lora is None or method.model.config.head == "scalar":
+        if config.lora is None:
             self.record(config.save_dtype)
         if isinstance(config, RewardConfig):
             self.record(config.safety_weight)
@@ -400,7 +409,10 @@ class Decisions:
         ours = ["critic_learning_rate", "clip_value", "discount", "decay"]
         of_critic = [settings.pop(name) for name in ours]
         self.record(settings, policy.model, policy.shapes, policy.lora)
-        self.record(policy.base_model, prompts, tokenizer.contents, folder, format)
+        self.record(
+            [leaf.dtype for leaf in jax.tree.leaves(policy.frozen)], policy.base_model
+        )
+        self.record(prompts, tokenizer.contents, folder, format)
         if critic is not None:
             self.record(of_critic, critic.fingerprint, critic.model)
         return mock.MagicMock(spec=PolicyMethod)
