@@ -73,6 +73,30 @@ class RewardError(LlamaJaxError):
     """A reward function is missing, fails, or returns something else than rewards."""
 
 
+class ServeError(LlamaJaxError):
+    """The engine of a server cannot run a request now, or at all."""
+
+
+class QueueFull(ServeError):
+    """Too many requests wait; the same request may succeed later."""
+
+
+class PromptTooLong(ServeError):
+    """A prompt does not fit the context.
+
+    Attributes:
+      prompt_tokens: tokens of the prompt.
+      max_tokens: tokens that the context holds, prompt and answer together.
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens, but the context holds "
+            f"{max_tokens}, the answer included; shorten it"
+        )
+        self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
+
+
 def did_you_mean(
     name: str, known: Collection[str], *, aliases: Mapping[str, str] = _ALIASES
 ) -> str:
