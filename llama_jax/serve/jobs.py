@@ -43,7 +43,7 @@ class Delta(NamedTuple):
       finish_reason: set in the last delta of the sample.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # instead of `tuple.index`
     ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
