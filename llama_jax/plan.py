@@ -21,6 +21,7 @@ from llama_jax.errors import ConfigError
 from llama_jax.model.presets import EXAMPLE_MODEL, PRESETS, parse_model
 from llama_jax.planning.chips import CHIPS
 from llama_jax.planning.compiled import CompiledPlan
+from llama_jax.planning.policy import PolicyTask, PolicyWork, search_policy
 from llama_jax.planning.report import describe, report_lines
 from llama_jax.planning.search import Plan, advice, ranked_plans, search
 from llama_jax.planning.table import DEFAULT_SEQ, table_lines, what_fits
@@ -28,6 +29,9 @@ from llama_jax.planning.topology import Topology, local_topology, parse_topology
 from llama_jax.planning.workload import Quantization, Task, Workload
 from llama_jax.runtime import CacheDType, DType, Remat
 from llama_jax.sharding import parse_mesh
+
+POLICY_SEQ = 1024
+"""Slots of a prompt with its answer, unless they are given."""
 
 
 class Fixed(NamedTuple):
@@ -47,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config = read_model(args.model, args.seq)
     topology = parse_topology(args.topology) if args.topology else local_topology()
+    if args.task in get_args(PolicyTask):
+        report_policy(args, config, topology)
+        return 0
     work = make_workload(args, config, topology)
     mesh = parse_mesh(args.mesh) if args.mesh else None
     fixed = Fixed(args.batch, args.remat, mesh)
@@ -65,6 +72,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def report_policy(
+    args: argparse.Namespace, config: LlamaConfig, topology: Topology
+) -> None:
+    """Plan policy optimization, and print the plan.
+
+    Raises:
+      ConfigError: two arguments contradict each other.
+      MeshError: no mesh divides the model, or the compiler is not installed.
+    """
+    # Imported late, as is the compiler.
+    from llama_jax.planning.policy_report import describe_policy, policy_lines
+
+    adapters = args.task == "ppo-lora"
+    update = Workload(
+        config=config,
+        task="lora" if adapters else "train",
+        batch=args.batch or 1,
+        seq=args.seq or min(config.max_seq_len, POLICY_SEQ),
+        dtype=args.dtype or topology.chip.dtype,
+        param_dtype=args.param_dtype,
+        quantize=args.quantize or "none",
+        rank=args.lora_rank,
+        remat=args.remat or "block",
+        flash=topology.chip.flash,
+        gpu=topology.chip.is_gpu,
+    )
+    work = PolicyWork(
+        update=update, answers=args.answers, new_tokens=args.max_new_tokens
+    )
+    mesh = parse_mesh(args.mesh) if args.mesh else None
+    plan = search_policy(work, topology, batch=args.batch, mesh=mesh)
+    compiled = None
+    if args.compile:
+        from llama_jax.planning.policy_compiler import compile_policy
+
+        compiled = compile_policy(plan, devices_of(args, topology))
+    if args.json:
+        print(json.dumps(describe_policy(args.model, plan, compiled)))
+    else:
+        print("\n".join(policy_lines(args.model, plan, compiled)))
+
+
+def devices_of(args: argparse.Namespace, topology: Topology) -> Sequence[jax.Device]:
+    """The devices to compile for.
+
+    Raises:
+      MeshError: the compiler is not installed, or does not know these chips.
+    """
+    from llama_jax.planning.target_devices import target_devices
+
+    if not args.topology:
+        return jax.devices()
+    gpu_config = None
+    if args.gpu_target_config:
+        gpu_config = pathlib.Path(args.gpu_target_config).read_text("utf-8")
+    return target_devices(topology, gpu_config=gpu_config)
+
+
 def compile_plans(
     args: argparse.Namespace, work: Workload, topology: Topology, fixed: Fixed
 ) -> list[CompiledPlan]:
@@ -75,16 +140,9 @@ def compile_plans(
     """
     # Imported late: without --compile the answer should take a second.
     from llama_jax.planning.compiler import compile_first_that_fits
-    from llama_jax.planning.target_devices import target_devices
 
-    gpu_config = None
-    if args.gpu_target_config:
-        gpu_config = pathlib.Path(args.gpu_target_config).read_text("utf-8")
-    devices: Sequence[jax.Device] = jax.devices()
-    if args.topology:
-        devices = target_devices(topology, gpu_config=gpu_config)
     plans: list[Plan] = ranked_plans(work, topology, **fixed._asdict())
-    return compile_first_that_fits(plans, devices)
+    return compile_first_that_fits(plans, devices_of(args, topology))
 
 
 def read_model(text: str, seq: int | None) -> LlamaConfig:
@@ -140,8 +198,11 @@ def _plans_gpus(args: argparse.Namespace) -> bool:
 
 
 _ONE = excludes("--table")
-_TRAINS = needs("--task", "train", "lora", "qlora")
+_TRAINS = needs("--task", "train", "lora", "qlora", "ppo", "ppo-lora")
+_POLICY = needs("--task", "ppo", "ppo-lora")
 RULES: Rules = {
+    "--answers": _POLICY,
+    "--max-new-tokens": _POLICY,
     "--batch": _ONE,
     "--cache-dtype": (needs("--task", "prefill", "decode"), _ONE),
     "--compile": _ONE,
@@ -150,11 +211,11 @@ RULES: Rules = {
         needs("--compile"),
         Rule(_plans_gpus, "without a --topology of GPUs"),
     ),
-    "--lora-rank": needs("--task", "lora", "qlora"),
+    "--lora-rank": needs("--task", "lora", "qlora", "ppo-lora"),
     "--mesh": _ONE,
     "--model": _ONE,
     "--param-dtype": _TRAINS,
-    "--quantize": (needs("--task", "qlora", "prefill", "decode"), _ONE),
+    "--quantize": (needs("--task", "qlora", "prefill", "decode", "ppo-lora"), _ONE),
     "--remat": _TRAINS,
     "--task": _ONE,
     "--topology": _ONE,
@@ -183,10 +244,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument(
         "--task",
-        choices=get_args(Task),
+        choices=(*get_args(Task), *get_args(PolicyTask)),
         default="decode",
         help="train all weights, train LoRA adapters (qlora: on quantized weights), "
-        "read prompts, or generate one token per row (default: %(default)s)",
+        "read prompts, generate one token per row, or optimize a policy with a critic, "
+        "a reference and a reward model (ppo-lora: adapters on one set of weights) "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--batch",
@@ -195,11 +258,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="rows of the whole mesh (default: the best power of two)",
     )
     group.add_argument(
+        "--answers",
+        type=cli.positive_int,
+        default=512,
+        metavar="N",
+        help="of an iteration of policy optimization (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=cli.positive_int,
+        default=256,
+        metavar="N",
+        help="of an answer in policy optimization (default: %(default)s)",
+    )
+    group.add_argument(
         "--seq",
         type=cli.positive_int,
         metavar="T",
         help="tokens per row in training and prefill; slots of the cache in decoding "
-        f"(default: the model's context, at most {DEFAULT_SEQ})",
+        f"(default: the model's context, at most {DEFAULT_SEQ}; of a prompt with its "
+        f"answer in policy optimization at most {POLICY_SEQ})",
     )
     group.add_argument(
         "--dtype",

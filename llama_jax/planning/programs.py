@@ -26,7 +26,7 @@ from llama_jax.kernels.selection import (
 from llama_jax.model.cache import cache_shardings, init_cache
 from llama_jax.model.lora import Lora, lora_shapes
 from llama_jax.model.quantize import quantized_shapes
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Llama, ScalarModel
 from llama_jax.params import param_shapes
 from llama_jax.planning.workload import Workload
 from llama_jax.runtime import Runtime
@@ -136,7 +136,7 @@ def _train(work: Workload, model: Llama, mesh: Mesh) -> Program:
     if work.task != "train":
         lora = Lora(rank=work.rank, alpha=float(work.rank))
         shapes = lora_shapes(work.config, lora, dtype=work.param_dtype)
-        trained, frozen = _shard_weights(shapes, model, mesh), trained
+        trained, frozen = shard_weights(shapes, model, mesh), trained
     optimizer = make_optimizer(make_schedule("cosine", 3e-4, steps=1000, warmup=10))
     state = state_shapes(trained, optimizer, mesh)
     ids, mask = _tokens(work, mesh), _tokens(work, mesh, jnp.float32)
@@ -163,8 +163,12 @@ def _prefill(work: Workload, model: Llama, mesh: Mesh) -> Program:
 
 
 def _decode(work: Workload, model: Llama, mesh: Mesh) -> Program:
+    return decode_program(work, model, mesh, _weights(work, model, mesh))
+
+
+def decode_program(work: Workload, model: Llama, mesh: Mesh, params: Tree) -> Program:
+    """Make the program of a decoding step with these weights."""
     config, batch, slots = work.config, work.batch, work.seq
-    params = _weights(work, model, mesh)
 
     def make_lanes() -> Lanes:
         cache = init_cache(config, batch, slots, model.runtime.slot_dtype)
@@ -189,10 +193,11 @@ def _weights(work: Workload, model: Llama, mesh: Mesh) -> Tree:
         shapes = param_shapes(work.config, runtime.layer_layout, dtype=dtype)
     else:
         shapes = quantized_shapes(work.config, runtime, work.quantize)
-    return _shard_weights(shapes, model, mesh)
+    return shard_weights(shapes, model, mesh)
 
 
-def _shard_weights(shapes: Tree, model: Llama, mesh: Mesh) -> Tree:
+def shard_weights(shapes: Tree, model: Llama | ScalarModel, mesh: Mesh) -> Tree:
+    """Shapes of weights or adapters with the shardings that a model gives them."""
     shardings = weight_shardings(shapes, model.config, model.runtime, mesh)
     return jax.tree.map(_with_sharding, shapes, shardings)
 

@@ -131,11 +131,8 @@ class PolicyConfig(RunConfig):
     def make_optimizer(self, steps: int) -> optax.GradientTransformation:
         """The optimizer of policy and critic, each with its own rate and clipping."""
         updates = steps * self.updates_per_step
-        critic = dataclasses.replace(self, learning_rate=self.critic_learning_rate)
-        return optax.multi_transform(
-            {
-                "policy": RunConfig.make_optimizer(self, updates),
-                "critic": RunConfig.make_optimizer(critic, updates),
-            },
-            lambda params: {name: name for name in params},
-        )
+        optimizers = {"policy": RunConfig.make_optimizer(self, updates)}
+        if self.estimator == "gae":
+            critic = dataclasses.replace(self, learning_rate=self.critic_learning_rate)
+            optimizers["critic"] = RunConfig.make_optimizer(critic, updates)
+        return optax.multi_transform(optimizers, {name: name for name in optimizers})

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.arguments import checked
 from llama_jax.errors import TrainError
-from llama_jax.types import AnyArray, AnyMesh, Array, Int, Mesh, PyTree
+from llama_jax.types import AnyMesh, Array, Int, Mesh, PyTree
 
 
 class TrainState(NamedTuple):
@@ -105,9 +105,12 @@ def opt_state_shardings(
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def sharding_of(
-        moment: AnyArray, weight: AnyArray, sharding: NamedSharding
-    ) -> NamedSharding:
+    def is_masked(leaf: object) -> bool:
+        return isinstance(leaf, optax.MaskedNode)  # weights of another optimizer
+
+    def sharding_of(moment: PyTree, weight: PyTree, sharding: PyTree) -> PyTree:
+        if is_masked(moment):
+            return moment
         return sharding if moment.shape == weight.shape else replicated
 
     return optax.tree_utils.tree_map_params(
@@ -117,4 +120,5 @@ def opt_state_shardings(
         params,
         shardings,
         transform_non_params=lambda _: replicated,
+        is_leaf=is_masked,
     )

@@ -70,6 +70,10 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "plan decoding": PLAN,
     "plan training": (*PLAN, "--task", "train", "--batch", "1"),
     "plan qlora": (*PLAN, "--task", "qlora", "--batch", "1", "--seq", "16"),
+    "plan a policy": (*PLAN, "--task", "ppo", "--batch", "1"),
+    "plan adapters of a policy": (
+        *PLAN, "--task", "ppo-lora", "--batch", "1",
+    ),
     "plan GPUs": ("plan", "--topology", "h100:8", "--batch", "1"),
     "plan and compile": ("plan", "--topology", "h100", "--batch", "1", "--compile"),
     "plan and compile for TPUs": (*PLAN, "--batch", "1", "--compile"),

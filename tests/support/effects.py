@@ -45,6 +45,7 @@ from llama_jax.data.records import OnBad
 from llama_jax.errors import LlamaJaxError
 from llama_jax.generation.request import Request
 from llama_jax.model.transformer import ScalarModel
+from llama_jax.planning import policy_compiler, policy_report
 from llama_jax.planning.search import Plan
 from llama_jax.planning.workload import Workload
 from llama_jax.rlhf import __main__ as rlhf
@@ -112,6 +113,16 @@ class Decisions:
         self._replace_bench(patch)
         self._replace_rlhf(patch)
         patch.setattr(plan, "compile_plans", self._compile_plans)
+        patch.setattr(policy_report, "policy_lines", self._report)
+        patch.setattr(
+            policy_report,
+            "describe_policy",
+            lambda *args: self._report("JSON", *args),
+        )
+        patch.setattr(policy_compiler, "compile_policy", self._end("compile"))
+        patch.setattr(
+            plan, "devices_of", lambda args, _: self.record(args.gpu_target_config)
+        )
         patch.setattr(plan, "report_lines", self._report)
         patch.setattr(plan, "describe", lambda *args: self._report("JSON", *args))
         patch.setattr(plan, "what_fits", self.record)
