@@ -100,6 +100,10 @@ def _attention(
     mask = jnp.repeat(mask, heads // groups, axis=1)[:, None]
     scores = jnp.where(mask, scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if q_start is not None:
+        # What lies in the slots after the last query may be NaN, and 0 · NaN is NaN.
+        seen = jnp.arange(k.shape[2])[None] < q_start[:, None] + queries
+        v = jnp.where(seen[:, None, :, None], v, jnp.zeros_like(v))
     out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, precision=precision)
     out = out.reshape(batch, groups, queries, heads // groups, width).swapaxes(1, 2)
     return out.reshape(batch, queries, heads, width)

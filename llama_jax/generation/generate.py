@@ -196,7 +196,7 @@ def stream(
         max_bytes=max_batch_bytes,
     )
     for group in groups:
-        rows = [_Row(*owners[index], index, loaded) for index in group]
+        rows = [Row(*owners[index], index, loaded) for index in group]
         yield from _stream_batch(loaded, rows, chunk)
 
 
@@ -244,7 +244,7 @@ def check_logprobs(logprobs: np.ndarray, loaded: Loaded) -> None:
     )
 
 
-class _Row:
+class Row:
     """One completion of a request: turns its tokens into deltas."""
 
     def __init__(
@@ -316,7 +316,7 @@ class _Row:
         return tuple(scores.chosen[row, :count].tolist()), tuple(pairs)
 
 
-def _stream_batch(loaded: Loaded, rows: list[_Row], chunk: int) -> Iterator[Delta]:
+def _stream_batch(loaded: Loaded, rows: list[Row], chunk: int) -> Iterator[Delta]:
     """Run rows in one batch."""
     model, params, tokenizer = loaded.language_model, loaded.params, loaded.tokenizer
     requests = [row.request for row in rows]

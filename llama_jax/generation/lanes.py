@@ -218,25 +218,33 @@ def insert(
     Raises:
       ConfigError: the prefix does not fit the lanes.
     """
-    num_stop_ids, wide = prefix.stop_ids.shape[1], lanes.stop_ids.shape[1]
+    cache = caches.insert(
+        lanes.cache, lane, prefix.cache, pages, runtime=runtime, mesh=mesh
+    )
+    return set_row(lanes._replace(cache=cache), lane, prefix)
+
+
+def set_row(lanes: Lanes, lane: Int[Array, ""] | int, row: Lanes) -> Lanes:
+    """Replace everything of a lane but its cache by the only row of other lanes.
+
+    Raises:
+      ConfigError: the row has more stop ids than a lane holds.
+    """
+    num_stop_ids, wide = row.stop_ids.shape[1], lanes.stop_ids.shape[1]
     if num_stop_ids > wide:
         raise ConfigError(
             f"lanes: a request has {num_stop_ids} stop ids (padded), but a lane holds "
             f"{wide}; make the lanes with more (empty_lanes)"
         )
-    cache = caches.insert(
-        lanes.cache, lane, prefix.cache, pages, runtime=runtime, mesh=mesh
-    )
     fill = ((0, 0), (0, wide - num_stop_ids))
-    stop_ids = jnp.pad(prefix.stop_ids, fill, constant_values=-1)
+    row = row._replace(stop_ids=jnp.pad(row.stop_ids, fill, constant_values=-1))
 
-    def write(rows: Array, row: Array) -> Array:
+    def write(rows: Array, new: Array) -> Array:
         start: list[Array | int] = [lane, *[0] * (rows.ndim - 1)]
-        return jax.lax.dynamic_update_slice(rows, row, start)
+        return jax.lax.dynamic_update_slice(rows, new, start)
 
-    prefix = prefix._replace(stop_ids=stop_ids)
-    pairs = zip(lanes[1:], prefix[1:], strict=True)  # all but the cache
-    return Lanes(cache, *(jax.tree.map(write, *pair) for pair in pairs))
+    pairs = zip(lanes[1:], row[1:], strict=True)  # all but the cache
+    return Lanes(lanes.cache, *(jax.tree.map(write, *pair) for pair in pairs))
 
 
 @functools.partial(jax.jit, donate_argnames="lanes")

@@ -221,6 +221,49 @@ def insert(
     return KVCache(tuple(layers), cache.length.at[row].set(prefix.length[0]), table)
 
 
+def take_row(cache: KVCache, row: int | Int[Array, ""]) -> KVCache:
+    """A cache of one row of another: a copy of its slots, or the same pages.
+
+    The pages are those of all rows: tokens appended to the result are in them, and
+    `put_row` puts them back.
+    """
+    row = jnp.asarray(row, jnp.int32)
+
+    def only(rows: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(rows, row, 1)
+
+    length, table = only(cache.length), cache.page_table
+    if table is not None:
+        return KVCache(cache.layers, length, only(table))
+    return KVCache(jax.tree.map(only, cache.layers), length)
+
+
+def put_row(
+    cache: KVCache,
+    row: int | Int[Array, ""],
+    taken: KVCache,
+    *,
+    runtime: Runtime | None = None,
+    mesh: Mesh | None = None,
+) -> KVCache:
+    """Put back what `take_row` took, with what was appended to it since.
+
+    Args:
+      cache: dense, int8 or paged.
+      row: index of the row.
+      taken: of that row.
+      runtime: of the model; its rules count, on a mesh.
+      mesh: the devices of the cache.
+    """
+    if cache.page_table is None or taken.page_table is None:
+        return insert(cache, row, taken, runtime=runtime, mesh=mesh)
+    return KVCache(
+        taken.layers,
+        cache.length.at[row].set(taken.length[0]),
+        cache.page_table.at[row].set(taken.page_table[0]),
+    )
+
+
 def grow(cache: KVCache, num_slots: int) -> KVCache:
     """The same contents in a cache of more slots per row.
 
