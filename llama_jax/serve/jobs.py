@@ -7,7 +7,7 @@
 import collections
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.generation.generate import TopLogprobs
 from llama_jax.generation.request import Request
@@ -93,6 +93,7 @@ class Stats(NamedTuple):
     finished: int
 
 
+@runtime_checkable
 class Job(Protocol):
     """A submitted request."""
 
@@ -126,6 +127,7 @@ class Job(Protocol):
         """
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs requests. All of its methods may be called from any thread."""
 

@@ -70,6 +70,10 @@ class PrefixCache:
         """Ids of the pages with nothing in them."""
         return tuple(self._free)
 
+    def shared_pages(self) -> list[int]:
+        """Ids of the pages that hold shared chunks, used or not."""
+        return [chunk.page for chunk in self._chunks.values()]
+
     def cached_tokens(self, lane: LanePages) -> int:
         """Tokens at the beginning of a lane that are in shared chunks."""
         return len(lane.chunks) * self._size

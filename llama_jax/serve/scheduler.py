@@ -31,7 +31,7 @@ from llama_jax.serve.engine import (
 )
 from llama_jax.serve.engine_config import EngineConfig
 from llama_jax.serve.fair_queue import FairQueue
-from llama_jax.serve.jobs import Delta, QueuedJob, Stats, TokenLogprob
+from llama_jax.serve.jobs import Delta, QueuedJob, Stats, TokenLogprob, Usage
 from llama_jax.serve.prefix_cache import LanePages, PrefixCache
 from llama_jax.types import Array
 
@@ -183,6 +183,9 @@ class Scheduler:
             self.running[lane] = sample
             self._reading.append(sample)
             self._prompt_tokens += len(prompt)
+            if sample.index == 0:
+                cached = self.prefixes.cached_tokens(pages)
+                sample.job.usage = Usage(len(prompt), cached)
 
     def _read(self, sample: Sample) -> tuple[Sample, Emitted] | None:
         """Read the next chunk of a prompt; after the last, sample a token."""
@@ -199,9 +202,6 @@ class Scheduler:
             return None
         self._reading.remove(sample)
         self._cached += sample.cached
-        if sample.index == 0:
-            usage = sample.job.usage
-            sample.job.usage = usage._replace(cached_prompt_tokens=sample.cached)
         inputs = self._inputs(sample.request, sample.index)
         return sample, self._first_token(sample.lane, logits, inputs)
 
