@@ -1,5 +1,6 @@
 """GGUF files of llama.cpp: weights, configuration and tokenizer in one file."""
 
+import functools
 import pathlib
 from typing import get_args
 
@@ -26,6 +27,7 @@ from llama_jax.conversion.gguf_tensors import (
     require_gguf,
     tensor_layout,
 )
+from llama_jax.conversion.gguf_text_settings import left_out_ends
 from llama_jax.conversion.gguf_tokenizer import read_tokenizer, tokenizer_metadata
 from llama_jax.conversion.source import (
     LazyModel,
@@ -80,13 +82,15 @@ def read_gguf(path: pathlib.Path, *, max_seq_len: int | None = None) -> Source:
             max_seq_len,
             "from the file's metadata",
         )
+    tokenizer = functools.cache(lambda: read_tokenizer(header))
     return Source(
         path=path,
         format=GGUF,
         config=config,
         max_seq_len_origin=origin,
         tensors=tensors,
-        find_tokenizer=lambda: (read_tokenizer(header), path),
+        find_tokenizer=lambda: (tokenizer(), path),
+        text_notes=lambda: left_out_ends(header, tokenizer()),
     )
 
 

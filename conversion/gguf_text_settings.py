@@ -118,6 +118,22 @@ def _read_ends(
     return tuple(dict.fromkeys(id for id in ends if id not in no_ends))
 
 
+def left_out_ends(header: Header, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return sentences about ids that a file names as ends, and that are none."""
+    kinds = {
+        tokenizer.bos_id: "begin of sequence",
+        tokenizer.unk_id: "unknown text",
+        tokenizer.pad_id: "padding",
+    }
+    size = header.entries[f"{TOKENIZER}tokens"].length or 0
+    ids = {TOKENIZER + key: token_id(header, key, size) for key in _ENDS}
+    return tuple(
+        f"{key} {id} is left out: it is {kinds[id]}"
+        for key, id in ids.items()
+        if id in kinds and id != tokenizer.eos_id
+    )
+
+
 def _read_templates(header: Header) -> dict[str, str]:
     prefix = f"{_TEMPLATE}."
     templates = {}

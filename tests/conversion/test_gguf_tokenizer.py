@@ -23,7 +23,7 @@ from llama_jax.conversion.gguf_byte_level import SPLIT_RULES
 from llama_jax.conversion.gguf_header import MetadataValue
 from llama_jax.conversion.gguf_text_settings import SETTINGS
 from llama_jax.conversion.gguf_tokenizer import tokenizer_metadata
-from llama_jax.conversion.source import LazyModel
+from llama_jax.conversion.source import LazyModel, Source
 from llama_jax.errors import ConfigError, LlamaJaxError, TokenizerError
 from llama_jax.text.byte_level_bpe import LLAMA3_SPECIAL
 from llama_jax.text.byte_level_json import GPT2_PATTERN
@@ -67,8 +67,8 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def opened(folder: pathlib.Path, fields: dict[str, Any], **other: Any) -> Tokenizer:
-    """The tokenizer of a file with these fields, written by gguf; None leaves one out.
+def source(folder: pathlib.Path, fields: dict[str, Any], **other: Any) -> Source:
+    """A file with these fields, written by gguf; None leaves one out.
 
     Args:
       folder: to write to.
@@ -81,7 +81,12 @@ def opened(folder: pathlib.Path, fields: dict[str, Any], **other: Any) -> Tokeni
     tensors = renamed(make(config)[0])
     present = {key: value for key, value in whole.items() if value is not None}
     path = write_foreign(folder / "x.gguf", metadata(config) | present, tensors)
-    tokenizer, _ = read_gguf(path).find_tokenizer()
+    return read_gguf(path)
+
+
+def opened(folder: pathlib.Path, fields: dict[str, Any], **other: Any) -> Tokenizer:
+    """The tokenizer of `source`."""
+    tokenizer, _ = source(folder, fields, **other).find_tokenizer()
     return tokenizer
 
 
@@ -135,6 +140,23 @@ def test_ends_are_those_of_llama_cpp(tmp_path: pathlib.Path, kind: str) -> None:
         if kind == "sentencepiece" and "unknown_token_id" in ids:
             continue  # <unk> is a piece
         assert list(opened(tmp_path, fields | more | ids).end_ids) == ends, ids
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [("bos", "begin of sequence"), ("padding", "padding")]
+)
+def test_an_end_that_is_another_special_token_is_left_out_with_a_line(
+    tmp_path: pathlib.Path, key: str, kind: str
+) -> None:
+    end = SENTENCEPIECE["tokens"].index("<|im_start|>")
+    fields = SENTENCEPIECE | {"eot_token_id": end}
+    file = source(tmp_path, fields)
+    assert end in file.find_tokenizer()[0].end_ids
+    assert file.text_notes() == ()
+    file = source(tmp_path, fields | {f"{key}_token_id": end})
+    assert end not in file.find_tokenizer()[0].end_ids
+    (note,) = file.text_notes()
+    assert note == f"tokenizer.ggml.eot_token_id {end} is left out: it is {kind}"
 
 
 def test_the_end_of_an_infilling_ends_no_answer(tmp_path: pathlib.Path) -> None:
