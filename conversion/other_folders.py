@@ -113,8 +113,8 @@ def _why_run(run: pathlib.Path) -> str:
     results = [run / name for name in _RESULTS if (run / name).is_dir()]
     if not results:
         return (
-            "belongs to a training run that has no result yet; resume it with "
-            f"`python -m llama_jax.finetune --resume --output {run}`"
+            "belongs to a training run that has no result yet; resume it with the "
+            f"command that started it, and --resume --output {run}"
         )
     adapters = [path for path in results if _is_adapter(path)]
     if adapters:

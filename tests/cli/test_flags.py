@@ -5,9 +5,10 @@ fails until the command reads it or has a rule that refuses it.
 """
 
 import ast
+import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -144,6 +145,8 @@ VALUES = {
     "--topology": ["v5p:2x2x1"],
 }
 """Values to try, in words, for flags without choices that need a certain one."""
+IMPLIED = ("--chat",)
+"""Flags that others imply."""
 REFUSED = ("has no effect", "not allowed with")
 
 
@@ -205,31 +208,60 @@ def flags_of(parser: ArgumentParser) -> Iterator[tuple[str, list[str]]]:
 def test_a_flag_has_an_effect_or_is_refused_by_name(
     name: str, files: dict[str, str], loaded: Loaded
 ) -> None:
-    context = CONTEXTS[name]
+    command, given = split(CONTEXTS[name])
+    overruled: list[str] = []
 
-    def decide(*more: str) -> tuple[str, str]:
-        words = [word.format_map(files) for word in (*context, *more)]
-        return effect(loaded, words)
+    def decide(
+        more: tuple[str, ...] = (), without: tuple[str, ...] = ()
+    ) -> tuple[str, str]:
+        kept = [arguments for arguments in given if arguments != without]
+        words = itertools.chain(command, *kept, more)
+        return effect(loaded, [word.format_map(files) for word in words])
 
     def is_used_or_refused(flag: str, value: str) -> bool:
-        after, error = decide(flag, *value.format_map(files).split())
+        more = (flag, *value.split())
+        after, error = decide(more)
         if error and flag in ("--from", "--tokenizer"):  # it has read what does not fit
             return True
         # The refused flag is this one, or one that has no effect with this one.
         refused = flag in error and any(words in error for words in REFUSED)
+        if not error and after != before and flag != "--show-batch":
+            overruled.extend(
+                f"{other[0]} with {flag}"
+                for other in effective
+                if decide(more, without=other) == (after, "")
+            )
         return refused or (not error and after != before)
 
     before, error = decide()
     assert not error
     assert decide() == (before, ""), "the effect must be repeatable"
-    parser = PARSERS.get(" ".join(context[:2])) or PARSERS[context[0]]
+    effective = [
+        arguments
+        for arguments in given
+        if arguments[0] not in IMPLIED and decide(without=arguments) != (before, "")
+    ]
+    parser = PARSERS.get(" ".join(command[:2])) or PARSERS[command[0]]
     silent = [
         flag
         for flag, values in flags_of(parser)
-        if flag not in context
+        if flag not in CONTEXTS[name]
         and not any(is_used_or_refused(flag, value) for value in values)
     ]
     assert not silent, f"these have no effect and no rule that says so: {silent}"
+    assert not overruled, f"the first has no effect, and no rule says so: {overruled}"
+
+
+def split(context: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The command with its positional arguments, and each flag with its arguments."""
+    first = next((i for i, x in enumerate(context) if x.startswith("--")), len(context))
+    flags: list[tuple[str, ...]] = []
+    for word in context[first:]:
+        if word.startswith("--"):
+            flags.append((word,))
+        else:
+            flags[-1] += (word,)
+    return list(context[:first]), flags
 
 
 def test_every_parser_of_the_library_is_tested() -> None:

@@ -553,7 +553,7 @@ def test_a_run_given_as_a_checkpoint_or_adapter_names_its_results(
     run = tmp_path / "run"
     run.mkdir()
     (run / RUN_FILE).write_text("{}")
-    refused(run, f"no result yet; resume it with .*--resume --output {run}`$")
+    refused(run, f"no result yet; resume it with .*--resume --output {run}$")
     for result in ("adapter", "best"):
         shutil.copytree(copy(f"peft{'-bin' * (result == 'best')}"), run / result)
     words = f"--checkpoint BASE --adapter {run}/adapter or {run}/best$"

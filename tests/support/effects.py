@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import pathlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -159,7 +160,7 @@ class Decisions:
         ) -> None:
             for _, request in pairs:
                 self._request(dataclasses.replace(request, logprobs=None))
-            self.record(output)
+            self.record(pathlib.Path(output))
             raise _Decided
 
         class Conversation:
