@@ -18,6 +18,7 @@ from llama_jax.bench.data import DataReport, measure_data
 from llama_jax.bench.decode import DecodeReport, measure_decode
 from llama_jax.bench.kernel_schedules import compare
 from llama_jax.bench.kernel_times import measure_times, time_lines
+from llama_jax.bench.learning import LearningReport, measure_learning
 from llama_jax.bench.machine import describe_machine
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
 from llama_jax.bench.schedule import CORES
@@ -32,7 +33,14 @@ from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import JsonObject, Mesh
 
-Report = DecodeReport | PrefillReport | TrainReport | DataReport | ConversionReport
+Report = (
+    DecodeReport
+    | PrefillReport
+    | TrainReport
+    | DataReport
+    | ConversionReport
+    | LearningReport
+)
 
 
 class Result(NamedTuple):
@@ -54,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prefill": _prefill,
         "data": _data,
         "conversion": _conversion,
+        "rlhf": _rlhf,
     }[args.benchmark]
     result, machine = measure(args), describe_machine()
     if args.json:
@@ -142,6 +151,18 @@ def _data(args: argparse.Namespace) -> Result:
     settings = _settings(args, *names)
     settings["files"] = " ".join(args.files) or "generated"
     return Result(settings, report, tables.data_rows(report))
+
+
+def _rlhf(args: argparse.Namespace) -> Result:
+    names = ("seeds", "iterations")
+    report = measure_learning(
+        only=args.only,
+        data=args.data,
+        folder=pathlib.Path(args.folder),
+        **_settings(args, *names),
+    )
+    settings = {"model": "bundled", **_settings(args, "only", "data", *names)}
+    return Result(settings, report, tables.learning_rows(report))
 
 
 def _kernels(args: argparse.Namespace) -> int:

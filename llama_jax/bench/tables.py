@@ -1,8 +1,11 @@
 """Reports of benchmarks as rows of a table: names, and values with units."""
 
+from collections.abc import Iterable
+
 from llama_jax.bench.conversion import ConversionReport
 from llama_jax.bench.data import DataReport
 from llama_jax.bench.decode import DecodeReport
+from llama_jax.bench.learning import LearningReport
 from llama_jax.bench.prefill import PrefillReport
 from llama_jax.bench.train import TrainReport
 
@@ -89,4 +92,42 @@ def train_rows(report: TrainReport) -> dict[str, str]:
             f"({report.peer.tokens_per_s:,.1f} tokens/s)"
         )
         rows["speedup"] = f"{report.peer.speedup:.2f}"
+    return rows
+
+
+def learning_rows(report: LearningReport) -> dict[str, str]:
+    """Rows of learning from preferences and rewards."""
+
+    def numbers(values: Iterable[float], form: str) -> str:
+        return "  ".join(form.format(value) for value in values)
+
+    rows = {}
+    for name, result in report.policy.items():
+        rows[name] = (
+            f"reward {result.first:.3f} to {result.last:.3f} "
+            f"({numbers(result.last_by_seed, '{:.3f}')}), KL {result.kl:.2f} nats"
+        )
+    for rated in report.ratings:
+        rows[f"margins {rated.margins}"] = (
+            f"accuracy {numbers(rated.accuracy, '{:.1%}')}, difference of scores "
+            f"{numbers(rated.difference, '{:.2f}')}, by rating"
+        )
+    if report.reward is not None:
+        rewards = report.reward
+        rows |= {
+            "held-out pairs": f"{rewards.pairs:,}",
+            "reward model": f"{rewards.accuracy:.1%} ± {rewards.error:.1%}",
+            "the shorter dialog": f"{rewards.shorter:.1%}",
+            "bag of words": f"{rewards.bag_of_words:.1%}",
+            "in training": f"{rewards.training_accuracy:.1%}",
+            "score and length": f"correlation {rewards.length_correlation:+.3f}",
+            "by quartile": f"{numbers(rewards.by_quartile, '{:.1%}')} (bag of words "
+            f"{numbers(rewards.bag_by_quartile, '{:.1%}')})",
+        }
+    for name, direct in report.dpo.items():
+        rows[f"DPO, {name}"] = (
+            f"margin {direct.margin:+.3f} ± {direct.error:.3f}, accuracy "
+            f"{direct.accuracy:.1%}, chosen {direct.chosen_reward:+.3f}, "
+            f"{direct.pairs:,} held-out pairs"
+        )
     return rows

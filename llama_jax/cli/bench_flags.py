@@ -1,12 +1,13 @@
 """The arguments of `python -m llama_jax.bench`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import jax
 
 from llama_jax.bench.attention_work import KINDS
+from llama_jax.bench.learning import PARTS
 from llama_jax.bench.schedule import CORES
 from llama_jax.bench.train import PeerName
 from llama_jax.cli.command import positive_int
@@ -21,11 +22,29 @@ _SCHEDULES = Rule(
     lambda args: not args.time and jax.default_backend() == "cpu",
     "on times, which --time, a TPU or a GPU measures",
 )
-_KERNELS: Rules = {
-    "--chips": _SCHEDULES,
-    "--int8": _DECODE,
-    "--page": _DECODE,
-    "--sweep": _SCHEDULES,
+
+
+def _part(*names: str) -> Rule:
+    """A rule that one of these parts of `bench rlhf` is measured."""
+    listed = " or ".join(names)
+    return Rule(
+        lambda args: args.only in (None, *names), f"without {listed}", f"for {listed}"
+    )
+
+
+_RULES: Mapping[str, Rules] = {
+    "kernels": {
+        "--chips": _SCHEDULES,
+        "--int8": _DECODE,
+        "--page": _DECODE,
+        "--sweep": _SCHEDULES,
+    },
+    "rlhf": {
+        "--data": _part("reward", "dpo"),
+        "--folder": _part("policy"),
+        "--iterations": _part("policy"),
+        "--seeds": _part("policy"),
+    },
 }
 
 
@@ -57,12 +76,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             "time and host memory, next to a copy of the same bytes",
             _add_conversion,
         ),
+        (
+            "rlhf",
+            "what the bundled model learns from preferences and rewards",
+            _add_rlhf,
+        ),
     ):
         benchmark = benchmarks.add_parser(
             name,
             help=purpose,
             description=purpose,
-            rules=_KERNELS if name == "kernels" else {},
+            rules=_RULES.get(name, {}),
         )
         add_arguments(benchmark)
         benchmark.add_argument(
@@ -236,4 +260,32 @@ def _add_conversion(parser: ArgumentParser) -> None:
         default=".",
         metavar="DIR",
         help="where there is room (default: the current folder)",
+    )
+
+
+def _add_rlhf(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        help="one part (default: all). policy: reward against KL under rejection "
+        "sampling, PPO, RLOO and GRPO; ratings: reward models with margins, on planted "
+        "ratings; reward: reward models in 5 folds of --data, next to simple rules; "
+        "dpo: margins of held-out pairs, planted and of --data",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="preferences, such as HH-RLHF's; reward needs it",
+    )
+    _add_numbers(
+        parser,
+        seeds=(3, "runs of each method"),
+        iterations=(30, "iterations of each run, of 32 answers"),
+    )
+    parser.add_argument(
+        "--folder",
+        default=".",
+        metavar="DIR",
+        help="for reward-kl.csv and, if matplotlib is installed, reward-kl.png "
+        "(default: the current folder)",
     )

@@ -111,6 +111,9 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "bench kernels time": ("bench", "kernels", "--time"),
     "bench data": ("bench", "data"),
     "bench conversion": ("bench", "conversion"),
+    "bench rlhf": ("bench", "rlhf"),
+    "bench rlhf policy": ("bench", "rlhf", "--only", "policy"),
+    "bench rlhf dpo": ("bench", "rlhf", "--only", "dpo"),
 }  # fmt: skip
 VALUES = {
     "--accumulate": ["2"],
