@@ -16,13 +16,14 @@ from llama_jax.bench.bag_of_words import fit_and_score
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.loading import Opened
 
-LENGTH = 32
+LENGTH = 48  # the tiny tokenizer spells most words
 
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = tmp_path_factory.mktemp("base") / "model"
-    save_params(folder, random_params(TALKING), TALKING, tokenizer=tiny_tokenizer())
+    config = TALKING.replace(max_seq_len=64)
+    save_params(folder, random_params(config), config, tokenizer=tiny_tokenizer())
     return llama_jax.open_model(folder)
 
 
@@ -56,7 +57,7 @@ def test_planted_pairs_have_their_ratings_and_may_be_swapped(opened: Opened) -> 
 def test_each_fold_is_scored_by_a_model_that_has_not_seen_it(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = preference_learning.planted_pairs(opened, count=40, length=LENGTH, seed=0)
+    pairs = preference_learning.planted_pairs(opened, count=96, length=LENGTH, seed=0)
     trained: list[object] = []
 
     class Trainer(preference_learning._Trainer):
@@ -74,23 +75,23 @@ def test_each_fold_is_scored_by_a_model_that_has_not_seen_it(
     monkeypatch.setattr(preference_learning, "_Trainer", Trainer)
     monkeypatch.setattr(preference_learning, "_scores", scores)
     result = preference_learning.measure_reward_model(
-        opened, pairs, length=LENGTH, folds=2, epochs=4, learning_rate=1e-2
+        opened, pairs, length=LENGTH, folds=2, epochs=3, learning_rate=1e-2
     )
     everything = {id(pair) for pair in pairs}
     assert trained == scored[::-1]
     assert set.union(*scored) == everything  # type: ignore[arg-type]
-    assert (result.pairs, len(result.by_quartile)) == (40, 4)
+    assert (result.pairs, len(result.by_quartile)) == (96, 4)
     assert result.bag_of_words == pytest.approx(np.mean(result.bag_by_quartile))
     assert result.accuracy == pytest.approx(np.mean(result.by_quartile))
     assert result.accuracy > 0.7
 
 
 def test_dpo_raises_the_margin_of_held_out_pairs(opened: Opened) -> None:
-    pairs = preference_learning.planted_pairs(opened, count=64, length=LENGTH, seed=0)
+    pairs = preference_learning.planted_pairs(opened, count=96, length=LENGTH, seed=0)
     result = preference_learning.measure_dpo(
         opened, pairs, length=LENGTH, learning_rate=1e-2
     )
-    assert result.pairs == 16
+    assert result.pairs == 24
     assert result.margin > 3 * result.error > 0
     assert result.accuracy > 0.7
 

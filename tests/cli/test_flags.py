@@ -143,6 +143,7 @@ VALUES = {
     "--reward-format": ["alpaca"],
     "--rope-scaling": ["linear,factor=2"],
     "--seq-length": ["200"],
+    "--seeds": ["5"],
     "--shapes": ["N4K4H64"],
     "--tokenizer": ["{tokenizer}"],
     "--topology": ["v5p:2x2x1"],
