@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from llama_jax.arguments import checked
 from llama_jax.checkpoint.model_folder import Loaded
@@ -35,10 +35,14 @@ class Score(NamedTuple):
     Attributes:
       logprobs: log-probabilities (nats) under the model's own distribution.
       greedy: whether each token is the likeliest one (of equals, the lowest id).
+      best_ids: the likeliest token at each position; -1 at the first.
+      best_logprobs: its log-probability.
     """
 
     logprobs: Float[np.ndarray, " T"]
     greedy: Bool[np.ndarray, " T"]
+    best_ids: Int[np.ndarray, " T"]
+    best_logprobs: Float[np.ndarray, " T"]
 
 
 @checked(PromptError)
@@ -93,22 +97,31 @@ def score(
             for row, index in enumerate(group):
                 ids = requests[index].prompt_ids
                 tokens[row, : len(ids)] = ids
-            both = _score_batch(model, loaded.params, jnp.asarray(tokens))
-            logprobs, greedy = to_host(both)
+            scored = _score_batch(model, loaded.params, jnp.asarray(tokens))
+            logprobs, best, best_logprobs = to_host(scored)
             for row, index in enumerate(group):
                 length = len(requests[index].prompt_ids)
                 check_logprobs(logprobs[row, :length], loaded)
-                scores[index] = Score(logprobs[row, :length], greedy[row, :length])
+                scores[index] = Score(
+                    logprobs[row, :length],
+                    best[row, :length] == tokens[row, :length],
+                    best[row, :length],
+                    best_logprobs[row, :length],
+                )
     return [scores[index] for index in range(len(requests))]
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _score_batch(
     model: Llama, params: Params, tokens: Tokens
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"], Float[Array, "B T"]]:
     """Scores of right-padded rows; what stands at the padding means nothing."""
     targets = jnp.roll(tokens, -1, axis=1)
-    logprobs, greedy = apply(model, params, tokens, targets, method="scores")
-    first = jnp.arange(tokens.shape[1]) == 0
-    logprobs = jnp.where(first[None], 0.0, jnp.roll(logprobs, 1, axis=1))
-    return logprobs, ~first[None] & jnp.roll(greedy, 1, axis=1)
+    scores = apply(model, params, tokens, targets, method="scores")
+    logprobs, best, best_logprobs = (jnp.roll(x, 1, axis=1) for x in scores)
+    first = (jnp.arange(tokens.shape[1]) == 0)[None]
+    return (
+        jnp.where(first, 0.0, logprobs),
+        jnp.where(first, -1, best),
+        jnp.where(first, 0.0, best_logprobs),
+    )

@@ -20,7 +20,7 @@ from llama_jax.model.linear import linear
 from llama_jax.model.rope import rope_tables
 from llama_jax.model.token_loss import greedy_tokens, token_losses
 from llama_jax.runtime import Runtime
-from llama_jax.types import Array, Bool, Float, Hidden, Int, Mesh, Params, Tokens
+from llama_jax.types import Array, Float, Hidden, Int, Mesh, Params, Tokens
 
 
 class TransformerOutput(NamedTuple):
@@ -222,15 +222,18 @@ class Llama(_Model):
 
     def scores(
         self, tokens: Tokens, targets: Tokens
-    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-        """Compute log p of each target (nats) and whether it is the likeliest token.
+    ) -> tuple[Float[Array, "B T"], Int[Array, "B T"], Float[Array, "B T"]]:
+        """Compute log p of each target (nats), the likeliest token, and its log p.
 
         `apply(model, params, tokens, targets, method="scores")`; arguments as of
         `losses`. Of equally likely tokens, the lowest id is the likeliest.
         """
         out, head = self._run(tokens)
         best = greedy_tokens(out.x, head, rules=self.runtime.rules, mesh=self.mesh)
-        return -self._losses(out, head, targets), self._in_order(best, "B T") == targets
+        best = self._in_order(best, "B T")
+        losses = (self._losses(out, head, ids) for ids in (targets, best))
+        target_loss, best_loss = losses
+        return -target_loss, best, -best_loss
 
     def _losses(
         self, out: TransformerOutput, head: Array, targets: Tokens

@@ -1,0 +1,1 @@
+"""The protocols of clients: JSON in, requests; deltas in, JSON out. No HTTP here."""
