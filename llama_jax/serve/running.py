@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from llama_jax.errors import LlamaJaxError
 from llama_jax.serve.api.call import Call, Event
 from llama_jax.serve.api.errors import api_error
 from llama_jax.serve.jobs import Delta, Engine, Job
+
+_log = logging.getLogger("llama_jax.serve")
 
 
 async def answer(
@@ -142,9 +146,11 @@ class EventStream(Response):
                 async for number, delta in _deltas(self._jobs, self._call):
                     await write(self._call.push(number, delta))
             await write(self._call.end([job.usage for job in self._jobs]))
-        except OSError:  # nobody listens
-            return
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                return  # nobody listens
+            if not isinstance(error, LlamaJaxError | TimeoutError):
+                _log.exception("a stream failed")
             await write([Event(api_error(error).body(), "error")])
         await send({"type": "http.response.body", "body": self._call.last_line})
 

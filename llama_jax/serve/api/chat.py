@@ -44,7 +44,7 @@ _UNSUPPORTED: dict[str, Any] = {
     "web_search_options": None,
 }
 """Fields of the protocol that are refused, and the values that do not use them."""
-_EMPTY = {"annotations": [], "tool_calls": []}
+_EMPTY: dict[str, Any] = {"annotations": [], "tool_calls": []}
 _ROLES = {"system": "system", "developer": "system", "user": "user"}
 _ROLES |= {"assistant": "assistant"}
 

@@ -90,8 +90,8 @@ class Completions:
             if isinstance(prompt, str):
                 request = text_request(tokenizer, prompt, **settings)
             else:
-                ends = text_stop_ids(tokenizer)
-                request = Request(prompt, stop_ids=ends, **settings)
+                with_ends: Settings = {**settings, "stop_ids": text_stop_ids(tokenizer)}
+                request = Request(prompt, **with_ends)
             # The text follows the prompt's: with the space between them.
             requests.append(dataclasses.replace(request, after_marker=True))
         self._prompts = [
