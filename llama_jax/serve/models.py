@@ -2,10 +2,10 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 
 import jax
-import jaxlib.version
 
 from llama_jax._version import __version__
 from llama_jax.checkpoint.fingerprint import fingerprint
@@ -75,7 +75,7 @@ def system_fingerprint(loaded: Loaded, engine: object = None) -> str:
         engine,
         hashlib.sha256(loaded.tokenizer.contents).hexdigest(),
         loaded.tokenizer.settings,
-        (__version__, jax.__version__, jaxlib.version.__version__),
+        (__version__, jax.__version__, importlib.metadata.version("jaxlib")),
         (devices[0].device_kind, len(devices)),
         None if model.mesh is None else dict(model.mesh.shape),
     )

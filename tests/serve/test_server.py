@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.models import tiny_tokenizer
-from support.serving import ScriptedEngine, served
+from support.scripted_engine import ScriptedEngine, served
 
 for _name in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(_name, reason="needs the extra serve")
