@@ -1,7 +1,7 @@
-"""A report of a run, as Markdown and as a page: numbers, settings, samples, loss curve.
+"""A report of a run, as Markdown and as a page: numbers, settings, samples, curves.
 
-The curve is drawn with matplotlib (`llama-jax[plots]`). A table of the losses is always
-there.
+Curves of the losses, and of reward against KL where records have them, are drawn with
+matplotlib (`llama-jax[plots]`). Tables of the same numbers are always there.
 """
 
 import base64
@@ -18,7 +18,6 @@ from llama_jax.types import Path
 Points = list[tuple[float, float]]
 Table = Sequence[Sequence[object]]
 
-_PICTURE = "loss.png"
 _TABLE_ROWS = 10
 
 
@@ -30,7 +29,9 @@ def write_report(
     tables: Mapping[str, Table] | None = None,
     samples: Sequence[Record] = (),
 ) -> list[pathlib.Path]:
-    """Write report.md, report.html and, if matplotlib is installed, loss.png.
+    """Write report.md, report.html and, if matplotlib is installed, its pictures.
+
+    They are loss.png, and reward.png for records with rewards.
 
     Args:
       folder: of the run, with its metrics.jsonl.
@@ -48,13 +49,18 @@ def write_report(
     tables = {
         "Results": [("", ""), *results.items()],
         "Loss": loss_table(records),
+        **({"Reward": reward_table(records)} if rewards(records) else {}),
         **(tables or {}),
         "Settings": [("", ""), *_changed(settings).items()],
     }
-    picture = folder / _PICTURE if draw_losses(folder / _PICTURE, records) else None
-    files = [] if picture is None else [picture]
+    pictures: dict[str, pathlib.Path] = {}
+    if draw_losses(folder / "loss.png", records):
+        pictures["loss by step"] = folder / "loss.png"
+    if rewards(records) and draw_rewards(folder / "reward.png", records):
+        pictures["reward against KL"] = folder / "reward.png"
+    files = list(pictures.values())
     for name, write in (("report.html", _page), ("report.md", _markdown)):
-        (folder / name).write_text(write(tables, samples, picture), "utf-8")
+        (folder / name).write_text(write(tables, samples, pictures), "utf-8")
         files.insert(0, folder / name)
     return files
 
@@ -133,6 +139,45 @@ def loss_table(records: Sequence[Record]) -> Table:
     return rows
 
 
+def rewards(records: Sequence[Record]) -> Sequence[Record]:
+    """The records of policy optimization, with finite `reward` and `kl`."""
+    names = ("reward", "kl")
+    return [r for r in records if all(r.get(name) is not None for name in names)]
+
+
+def reward_table(records: Sequence[Record]) -> Table:
+    """Rows of step, and means of rewards and others since the row above."""
+    names = ("reward", "kl", "entropy", "clipped", "length", "truncated")
+    measured = rewards(records)
+    rows: list[Sequence[object]] = [("step", *names)]
+    size = max(-(-len(measured) // _TABLE_ROWS), 1)
+    for start in range(0, len(measured), size):
+        part = measured[start : start + size]
+        row: list[object] = [part[-1]["step"]]
+        for name in names:
+            values = [r[name] for r in part if r.get(name) is not None]
+            row.append(f"{statistics.fmean(values):.4g}" if values else "")
+        rows.append(row)
+    return rows
+
+
+def draw_rewards(path: pathlib.Path, records: Sequence[Record]) -> bool:
+    """Draw reward against KL as a PNG; return false if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    measured = rewards(records)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="KL(policy ‖ reference) per token, estimate k3")
+    axes.set_ylabel("reward")
+    kl, steps = [r["kl"] for r in measured], [r["step"] for r in measured]
+    points = axes.scatter(kl, [r["reward"] for r in measured], c=steps)
+    figure.colorbar(points, label="step")
+    figure.savefig(path, dpi=120)
+    return True
+
+
 def draw_losses(path: pathlib.Path, records: Sequence[Record]) -> bool:
     """Draw the loss curves as a PNG; return false if matplotlib is not installed."""
     try:
@@ -166,11 +211,11 @@ def peak_memory_bytes() -> int:
 def _markdown(
     tables: Mapping[str, Table],
     samples: Sequence[Record],
-    picture: pathlib.Path | None,
+    pictures: Mapping[str, pathlib.Path],
 ) -> str:
     lines = ["# Training run", ""]
-    if picture is not None:
-        lines += [f"![loss by step]({picture.name})", ""]
+    for title, picture in pictures.items():
+        lines += [f"![{title}]({picture.name})", ""]
     for title, table in tables.items():
         lines += [f"## {title}", ""]
         for number, row in enumerate(table):
@@ -191,7 +236,7 @@ def _markdown(
 def _page(
     tables: Mapping[str, Table],
     samples: Sequence[Record],
-    picture: pathlib.Path | None,
+    pictures: Mapping[str, pathlib.Path],
 ) -> str:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -201,9 +246,9 @@ def _page(
         "img{max-width:100%}</style>",
         "<h1>Training run</h1>",
     ]
-    if picture is not None:
+    for title, picture in pictures.items():
         data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f"<img alt='loss by step' src='data:image/png;base64,{data}'>")
+        parts.append(f"<img alt='{title}' src='data:image/png;base64,{data}'>")
     for title, table in tables.items():
         rows = "".join(
             "<tr>"

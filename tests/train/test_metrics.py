@@ -1,5 +1,6 @@
 """Records on disk: each step once, whatever happened; and what is made of them."""
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -193,6 +194,22 @@ def test_a_table_of_losses_has_few_rows_and_all_steps(losses: list[float]) -> No
     rows = loss_table(records)[1:]
     assert len(rows) <= 10
     assert [row[0] for row in rows[-1:]] == ([len(losses)] if losses else [])
+
+
+def test_a_report_of_a_policy_has_reward_against_kl(tmp_path: pathlib.Path) -> None:
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        for step, reward in enumerate((0.25, float("nan"), 0.5), start=1):
+            facts = {"reward": reward, "kl": step / 100, "length": 5.0 * step}
+            metrics.write(record(step, 1.0) | facts)
+    files = write_report(tmp_path, {})
+    text = (tmp_path / "report.md").read_text()
+    assert "| step | reward | kl | entropy | clipped | length | truncated |" in text
+    assert "| 1 | 0.25 | 0.01 |  |  | 5 |  |" in text
+    assert "| 3 | 0.5 | 0.03 |" in text
+    assert "| 2 | " not in text.partition("## Reward")[2].partition("##")[0]
+    if importlib.util.find_spec("matplotlib"):
+        assert tmp_path / "reward.png" in files
+        assert "![reward against KL](reward.png)" in text
 
 
 def test_losses_are_drawn_if_matplotlib_is_installed(
