@@ -71,7 +71,6 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "plan decoding": PLAN,
     "plan training": (*PLAN, "--task", "train", "--batch", "1"),
     "plan qlora": (*PLAN, "--task", "qlora", "--batch", "1", "--seq", "16"),
-    "plan a policy": (*PLAN, "--task", "ppo", "--batch", "1"),
     "plan adapters of a policy": (
         *PLAN, "--task", "ppo-lora", "--batch", "1",
     ),
@@ -117,6 +116,7 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 VALUES = {
     "--accumulate": ["2"],
+    "--answers": ["128"],
     "--batch-size": ["128"],
     "--chips": ["v4"],
     "--critic": ["{other}"],
@@ -142,6 +142,7 @@ VALUES = {
     "--ranks": ["2", "4"],
     "--reward-format": ["alpaca"],
     "--rope-scaling": ["linear,factor=2"],
+    "--seq": ["3", "512"],
     "--seq-length": ["200"],
     "--seeds": ["5"],
     "--shapes": ["N4K4H64"],
