@@ -94,10 +94,10 @@ def test_a_checkpoints_configuration_is_read(
         ),
         (
             ("--task", "train", "--quantize", "int8"),
-            "--quantize: has no effect without --task qlora, prefill or decode",
+            "--quantize: has no effect without --task qlora, prefill, decode or",
         ),
         (("--task", "qlora", "--quantize", "none"), "lora"),
-        (("--remat", "block"), "without --task train, lora or qlora"),
+        (("--remat", "block"), "without --task train, lora, qlora, ppo or ppo-lora"),
     ],
 )
 def test_invalid_arguments_are_rejected_in_one_line(
