@@ -9,6 +9,7 @@ from llama_jax.cli.parser import ArgumentParser
 
 COMMANDS = {
     "sample": "complete a text, answer messages or fill a gap",
+    "serve": "serve a model over HTTP, with a page",
     "finetune": "train a model or adapters; merge adapters; train a tokenizer",
     "rlhf": "learn from human feedback, in stages",
     "conversion": "convert, compare and describe checkpoints",

@@ -37,6 +37,7 @@ from llama_jax.cli import (
     rlhf_rejection,
     rlhf_reward,
     rlhf_score,
+    serve,
 )
 from llama_jax.cli.parser import ArgumentParser
 from llama_jax.conversion.converter import PreparedConversion, prepare_conversion
@@ -67,6 +68,7 @@ Main = Callable[[Sequence[str] | None], int]
 MAINS: dict[str, Main] = {
     "": listing.main,
     "sample": sample.main,
+    "serve": serve.main,
     "finetune": finetune.main,
     "conversion": conversion.main,
     "plan": plan.main,
@@ -189,12 +191,17 @@ class Decisions:
         )
         patch.setattr(sample, "Clock", lambda: clock)
         patch.setattr(sample.cli, "load_model", load_model)
+        patch.setattr(serve, "serve", self._serve)
         patch.setattr(sample, "stream", stream)
         patch.setattr(sample, "Conversation", Conversation)
         patch.setattr(sample, "print_text", lambda *_: self.record("text"))
         patch.setattr(sample, "print_json", lambda *_: self.record("JSON"))
         patch.setattr(prompt_files.secrets, "randbits", lambda _: 1)
         patch.setattr(prompt_files, "complete_prompts", complete_prompts)
+
+    def _serve(self, _: Loaded, *settings: object) -> None:
+        self.record(*settings)
+        raise _Decided
 
     def _request(self, request: Request) -> None:
         sampling = request.sampling
