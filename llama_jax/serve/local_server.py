@@ -7,7 +7,8 @@ from llama_jax.arguments import checked
 from llama_jax.checkpoint.model_folder import Loaded
 from llama_jax.errors import ServeError
 from llama_jax.serve.api.call import Served
-from llama_jax.serve.jobs import Engine
+from llama_jax.serve.local_engine import LocalEngine
+from llama_jax.serve.models import system_fingerprint
 from llama_jax.serve.server import Server
 from llama_jax.serve.settings import ServeConfig
 
@@ -52,7 +53,7 @@ def start(
 
 def serve_model(
     loaded: Loaded, *, name: str, format: str | None = None, engine: Any = None
-) -> tuple[Served, Engine]:
+) -> tuple[Served, LocalEngine]:
     """Start the engine of a model.
 
     Args:
@@ -64,9 +65,6 @@ def serve_model(
     Raises:
       ConfigError: the configuration does not fit the model.
     """
-    from llama_jax.serve.local_engine import LocalEngine
-    from llama_jax.serve.models import system_fingerprint
-
     made = LocalEngine(loaded, engine)
     context = made.config.context or loaded.model.config.max_seq_len
     fingerprint = system_fingerprint(loaded, dataclasses.asdict(made.config))
