@@ -111,8 +111,6 @@ def _xla_forward(q: Array, k: Array, v: Array, q_start: Array | None, ids: Ids) 
     scores = jnp.where(seen, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
     p = jnp.where(seen, jnp.exp(scores - lse[..., None]), 0.0)
-    if q_start is not None:  # free slots may hold NaN, and 0 · NaN is NaN
-        v = jnp.where(jnp.any(seen, axis=2)[..., None], v, jnp.zeros_like(v))
     out = _product("BKQS,BKSH->BKQH", p.astype(v.dtype), v)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 

@@ -100,10 +100,6 @@ def _attention(
     mask = jnp.repeat(mask, heads // groups, axis=1)[:, None]
     scores = jnp.where(mask, scores * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    if q_start is not None:
-        # What lies in the slots after the last query may be NaN, and 0 · NaN is NaN.
-        seen = jnp.arange(k.shape[2])[None] < q_start[:, None] + queries
-        v = jnp.where(seen[:, None, :, None], v, jnp.zeros_like(v))
     out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, precision=precision)
     out = out.reshape(batch, groups, queries, heads // groups, width).swapaxes(1, 2)
     return out.reshape(batch, queries, heads, width)
@@ -124,4 +120,12 @@ def paged_attention(
         return rows.reshape(*rows.shape[:2], -1, *rows.shape[4:])
 
     k, v = jax.tree.map(gathered, (k_pages, v_pages))
+    # Slots after the last query may hold NaN of another request, and 0 · NaN is NaN.
+    seen = jnp.arange(k.shape[2])[None] < q_start[:, None] + q.shape[1]
+
+    def seen_only(slots: Array) -> Array:
+        mask = seen.reshape(len(seen), 1, -1, *[1] * (slots.ndim - 3))
+        return jnp.where(mask, slots, jnp.zeros_like(slots))
+
+    v = jax.tree.map(seen_only, v)
     return attention(q, k, v, q_start=q_start)

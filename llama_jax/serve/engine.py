@@ -147,12 +147,29 @@ def read_chunk(
         model,
         params,
         tokens,
-        cache=caches.take_row(cache, lane),
+        cache=_without_later_slots(caches.take_row(cache, lane), start),
         lengths=length[None],
         logits_at=length[None, None] - 1,
     )
     cache = caches.put_row(cache, lane, row, runtime=model.runtime, mesh=model.mesh)
     return lanes._replace(cache=cache), logits[:, 0]
+
+
+def _without_later_slots(row: KVCache, start: Int[Array, ""]) -> KVCache:
+    """Zeros in the slots from `start` on of a row that is not paged.
+
+    They may hold NaN of an earlier request, and 0 · NaN is NaN. Attention to pages sees
+    to that itself, in the copy that it makes of them.
+    """
+    if row.page_table is not None:
+        return row
+
+    def earlier(slots: Array) -> Array:
+        mask = jnp.arange(slots.shape[2]) < start
+        mask = mask.reshape(1, 1, -1, *[1] * (slots.ndim - 3))
+        return jnp.where(mask, slots, jnp.zeros_like(slots))
+
+    return row._replace(layers=jax.tree.map(earlier, row.layers))
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="lanes")

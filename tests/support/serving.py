@@ -96,7 +96,9 @@ def poison(scheduler: Scheduler) -> None:
     if cache.page_table is None:
         live = np.zeros((lanes, cache.num_slots), bool)
         for lane, length in used.items():
-            live[lane, :length] = True
+            # Reading a prompt has cleared the slots of a lane that decodes.
+            decodes = scheduler.running[lane] not in scheduler._reading
+            live[lane, : None if decodes else length] = True
     else:
         live = np.zeros((scheduler.sizes.pages, chunk), bool)
         live[scheduler.prefixes.shared_pages()] = True
