@@ -1,9 +1,12 @@
 """Keys and values in int8: half the bytes that decoding reads."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int8
+from jaxtyping import Array, DTypeLike, Float, Int, Int8
+
+_Slots = TypeVar("_Slots")
 
 
 class QuantizedSlots(NamedTuple):
@@ -53,3 +56,22 @@ def dequantize_slots(
     if isinstance(slots, QuantizedSlots):
         return (slots.values * slots.scales[..., None]).astype(dtype)
     return slots.astype(dtype)
+
+
+def zero_later_slots(slots: _Slots, lengths: Int[Array, " B"]) -> _Slots:
+    """Return slots with zeros from the length of each row on.
+
+    What lies there may be NaN of another request, and 0 · NaN is NaN in the product
+    with values that no query sees.
+
+    Args:
+      slots: a tree of arrays `[B, K, S, ...]`.
+      lengths: slots of each row that keep what they hold.
+    """
+
+    def earlier(array: Array) -> Array:
+        is_kept = jnp.arange(array.shape[2])[None] < lengths[:, None]
+        is_kept = is_kept.reshape(len(is_kept), 1, -1, *[1] * (array.ndim - 3))
+        return jnp.where(is_kept, array, jnp.zeros_like(array))
+
+    return jax.tree.map(earlier, slots)

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.quantized_slots import (
+    QuantizedSlots,
+    dequantize_slots,
+    zero_later_slots,
+)
 
 Slots = Float[Array, "B K S H"] | QuantizedSlots
 Pages = Float[Array, "P K C H"] | QuantizedSlots
@@ -120,12 +124,5 @@ def paged_attention(
         return rows.reshape(*rows.shape[:2], -1, *rows.shape[4:])
 
     k, v = jax.tree.map(gathered, (k_pages, v_pages))
-    # Slots after the last query may hold NaN of another request, and 0 · NaN is NaN.
-    seen = jnp.arange(k.shape[2])[None] < q_start[:, None] + q.shape[1]
-
-    def seen_only(slots: Array) -> Array:
-        mask = seen.reshape(len(seen), 1, -1, *[1] * (slots.ndim - 3))
-        return jnp.where(mask, slots, jnp.zeros_like(slots))
-
-    v = jax.tree.map(seen_only, v)
+    v = zero_later_slots(v, q_start + q.shape[1])
     return attention(q, k, v, q_start=q_start)

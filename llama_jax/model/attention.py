@@ -19,7 +19,11 @@ from llama_jax.errors import ConfigError
 from llama_jax.kernels import ring
 from llama_jax.kernels.logsumexp import AxisName, weight_over_axis
 from llama_jax.kernels.partial_attention import passes_of
-from llama_jax.kernels.quantized_slots import QuantizedSlots, dequantize_slots
+from llama_jax.kernels.quantized_slots import (
+    QuantizedSlots,
+    dequantize_slots,
+    zero_later_slots,
+)
 from llama_jax.kernels.reference import Pages, Slots
 from llama_jax.kernels.selection import is_decoding
 from llama_jax.model.pages import gather
@@ -118,6 +122,7 @@ def attend_pages(
             q, k, v, page_table, q_start=q_start, implementation=name
         )
     k, v = gather(k, page_table), gather(v, page_table)
+    v = zero_later_slots(v, q_start + q.shape[1])
     return kernels.attention(q, k, v, q_start=q_start, implementation=name)
 
 

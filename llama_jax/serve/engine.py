@@ -18,6 +18,7 @@ from llama_jax.generation.batching import bucket, token_limit
 from llama_jax.generation.lanes import Emitted, Lanes, begin, empty_lanes, set_row
 from llama_jax.generation.request import Request
 from llama_jax.generation.sampling import SamplingRows, sampling_rows
+from llama_jax.kernels.quantized_slots import zero_later_slots
 from llama_jax.model import cache as caches
 from llama_jax.model.cache import KVCache, cache_shardings, init_cache, init_paged_cache
 from llama_jax.model.transformer import Llama, apply
@@ -143,33 +144,19 @@ def read_chunk(
     cache = cache._replace(length=cache.length.at[lane].set(start))
     if cache.page_table is not None and pages is not None:
         cache = cache._replace(page_table=cache.page_table.at[lane].set(pages))
+    row = caches.take_row(cache, lane)
+    if row.page_table is None:  # attention to pages clears its copy of them
+        row = row._replace(layers=zero_later_slots(row.layers, start[None]))
     logits, row = apply(
         model,
         params,
         tokens,
-        cache=_without_later_slots(caches.take_row(cache, lane), start),
+        cache=row,
         lengths=length[None],
         logits_at=length[None, None] - 1,
     )
     cache = caches.put_row(cache, lane, row, runtime=model.runtime, mesh=model.mesh)
     return lanes._replace(cache=cache), logits[:, 0]
-
-
-def _without_later_slots(row: KVCache, start: Int[Array, ""]) -> KVCache:
-    """Zeros in the slots from `start` on of a row that is not paged.
-
-    They may hold NaN of an earlier request, and 0 · NaN is NaN. Attention to pages sees
-    to that itself, in the copy that it makes of them.
-    """
-    if row.page_table is not None:
-        return row
-
-    def earlier(slots: Array) -> Array:
-        mask = jnp.arange(slots.shape[2]) < start
-        mask = mask.reshape(1, 1, -1, *[1] * (slots.ndim - 3))
-        return jnp.where(mask, slots, jnp.zeros_like(slots))
-
-    return row._replace(layers=jax.tree.map(earlier, row.layers))
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="lanes")
