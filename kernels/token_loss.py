@@ -6,6 +6,7 @@ exist at a time; the backward pass recomputes them.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,16 +167,24 @@ def _joined(parts: Array, shape: tuple[int, ...]) -> Array:
     return joined.reshape(batch, -1, *parts.shape[2:])[:, :length]
 
 
+class GreedyTokens(NamedTuple):
+    """The likeliest token after each token, and its -log p (nats, float32)."""
+
+    tokens: Int[Array, "B T"]
+    losses: Float[Array, "B T"]
+
+
 def greedy_tokens(
     x: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     *,
     chunk: int = 256,
     axis_name: AxisName | None = None,
-) -> Int[Array, "B T"]:
-    """Compute the likeliest token after each token, argmax(x · head), in chunks.
+) -> GreedyTokens:
+    """Compute the likeliest token after each token, argmax(x · head), and its loss.
 
-    Arguments are those of `token_losses`; of equal logits, the lowest id counts.
+    In chunks; arguments are those of `token_losses`. Of equal logits, the lowest id
+    counts.
 
     Raises:
       ValueError: `chunk` is not positive.
@@ -184,16 +193,20 @@ def greedy_tokens(
         raise ValueError(f"chunk must be positive, got {chunk}")
     first = _first_id(head, axis_name)
 
-    def of_chunk(_: None, rows: Array) -> tuple[None, Array]:
+    def of_chunk(_: None, rows: Array) -> tuple[None, GreedyTokens]:
         logits = _logits(rows, head)
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32) + first
+        largest = jnp.max(logits, axis=-1)
         if axis_name is not None:
-            largest = jnp.max(logits, axis=-1)
             is_best = largest == jax.lax.pmax(largest, axis_name)
             last = jnp.iinfo(jnp.int32).max
             tokens = jax.lax.pmin(jnp.where(is_best, tokens, last), axis_name)
-        return None, tokens
+            largest = jax.lax.pmax(largest, axis_name)
+        total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+        if axis_name is not None:
+            total = jax.lax.psum(total, axis_name)
+        return None, GreedyTokens(tokens, jnp.log(total))
 
     size = min(chunk, max(x.shape[1], 1))
-    _, tokens = jax.lax.scan(of_chunk, None, _cut(x, size))
-    return _joined(tokens, x.shape)
+    _, parts = jax.lax.scan(of_chunk, None, _cut(x, size))
+    return GreedyTokens(*(_joined(part, x.shape) for part in parts))

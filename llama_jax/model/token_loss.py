@@ -5,6 +5,7 @@ share it; XLA's own partitioning does both for every chunk.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from jax.sharding import PartitionSpec
@@ -13,6 +14,8 @@ from llama_jax import kernels
 from llama_jax.runtime import Rules
 from llama_jax.sharding import activation_spec, axes_size, partition_spec
 from llama_jax.types import Array, Float, Int, Mesh
+
+_Result = TypeVar("_Result")
 
 
 def token_losses(
@@ -44,7 +47,7 @@ def greedy_tokens(
     *,
     rules: Rules,
     mesh: Mesh | None,
-) -> Int[Array, "B T"]:
+) -> kernels.GreedyTokens:
     """Compute `kernels.greedy_tokens`, on a mesh if there is one.
 
     Args:
@@ -54,19 +57,19 @@ def greedy_tokens(
       mesh: the devices.
 
     Returns:
-      The likeliest token after each.
+      The likeliest token after each, and its loss.
     """
     return _on_mesh(kernels.greedy_tokens, x, head, rules=rules, mesh=mesh)
 
 
 def _on_mesh(
-    function: Callable[..., Array],
+    function: Callable[..., _Result],
     x: Array,
     head: Array,
     *targets: Array,
     rules: Rules,
     mesh: Mesh | None,
-) -> Array:
+) -> _Result:
     if mesh is None or mesh.size == 1:
         return function(x, head, *targets)
     rows, tokens, _ = activation_spec(x.shape, "B T D", rules, mesh)
@@ -75,17 +78,18 @@ def _on_mesh(
     width = head.shape[0]
     cut = cut if cut and width % axes_size(mesh, cut) == 0 else None
 
-    def on_device(x: Array, head: Array, *targets: Array) -> Array:
+    def on_device(x: Array, head: Array, *targets: Array) -> _Result:
         head = head.astype(x.dtype)
         if cut:
             head = jax.lax.all_gather(head, cut, axis=0, tiled=True)
         return function(x, head, *targets, axis_name=ids)
 
     per_token = PartitionSpec(rows, tokens)
-    return jax.shard_map(
+    result: _Result = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(per_token, PartitionSpec(cut, ids), *(per_token for _ in targets)),
         out_specs=per_token,
         check_vma=False,
     )(x, head, *targets)
+    return result

@@ -229,11 +229,11 @@ class Llama(_Model):
         `losses`. Of equally likely tokens, the lowest id is the likeliest.
         """
         out, head = self._run(tokens)
-        best = greedy_tokens(out.x, head, rules=self.runtime.rules, mesh=self.mesh)
-        best = self._in_order(best, "B T")
-        losses = (self._losses(out, head, ids) for ids in (targets, best))
-        target_loss, best_loss = losses
-        return -target_loss, best, -best_loss
+        greedy = greedy_tokens(out.x, head, rules=self.runtime.rules, mesh=self.mesh)
+        best, best_loss = (self._in_order(part, "B T") for part in greedy)
+        loss = self._losses(out, head, targets)
+        # The two are rounded in other places; the same token has one number.
+        return -loss, best, -jnp.where(best == targets, loss, best_loss)
 
     def _losses(
         self, out: TransformerOutput, head: Array, targets: Tokens

@@ -187,8 +187,10 @@ def test_greedy_tokens_are_those_of_the_whole_logits(
 ) -> None:
     x, head, _, _ = inputs(b, t)
     logits = jnp.matmul(x, head, precision="highest")
-    tokens = greedy_tokens(x, head, chunk=chunk)
+    tokens, losses = greedy_tokens(x, head, chunk=chunk)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    best = jax.nn.log_softmax(logits).max(-1)
+    np.testing.assert_allclose(losses, -best, rtol=1e-5, atol=1e-6)
 
 
 def test_greedy_tokens_of_a_cut_vocabulary_take_the_lowest_of_equals() -> None:
@@ -202,8 +204,10 @@ def test_greedy_tokens_of_a_cut_vocabulary_take_the_lowest_of_equals() -> None:
         out_specs=P(),
         check_vma=False,
     )
-    tokens = jax.jit(cut)(x, head)
-    np.testing.assert_array_equal(tokens, greedy_tokens(x, head))
+    tokens, losses = jax.jit(cut)(x, head)
+    whole = greedy_tokens(x, head)
+    np.testing.assert_array_equal(tokens, whole.tokens)
+    np.testing.assert_allclose(losses, whole.losses, rtol=1e-6)
     assert tokens.max() < 20
     with pytest.raises(ValueError, match="chunk must be positive, got 0"):
         greedy_tokens(x, head, chunk=0)
