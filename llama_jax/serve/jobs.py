@@ -174,7 +174,8 @@ class Engine(Protocol):
 class QueuedJob:
     """A job whose deltas wait in a queue; see `Job`.
 
-    The engine calls `push`, `fail` and `count`, whoever waits for the answer the rest.
+    The engine calls `push` and `fail`; the thread that waits for the answer calls the
+    other methods.
 
     Args:
       request: that was submitted.
