@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ import llama_jax
 from llama_jax.bench import policy_learning, preference_learning
 from llama_jax.bench.__main__ import main
 from llama_jax.bench.bag_of_words import fit_and_score
+from llama_jax.bench.preference_learning import Pair
 from llama_jax.checkpoint.model_folder import save_params
 from llama_jax.loading import Opened
+from llama_jax.rlhf.preferences import Margins
+from llama_jax.types import Params
 
 LENGTH = 48  # the tiny tokenizer spells most words
 
@@ -58,16 +62,17 @@ def test_each_fold_is_scored_by_a_model_that_has_not_seen_it(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = preference_learning.planted_pairs(opened, count=96, length=LENGTH, seed=0)
-    trained: list[object] = []
+    trained: list[set[int]] = []
+    scored: list[set[int]] = []
 
     class Trainer(preference_learning._Trainer):
-        def __call__(self, pairs, *args):  # type: ignore[no-untyped-def]
+        def __call__(
+            self, pairs: Sequence[Pair], length: int, epochs: int, margins: Margins
+        ) -> tuple[Params, float]:
             trained.append({id(pair) for pair in pairs})
-            return super().__call__(pairs, *args)
+            return super().__call__(pairs, length, epochs, margins)
 
-    scored: list[object] = []
-
-    def scores(opened, params, pairs):  # type: ignore[no-untyped-def]
+    def scores(opened: Opened, params: Params, pairs: Sequence[Pair]) -> np.ndarray:
         scored.append({id(pair) for pair in pairs})
         return original(opened, params, pairs)
 
@@ -78,8 +83,10 @@ def test_each_fold_is_scored_by_a_model_that_has_not_seen_it(
         opened, pairs, length=LENGTH, folds=2, epochs=3, learning_rate=1e-2
     )
     everything = {id(pair) for pair in pairs}
-    assert trained == scored[::-1]
-    assert set.union(*scored) == everything  # type: ignore[arg-type]
+    first, second = scored
+    assert trained == [second, first]
+    assert first | second == everything
+    assert not first & second
     assert (result.pairs, len(result.by_quartile)) == (96, 4)
     assert result.bag_of_words == pytest.approx(np.mean(result.bag_by_quartile))
     assert result.accuracy == pytest.approx(np.mean(result.by_quartile))

@@ -22,6 +22,20 @@ from llama_jax.text.tokenizer import Tokenizer
 CONTEXT = 64
 
 
+class _ScriptedJob(QueuedJob):
+    """A job that sets an event when it is cancelled before its end."""
+
+    def __init__(self, request: Request, cancelled: threading.Event) -> None:
+        super().__init__(request)
+        self._cancelled_early = cancelled
+
+    def cancel(self) -> None:
+        """See `QueuedJob`."""
+        super().cancel()
+        if not self.finished:
+            self._cancelled_early.set()
+
+
 class ScriptedEngine:
     """An engine whose answers are scripts: texts, a token of one id for each.
 
@@ -58,16 +72,8 @@ class ScriptedEngine:
         if len(request.prompt_ids) >= CONTEXT:
             raise PromptTooLong(len(request.prompt_ids), CONTEXT)
         self.requests.append(request)
-        job = QueuedJob(request)
+        job = _ScriptedJob(request, self.cancelled)
         self.jobs.append(job)
-        cancel = job.cancel
-
-        def cancel_and_say() -> None:
-            cancel()
-            if not job.finished:
-                self.cancelled.set()
-
-        job.cancel = cancel_and_say  # type: ignore[method-assign]
         threading.Thread(target=self._play, args=(job,)).start()
         return job
 
