@@ -17,7 +17,11 @@ from llama_jax.cli import prompt_files
 from llama_jax.cli.output import print_format_note
 from llama_jax.cli.parser import ArgumentParser, Rules, excludes, needs, refuse_unused
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
-from llama_jax.cli.run_flags import add_output_arguments, add_training_arguments
+from llama_jax.cli.run_flags import (
+    add_lora_arguments,
+    add_output_arguments,
+    add_training_arguments,
+)
 from llama_jax.data.files import Corpus
 from llama_jax.data.records import OnBad
 from llama_jax.errors import TrainError
@@ -107,18 +111,7 @@ def add_data_arguments(parser: ArgumentParser, *, batch_size: int) -> None:
 def add_run_arguments(parser: ArgumentParser, *, rate: str, warmup: str) -> None:
     """Add the flags of adapters, training, output and model."""
     group = parser.add_argument_group("adapters")
-    group.add_argument(
-        "--lora-rank",
-        type=cli.positive_int,
-        metavar="R",
-        help="train adapters of this rank on frozen weights (default: all weights)",
-    )
-    group.add_argument(
-        "--lora-alpha",
-        type=float,
-        metavar="A",
-        help="adapters are scaled by A / R (default: 2 R)",
-    )
+    add_lora_arguments(group)
     group.add_argument(
         "--lora-targets",
         nargs="+",

@@ -12,6 +12,7 @@ from llama_jax.cli import command as cli
 from llama_jax.cli import prompt_files, reward_flags
 from llama_jax.cli.parser import ArgumentParser, Rule, Rules, needs
 from llama_jax.cli.progress import TerminalReporter, stop_on_signals
+from llama_jax.cli.run_flags import add_lora_arguments
 from llama_jax.errors import ConfigError
 from llama_jax.loading import Opened, default_runtime, open_model
 from llama_jax.model.lora import Lora
@@ -119,18 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="float32",
         help="of trained leaves and their moments (default: float32)",
     )
-    group.add_argument(
-        "--lora-rank",
-        type=cli.positive_int,
-        metavar="R",
-        help="train adapters of this rank on frozen weights (default: all weights)",
-    )
-    group.add_argument(
-        "--lora-alpha",
-        type=float,
-        metavar="A",
-        help="adapters are scaled by A / R (default: 2 R)",
-    )
+    add_lora_arguments(group)
     group.add_argument(
         "--quantize",
         choices=get_args(Kind),

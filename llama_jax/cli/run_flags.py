@@ -140,3 +140,19 @@ def add_output_arguments(group: Group) -> None:
         metavar="PROJECT",
         help='also log to Weights & Biases; pip install "llama-jax[wandb]"',
     )
+
+
+def add_lora_arguments(group: Group) -> None:
+    """Add the flags of adapters; without --lora-rank all weights are trained."""
+    group.add_argument(
+        "--lora-rank",
+        type=cli.positive_int,
+        metavar="R",
+        help="train adapters of this rank on frozen weights (default: all weights)",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="A",
+        help="adapters are scaled by A / R (default: 2 R)",
+    )

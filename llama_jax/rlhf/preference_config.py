@@ -13,11 +13,10 @@ from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.rlhf.direct_preference import DirectLoss
 from llama_jax.rlhf.preferences import Margins, check_margins
 from llama_jax.runtime import DType, Remat
-from llama_jax.train.run_config import RunConfig
+from llama_jax.train.run_config import RunConfig, row_length
 from llama_jax.types import JsonObject
 
 _Config = TypeVar("_Config", bound="PreferenceConfig")
-_MAX_DEFAULT_LENGTH = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,12 +110,7 @@ class PreferenceConfig(RunConfig):
         Raises:
           ConfigError: rows are longer than the model's context.
         """
-        length = self.seq_length or min(_MAX_DEFAULT_LENGTH, model.max_seq_len)
-        if length > model.max_seq_len:
-            raise ConfigError(
-                f"seq_length: {length} is more than the model's context of "
-                f"{model.max_seq_len}; lower it, or raise max_seq_len"
-            )
+        length = row_length(self.seq_length, model)
         return dataclasses.replace(self, seq_length=length, dtype=self.dtype or dtype)
 
     @property

@@ -13,7 +13,7 @@ from llama_jax.model.extended_context import parse_rope_scaling
 from llama_jax.model.lora import Lora
 from llama_jax.model.quantize import PROJECTIONS
 from llama_jax.runtime import DType, Remat
-from llama_jax.train.run_config import RunConfig
+from llama_jax.train.run_config import RunConfig, row_length
 from llama_jax.types import JsonObject
 from llama_jax.weights import Kind
 
@@ -33,7 +33,6 @@ _ADAPTERS: dict[str, object] = {
     "lora_alpha": 32.0,
     "lora_targets": PROJECTIONS,
 }
-_MAX_DEFAULT_LENGTH = 4096
 _MAX_WARMUP = 2000
 
 
@@ -156,13 +155,7 @@ class FinetuneConfig(RunConfig):
         Raises:
           ConfigError: rows are longer than the model's context.
         """
-        length = self.seq_length or min(_MAX_DEFAULT_LENGTH, model.max_seq_len)
-        if length > model.max_seq_len:
-            raise ConfigError(
-                f"seq_length: {length} is more than the model's context of "
-                f"{model.max_seq_len}; lower it, or raise max_seq_len (and rope_theta, "
-                "or with rope_scaling)"
-            )
+        length = row_length(self.seq_length, model)
         return dataclasses.replace(self, seq_length=length, dtype=self.dtype or dtype)
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from llama_jax.arguments import checked
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import ConfigError, TrainError
 from llama_jax.runtime import DType
 from llama_jax.train.optimizer import (
@@ -22,6 +23,7 @@ from llama_jax.train.optimizer import (
 from llama_jax.types import JsonObject
 
 _Config = TypeVar("_Config", bound="RunConfig")
+_MAX_DEFAULT_LENGTH = 4096
 
 
 @checked(ConfigError)
@@ -231,3 +233,23 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return "nothing" if value is None else str(value)
+
+
+def row_length(seq_length: int | None, model: LlamaConfig) -> int:
+    """The tokens of a row: 4,096 by default, or the model's context if it is shorter.
+
+    Args:
+      seq_length: as given; None is the default.
+      model: its context counts.
+
+    Raises:
+      ConfigError: rows are longer than the model's context.
+    """
+    length = seq_length or min(_MAX_DEFAULT_LENGTH, model.max_seq_len)
+    if length > model.max_seq_len:
+        raise ConfigError(
+            f"seq_length: {length} is more than the model's context of "
+            f"{model.max_seq_len}; lower it, or raise max_seq_len (and rope_theta, or "
+            "with rope_scaling)"
+        )
+    return length

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from llama_jax.generation.request import Request, default_sampling
+from llama_jax.generation.request import Request, Settings, default_sampling
 from llama_jax.generation.sampling import Sampling
 from llama_jax.generation.scoring import Score
 from llama_jax.serve.api.fields import Fields
@@ -113,6 +113,23 @@ def take_sampling(fields: Fields, tokenizer: Tokenizer) -> Sampling:
     if bias is not None:
         given["logit_bias"] = _token_biases(fields, bias)
     return default_sampling(tokenizer, **given)
+
+
+def take_settings(
+    fields: Fields, served: Served, max_new_tokens: int | None, logprobs: int | None
+) -> Settings:
+    """Take the fields of a request's settings that both of OpenAI's protocols have.
+
+    Raises:
+      ApiError, PromptError: a value is of a wrong type or out of range.
+    """
+    return {
+        "max_new_tokens": max_new_tokens,
+        "sampling": take_sampling(fields, served.tokenizer),
+        "stop": fields.strings("stop", most=MAX_STOPS),
+        "num_samples": take_samples(fields),
+        "logprobs": logprobs,
+    }
 
 
 def _token_biases(fields: Fields, bias: Any) -> dict[int, float]:

@@ -9,13 +9,11 @@ from llama_jax.generation.request import Request, Settings, chat_request
 from llama_jax.generation.scoring import Score
 from llama_jax.serve.api.call import (
     DONE,
-    MAX_STOPS,
     Event,
     Head,
     Served,
     openai_usage,
-    take_samples,
-    take_sampling,
+    take_settings,
     take_stream,
 )
 from llama_jax.serve.api.errors import ApiError
@@ -73,7 +71,6 @@ class Chat:
         self._served = served
         self.last_line = DONE
         self._head = Head.new("chatcmpl", served)
-        self._samples = take_samples(fields)
         top = fields.integer("top_logprobs", least=0)
         self._logprobs = fields.boolean("logprobs")
         if top is not None and not self._logprobs:
@@ -84,13 +81,11 @@ class Chat:
             raise fields.error("max_tokens", "is the old max_completion_tokens")
         self.client = fields.string("user") or ""
         self.stream, self._include_usage = take_stream(fields)
-        settings: Settings = {
-            "max_new_tokens": limit if old is None else old,
-            "sampling": take_sampling(fields, served.tokenizer),
-            "stop": fields.strings("stop", most=MAX_STOPS),
-            "num_samples": self._samples,
-            "logprobs": (top or 0) if self._logprobs else None,
-        }
+        logprobs = (top or 0) if self._logprobs else None
+        settings = take_settings(
+            fields, served, limit if old is None else old, logprobs
+        )
+        self._samples = settings["num_samples"]
         fields.require("messages")
         dialog = parse_messages(fields.value("messages"))
         fields.end(unsupported=_UNSUPPORTED)

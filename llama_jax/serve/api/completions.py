@@ -14,13 +14,11 @@ from llama_jax.generation.request import (
 from llama_jax.generation.scoring import Score
 from llama_jax.serve.api.call import (
     DONE,
-    MAX_STOPS,
     Event,
     Head,
     Served,
     openai_usage,
-    take_samples,
-    take_sampling,
+    take_settings,
     take_stream,
 )
 from llama_jax.serve.api.fields import Fields
@@ -57,19 +55,14 @@ class Completions:
         self._head = Head.new("cmpl", served)
         suffix = fields.string("suffix")
         self._echo = fields.boolean("echo")
-        self._samples = take_samples(fields)
         self._logprobs = fields.integer("logprobs", least=0)
         tokens = fields.integer("max_tokens", least=0 if self._echo else 1)
         self._limit = _DEFAULT_TOKENS if tokens is None else tokens
         self.client = fields.string("user") or ""
         self.stream, self._include_usage = take_stream(fields)
-        settings: Settings = {
-            "max_new_tokens": max(self._limit, 1),
-            "sampling": take_sampling(fields, tokenizer),
-            "stop": fields.strings("stop", most=MAX_STOPS),
-            "num_samples": self._samples,
-            "logprobs": self._logprobs,
-        }
+        limit = max(self._limit, 1)
+        settings = take_settings(fields, served, limit, self._logprobs)
+        self._samples = settings["num_samples"]
         if suffix is not None and self._echo:
             raise fields.error("echo", "must be false with suffix")
         if self._echo and (self._logprobs or 0) > 1:
