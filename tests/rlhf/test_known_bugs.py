@@ -3,7 +3,7 @@
 | bug | tests |
 |---|---|
 | score at a padded slot, then masked | `test_estimators`: `test_the_score_is_at_…`, `test_the_return_at_…` |
-| score cast to integers; wrong number of rewards; NaN | `test_estimators`: `test_the_return_at_…`; `test_rewards`: `test_a_function_gets_…`, `test_what_is_no_reward_…` |
+| score cast to integers; wrong number of rewards; NaN | `test_estimators`: `test_the_return_at_…`; `test_rewards`: `test_a_function_gets_…`, `test_what_is_no_reward_…`; here: `test_advantages_have_…` |
 | pad id is EOS: answers begin and end elsewhere | here: `test_answers_begin_and_end_…`, `test_padding_changes_no_bit_…`, `test_wider_padding_…` |
 | cut answers: EOS appended, EOS of the prompt counted | here: `test_answers_begin_and_end_…`; `test_optimization`: `test_rollouts_are_…` |
 | padding in values, KL and advantages; NaN times 0 | here: `test_padding_changes_no_bit_…`, `test_advantages_ignore_…`; `test_losses`, `test_optimization`: `test_what_was_not_sampled_…` |
@@ -52,8 +52,8 @@ MASK = (np.arange(T) >= 3) & (
     np.arange(T) < np.array([4, 5, 6, 8, 10, 12, 14, T])[:, None]
 )
 CONFIG = PolicyConfig(
-    steps=STEPS, batch_size=B, mini_batch=B, num_samples=4, learning_rate=1e-3,
-    critic_learning_rate=1e-3, max_new_tokens=T, seq_length=T, passes=2,
+    steps=STEPS, batch_size=B, mini_batch=B, num_samples=4, learning_rate=3e-3,
+    critic_learning_rate=3e-3, max_new_tokens=T, seq_length=T, passes=2,
 )  # fmt: skip
 
 
@@ -136,17 +136,33 @@ def test_wider_padding_changes_only_the_rounding(gradient: Any) -> None:
     )
 
 
-def test_advantages_ignore_what_was_not_sampled(method: PolicyMethod) -> None:
-    batch, iteration = draw_batch(), make_iteration(method)
+@pytest.mark.parametrize("estimator", ["gae", "rloo", "grpo"])
+def test_advantages_ignore_what_was_not_sampled(
+    estimator: Any, tmp_path: pathlib.Path
+) -> None:
+    config = dataclasses.replace(CONFIG, estimator=estimator)
+    batch, iteration = draw_batch(), make_iteration(make_method(tmp_path, config))
     rollout = Rollout(*batch[:4], np.ones(B, bool))
     rewards = np.linspace(-1, 1, B, dtype=np.float32)
     arrays = [batch.old_logprobs, batch.reference_logprobs, batch.old_values]
     dirty = [np.where(MASK, array, np.float32(np.nan)) for array in arrays]
     clean = iteration.advantages(rollout, rewards, *arrays)
+    assert np.isfinite(clean[0]).all()
     jax.tree.map(
         np.testing.assert_array_equal,
         clean, iteration.advantages(rollout, rewards, *dirty),
     )  # fmt: skip
+
+
+def test_advantages_have_the_fractions_of_scores(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(CONFIG, estimator="rloo", kl_coefficient=0.0)
+    batch, iteration = draw_batch(), make_iteration(make_method(tmp_path, config))
+    rollout = Rollout(*batch[:4], np.ones(B, bool))
+    rewards = np.float32([0.3, 0, 0, 0, 0.9, 0.9, 0.9, 0])
+    advantages, _ = iteration.advantages(rollout, rewards, *batch[3:6])
+    expected = np.array([0.3, -0.1, -0.1, -0.1, 0.3, 0.3, 0.3, -0.9])
+    expected = np.where(MASK, expected[:, None], 0.0)
+    np.testing.assert_allclose(advantages, expected, atol=1e-6)
 
 
 def test_advantages_are_whitened_over_the_whole_rollout(method: PolicyMethod) -> None:
