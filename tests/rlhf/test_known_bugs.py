@@ -52,8 +52,8 @@ MASK = (np.arange(T) >= 3) & (
     np.arange(T) < np.array([4, 5, 6, 8, 10, 12, 14, T])[:, None]
 )
 CONFIG = PolicyConfig(
-    steps=STEPS, batch_size=B, mini_batch=B, num_samples=4, learning_rate=3e-3,
-    critic_learning_rate=3e-3, max_new_tokens=T, seq_length=T, passes=2,
+    steps=STEPS, batch_size=B, mini_batch=B, num_samples=4, learning_rate=1e-3,
+    critic_learning_rate=1e-3, max_new_tokens=T, seq_length=T, passes=2,
 )  # fmt: skip
 
 
@@ -284,11 +284,11 @@ def test_equivalent_runs_have_the_same_curve(
     record_rollouts(tmp_path)
     config = dataclasses.replace(CONFIG, estimator=estimator)
     expected = curves(tmp_path, config)
-    assert expected[-1, 1] > 0.01  # it has learnt
+    assert expected[-1, 1] > 1e-3  # KL: it has learnt
     mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
     for accumulate, devices in ((2, None), (8, None), (1, mesh), (2, mesh)):
         actual = curves(tmp_path, config, accumulate, devices)
-        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
         assert not has_drift(expected, actual), (accumulate, devices)
 
 
