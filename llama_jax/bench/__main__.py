@@ -22,13 +22,15 @@ from llama_jax.bench.learning import LearningReport, measure_learning
 from llama_jax.bench.machine import describe_machine
 from llama_jax.bench.prefill import PrefillReport, measure_prefill
 from llama_jax.bench.schedule import CORES
+from llama_jax.bench.serve import ServeReport, measure_serve
 from llama_jax.bench.train import TrainReport, measure_train
 from llama_jax.cli import command as cli
 from llama_jax.cli.bench_flags import parse_args
 from llama_jax.errors import ConfigError
-from llama_jax.loading import bundled
+from llama_jax.loading import bundled, load
 from llama_jax.model.presets import parse_model
 from llama_jax.runtime import Runtime
+from llama_jax.serve.engine_config import EngineConfig
 from llama_jax.sharding import make_mesh, parse_mesh
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.types import JsonObject, Mesh
@@ -40,6 +42,7 @@ Report = (
     | DataReport
     | ConversionReport
     | LearningReport
+    | ServeReport
 )
 
 
@@ -60,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "decode": _decode,
         "prefill": _prefill,
+        "serve": _serve,
         "data": _data,
         "conversion": _conversion,
         "rlhf": _rlhf,
@@ -106,6 +110,20 @@ def _prefill(args: argparse.Namespace) -> Result:
     report = measure_prefill(config, runtime, **sizes, mesh=_mesh(args))
     settings = _settings(args, "model", "dtype", *sizes, "mesh")
     return Result(settings, report, tables.prefill_rows(report))
+
+
+def _serve(args: argparse.Namespace) -> Result:
+    loaded = load(args.checkpoint)
+    pages = 0 if args.dense else None
+    config = EngineConfig(
+        lanes=args.lanes, chunk=args.chunk, pages=pages, max_waiting=args.lanes
+    )
+    report = measure_serve(
+        loaded, config, steps=args.steps, temperature=args.temperature
+    )
+    settings = _settings(args, "lanes", "chunk", "dense", "steps", "temperature")
+    settings["model"] = args.checkpoint or "the bundled model"
+    return Result(settings, report, tables.serve_rows(report))
 
 
 def _train(args: argparse.Namespace) -> Result:

@@ -7,6 +7,7 @@ from llama_jax.bench.data import DataReport
 from llama_jax.bench.decode import DecodeReport
 from llama_jax.bench.learning import LearningReport
 from llama_jax.bench.prefill import PrefillReport
+from llama_jax.bench.serve import ServeReport
 from llama_jax.bench.train import TrainReport
 
 
@@ -53,6 +54,19 @@ def decode_rows(report: DecodeReport) -> dict[str, str]:
         "1 GiB matrix-vector": f"{limits.matvec:,.1f} GB/s",
         "1 GiB copy (read and write)": f"{limits.copy:,.1f} GB/s",
         "fraction of the highest": f"{report.ratio:.0%}",
+    }
+
+
+def serve_rows(report: ServeReport) -> dict[str, str]:
+    """Rows of serving."""
+    return {
+        "compilation": f"{report.compile_seconds:,.1f} s",
+        "a client per lane": f"{report.tokens_per_s:,.1f} tokens/s",
+        "generate, same batch": f"{report.generate_tokens_per_s:,.1f} tokens/s",
+        "ratio": f"{report.ratio:.2f}",
+        "one client": f"{report.client_tokens_per_s:,.1f} tokens/s",
+        "ratio to generate's row": f"{report.client_ratio:.2f}",
+        "generate, one prompt": f"{report.alone_tokens_per_s:,.1f} tokens/s",
     }
 
 

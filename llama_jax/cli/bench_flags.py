@@ -65,6 +65,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ),
         ("decode", "tokens/s, next to the machine's memory bandwidth", _add_decode),
         ("prefill", "tokens/s, next to the machine's FLOP/s", _add_prefill),
+        ("serve", "tokens/s of an engine, next to generate", _add_serve),
         (
             "kernels",
             "attention kernels next to jax's: TPU schedules, or times",
@@ -164,6 +165,28 @@ def _add_prefill(parser: ArgumentParser) -> None:
         batch=(1, "rows"),
         prompt_length=(512, "tokens per prompt"),
         steps=(8, "repetitions"),
+    )
+
+
+def _add_serve(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="(default: the bundled model)"
+    )
+    _add_numbers(
+        parser,
+        lanes=(8, "rows that decode together, and clients"),
+        chunk=(64, "tokens of a prompt that are read at once"),
+        steps=(128, "tokens of an answer"),
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.6,
+        metavar="T",
+        help="0 is greedy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dense", action="store_true", help="slots for every lane instead of pages"
     )
 
 

@@ -106,6 +106,7 @@ CONTEXTS: dict[str, tuple[str, ...]] = {
     "bench train": ("bench", "train"),
     "bench decode": ("bench", "decode"),
     "bench prefill": ("bench", "prefill"),
+    "bench serve": ("bench", "serve"),
     "bench kernels": ("bench", "kernels"),
     "bench kernels flash": ("bench", "kernels", "--only", "flash"),
     "bench kernels time": ("bench", "kernels", "--time"),

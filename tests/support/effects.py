@@ -313,7 +313,9 @@ class Decisions:
         patch.setattr(bench, "parse_args", parse_args)
         patch.setattr(bench, "compare", compare)
         patch.setattr(bench, "measure_times", measure_times)
-        for name in ("train", "decode", "prefill", "data", "conversion", "learning"):
+        patch.setattr(bench, "load", lambda path: str(path))
+        names = ("train", "decode", "prefill", "data", "conversion", "learning")
+        for name in (*names, "serve"):
             patch.setattr(bench, f"measure_{name}", self._end(name))
         package = types.SimpleNamespace(find_spec=bool, version=str)
         patch.setattr(
