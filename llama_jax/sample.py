@@ -158,7 +158,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--format",
         metavar="NAME",
-        help=prompt_files.FORMAT_HELP,
+        help=prompt_files.CHAT_FORMAT_HELP,
     )
     sampling_flags.add_length_arguments(group)
     sampling_flags.add_sampling_arguments(parser)

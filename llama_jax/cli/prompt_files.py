@@ -34,11 +34,13 @@ from llama_jax.text.prompt_formats import (
 from llama_jax.types import Path
 
 FORMAT_HELP = (
-    f"prompt format; implies --chat: {', '.join(FORMATS)}, template (the checkpoint's "
+    f"prompt format: {', '.join(FORMATS)}, template (the checkpoint's "
     "chat template) or template:NAME (default: template if there is one, otherwise "
     "that of Meta's chat models)"
 )
 """Help of --format."""
+CHAT_FORMAT_HELP = f"implies --chat; {FORMAT_HELP}"
+"""The same in commands with --chat."""
 
 _SHOWN = 3
 

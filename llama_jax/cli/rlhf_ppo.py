@@ -145,7 +145,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--output", required=True, metavar="DIR", help="folder")
     group.add_argument("--resume", action="store_true", help="continue a run")
     group.add_argument("--chat", action="store_true", help="answer texts as messages")
-    group.add_argument("--format", metavar="NAME", help=prompt_files.FORMAT_HELP)
+    group.add_argument("--format", metavar="NAME", help=prompt_files.CHAT_FORMAT_HELP)
     reward_flags.add_reward_arguments(parser.add_argument_group("reward"))
     group = parser.add_argument_group("training")
     group.add_argument(

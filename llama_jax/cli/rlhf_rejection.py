@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--format",
         metavar="NAME",
-        help=prompt_files.FORMAT_HELP,
+        help=prompt_files.CHAT_FORMAT_HELP,
     )
     group.add_argument(
         "--system-prompt",

@@ -185,7 +185,7 @@ def draw_losses(path: pathlib.Path, records: Sequence[Record]) -> bool:
     except ImportError:
         return False
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
     curves = (
         ("training", training_losses(records)),
         ("held out", held_out_losses(records)),

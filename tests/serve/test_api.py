@@ -353,6 +353,9 @@ def test_infilling_in_both_protocols() -> None:
     assert client.post("/infill", **editor, response_fields=["content"]).json() == {
         "content": "Once upon"
     }
+    refused = client.post("/infill", **editor, response_fields=["a"], stream=True)
+    assert refused.status_code == 400
+    assert "response_fields: has no effect with stream" in refused.text
     *events, last = client.events("/infill", **editor)
     assert "".join(event["content"] for event in events) == "Once upon"
     assert last["stop"]

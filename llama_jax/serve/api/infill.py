@@ -46,6 +46,8 @@ class Infill:
         stop = fields.strings("stop", most=MAX_STOPS)
         self.stream = fields.boolean("stream")
         self._wanted = fields.strings("response_fields", most=64)
+        if self.stream and self._wanted:
+            raise fields.error("response_fields", "has no effect with stream: true")
         if fields.integer("n_indent"):
             raise fields.error("n_indent", "is not supported; leave it out")
         for name in _HINTS:
